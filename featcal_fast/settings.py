@@ -1,0 +1,86 @@
+"""The method's constants, under the names the paper and the official demo use where they have one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from featcal_fast.errors import RecipeError
+
+MOMENT_DTYPES = ("auto", "float32", "bfloat16")
+SOLVE_DTYPES = ("auto", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Constants of FeatCal (design section 2; paper eq. 10, 11, 12 and 17).
+
+    Attributes:
+        ridge_lambda: weight of the anchor against the sum over tasks; each task's moment is scaled to norm 1,
+            so the same value means less with more tasks. Zero is allowed and leaves only `covariance_eps`.
+        anchor_rho: the anchor is `rho * merged + (1 - rho) * base`; above 1 it extrapolates past the merge.
+        teacher_alpha: the target feature is `alpha * expert + (1 - alpha) * student`.
+        covariance_eps: added to the diagonal, and the floor of the task weights' denominators.
+        calibrate_bias: also update the biases of linear modules.
+        calibrate_layernorm: also update LayerNorm's weight and bias (RMSNorm keeps its merged value).
+        moment_dtype: what features are rounded to before their moments are taken. `auto` takes them as the
+            model computes them. Sums are always float32.
+        solve_dtype: arithmetic of the Cholesky solve. `auto` is float32 while the bound on the condition
+            number, `(tasks + lambda) / lambda`, allows it, and float64 beyond (design section 3.7).
+
+    Raises:
+        RecipeError: a value out of range.
+    """
+
+    ridge_lambda: float = 0.05
+    anchor_rho: float = 2.0
+    teacher_alpha: float = 0.3
+    covariance_eps: float = 1e-8
+    calibrate_bias: bool = True
+    calibrate_layernorm: bool = True
+    moment_dtype: str = "auto"
+    solve_dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("ridge_lambda", "anchor_rho", "teacher_alpha", "covariance_eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+                raise RecipeError(f"settings.{name}: found {value!r}, expected a number")
+        for name in ("calibrate_bias", "calibrate_layernorm"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"settings.{name}: found {getattr(self, name)!r}, expected true or false")
+        if self.ridge_lambda < 0:
+            raise RecipeError(f"settings.ridge_lambda: found {self.ridge_lambda}, expected 0 or more")
+        if not 0 <= self.teacher_alpha <= 1:
+            raise RecipeError(f"settings.teacher_alpha: found {self.teacher_alpha}, expected a value in [0, 1]")
+        if self.covariance_eps <= 0:
+            raise RecipeError(f"settings.covariance_eps: found {self.covariance_eps}, expected more than 0")
+        if self.moment_dtype not in MOMENT_DTYPES:
+            raise RecipeError(f"settings.moment_dtype: found {self.moment_dtype!r}, expected one of {MOMENT_DTYPES}")
+        if self.solve_dtype not in SOLVE_DTYPES:
+            raise RecipeError(f"settings.solve_dtype: found {self.solve_dtype!r}, expected one of {SOLVE_DTYPES}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Settings:
+        """Settings from a recipe's mapping: an optional `preset`, then single values on top of it."""
+        values = dict(values)
+        preset = values.pop("preset", "default")
+        if preset not in PRESETS:
+            raise RecipeError(f"settings.preset: found {preset!r}, expected one of {', '.join(PRESETS)}")
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                near = get_close_matches(key, [*known, "preset"], n=1, cutoff=0)[0]
+                raise RecipeError(f"settings.{key}: unknown key; did you mean {near!r}?")
+        return replace(PRESETS[preset], **values)
+
+
+# Published settings: the paper's CLIP text, the official demo's CLIP run, FLAN-T5 (LayerNorm is an RMSNorm there),
+# and the middle of the range used for 3B to 8B language models.
+PRESETS = {
+    "default": Settings(),
+    "clip-demo": Settings(ridge_lambda=0.05, anchor_rho=2.2, teacher_alpha=0.25),
+    "flan-t5": Settings(ridge_lambda=1e-5, anchor_rho=2.0, teacher_alpha=0.6),
+    "llm": Settings(ridge_lambda=0.1, anchor_rho=1.5, teacher_alpha=0.1),
+}

@@ -1,0 +1,16 @@
+"""Streamed second moments: Gram and cross-moment accumulation, and the products that fold them.
+
+Useful to anyone who accumulates `X'X` over chunks of activations; imports nothing of featcal_fast.
+"""
+
+from featcal_kernels.ops import (
+    add_scaled_,
+    addmm_,
+    cross_,
+    frobenius,
+    gram_,
+    gram_cross_,
+    symmetrize_,
+)
+
+__all__ = ["add_scaled_", "addmm_", "cross_", "frobenius", "gram_", "gram_cross_", "symmetrize_"]
