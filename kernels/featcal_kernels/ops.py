@@ -49,13 +49,17 @@ def cross_(out: Tensor, y: Tensor, x: Tensor, weights: Tensor | None = None) -> 
     _check_features("x", x)
     _check_features("y", y)
     if y.shape[0] != x.shape[0] or y.dtype != x.dtype:
-        raise ValueError(f"y and x must share rows and dtype: {tuple(y.shape)} {y.dtype}, {tuple(x.shape)} {x.dtype}")
+        raise ValueError(
+            f"y and x must share rows and dtype: {tuple(y.shape)} {y.dtype}, {tuple(x.shape)} {x.dtype}"
+        )
     _check_sum("out", out, (y.shape[1], x.shape[1]))
     _check_weights(weights, x)
     return naive.cross_(out, y, x, weights)
 
 
-def gram_cross_(s: Tensor, h: Tensor, x: Tensor, y: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def gram_cross_(
+    s: Tensor, h: Tensor, x: Tensor, y: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`gram_(s, x, weights)` and `cross_(h, y, x, weights)` in one call."""
     return gram_(s, x, weights), cross_(h, y, x, weights)
 

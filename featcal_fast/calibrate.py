@@ -1,0 +1,247 @@
+"""The loop: forward order over layers, tasks and batches. Nobody else loops.
+
+for each layer:
+    for each task:        run the expert's layer and the student's on the same batches,
+                          accumulate second moments of what their linear modules are given,
+                          fold them into the layer's ridge systems
+    solve, load the new weights, advance the student through the calibrated layer
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from featcal_fast.activations import Stream
+from featcal_fast.drift import Probe
+from featcal_fast.errors import DataError
+from featcal_fast.features import Kept, Layout, find_layout, tapped
+from featcal_fast.moments import Anchor, LayerSystem, TaskMoments
+from featcal_fast.progress import Progress
+from featcal_fast.report import GroupReport, LayerReport, Report
+from featcal_fast.settings import Settings
+from featcal_fast.solve import Update, solve_layer
+from featcal_fast.sources import ModuleSource, Source, check_same_architecture
+from featcal_fast.tokens import Tokens
+
+Batches = Sequence[Mapping[str, Tensor]]
+
+
+def calibrate_model(
+    merged: nn.Module,
+    *,
+    base: nn.Module,
+    experts: Mapping[str, nn.Module],
+    batches: Mapping[str, Iterable[Mapping[str, Tensor]]],
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Calibrate `merged` in place, towards `experts`, with models in memory.
+
+    Args:
+        merged: the model to repair. Its parameters change only once every layer has been solved.
+        base: the model that the experts were fine-tuned from.
+        experts: by task. Never changed.
+        batches: by task, dicts of the models' keyword arguments (`pixel_values`, or `input_ids` and
+            `attention_mask`, ...), samples first. Read once.
+        settings: the method's constants.
+        device: where to compute; by default where `merged` is.
+        progress: told how the run goes.
+
+    Returns:
+        What happened, layer by layer.
+
+    Raises:
+        DataError: a task without batches, or batches without a task.
+        ModelMismatchError: the models differ in architecture.
+        UnsupportedModelError: no family fits.
+        SolveError: features that are not finite.
+    """
+    device = torch.device(device) if device is not None else next(merged.parameters()).device
+    student = ModuleSource(merged, "merged model", device)
+    others = {task: ModuleSource(model, f"expert {task}", device) for task, model in experts.items()}
+    updates: list[dict[str, Tensor]] = []
+    report = calibrate_source(
+        student,
+        ModuleSource(base, "base model", device),
+        others,
+        {task: list(items) for task, items in batches.items()},
+        settings,
+        device,
+        write=lambda _index, parameters: updates.append(parameters),
+        progress=progress or Progress(),
+    )
+    with torch.no_grad():
+        for block, parameters in zip(student.blocks, updates, strict=True):
+            own = dict(block.named_parameters())
+            for name, value in parameters.items():
+                own[name].copy_(value)
+    return report
+
+
+@torch.no_grad()
+def calibrate_source(
+    student: Source,
+    base: Source,
+    experts: Mapping[str, Source],
+    batches: Mapping[str, Batches],
+    settings: Settings,
+    device: torch.device,
+    write: Callable[[int, dict[str, Tensor]], None],
+    progress: Progress,
+) -> Report:
+    """Calibrate a model whose blocks arrive one at a time; `write` takes each layer's new parameters, in its dtype.
+
+    Everything else is as in `calibrate_model`.
+    """
+    started = time.perf_counter()
+    _check_tasks(experts, batches)
+    check_same_architecture(student, {"base": base, **experts})
+
+    student_streams = {task: Stream(student, batches[task], device) for task in experts}
+    expert_streams = {task: Stream(expert, batches[task], device) for task, expert in experts.items()}
+    probe = Probe(student, experts, batches, device)
+    for source in (student, *experts.values()):
+        source.end_first_hidden()
+    tokens = {
+        task: [Tokens(batch, stream.shape(i), device) for i, batch in enumerate(batches[task])]
+        for task, stream in student_streams.items()
+    }
+    counts = {task: sum(item.count for item in items) for task, items in tokens.items()}
+    report = Report(settings, student.family.name, str(device), counts)
+
+    layers = len(student.blocks)
+    progress.start(layers, sum(counts.values()))
+    try:
+        for index in range(layers):
+            began = time.perf_counter()
+            block = student.block(index)
+            anchor = Anchor(block, base.block(index), settings.anchor_rho)
+            rule = student.family.last_layer if index == layers - 1 else None
+            layout = find_layout(block, index, *probe.sample(next(iter(experts))), rule)
+
+            system = LayerSystem(layout, anchor, settings, device)
+            moments = TaskMoments(layout, block, max(counts.values()), settings, device)
+            for task, expert in experts.items():
+                progress.task(index, task)
+                teacher = expert.block(index)
+                moments.reset()
+                for i, batch_tokens in enumerate(tokens[task]):
+                    seen = _see_expert(teacher, index, expert_streams[task], i, layout, moments)
+                    _see_student(block, index, student_streams[task], i, layout, moments, seen, batch_tokens)
+                    progress.tokens(batch_tokens.count)
+                system.fold(moments, teacher, task)
+                probe.advance_expert(index, task, teacher)
+
+            update = solve_layer(system, moments, len(experts))
+            probe.advance_merged(index, block)
+            groups = _group_reports(layout, moments, update, block)
+            new = _load(block, update)
+            probe.advance_calibrated(index, block)
+            write(index, new)
+            if index < layers - 1:
+                for stream in student_streams.values():
+                    for i in range(len(stream)):
+                        stream.advance(index, block, i)
+
+            done = LayerReport(
+                index, *probe.drift(), time.perf_counter() - began, groups, list(moments.norms)
+            )
+            report.layers.append(done)
+            report.kept |= _kept(block, layout, index)
+            progress.layer(done)
+    finally:
+        progress.stop()
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _see_expert(
+    teacher: nn.Module, index: int, stream: Stream, batch: int, layout: Layout, moments: TaskMoments
+) -> tuple[Kept, Kept]:
+    """Advance the expert's hidden states through its layer; keep what its linear modules are given, and made of it."""
+    inputs, outputs = Kept(), Kept()
+    leaders = [group.leader for group in layout.groups]
+    with tapped(teacher, leaders, inputs.__setitem__, moments.outputs, outputs.__setitem__):
+        stream.advance(index, teacher, batch)
+    return inputs, outputs
+
+
+def _see_student(
+    block: nn.Module,
+    index: int,
+    stream: Stream,
+    batch: int,
+    layout: Layout,
+    moments: TaskMoments,
+    expert: tuple[Kept, Kept],
+    tokens: Tokens,
+) -> None:
+    """Run the student's layer up to its last captured input; moments grow as the forward goes."""
+    hidden, calls = stream.load(batch)
+    taps = [*(group.leader for group in layout.groups), *moments.norms]
+    with tapped(
+        block,
+        {*taps, layout.last},
+        lambda name, x: moments.add(name, x, *expert, tokens),
+        stop_at=layout.last,
+    ):
+        calls.run(index, block, hidden)
+
+
+def _load(block: nn.Module, update: Update) -> dict[str, Tensor]:
+    """Put a layer's new parameters into `block`, all at once, and return them in the block's dtypes."""
+    parameters = dict(block.named_parameters())
+    new = {name: value.to(parameters[name].dtype) for name, value in update.parameters.items()}
+    for name, value in new.items():
+        parameters[name].copy_(value)
+    return {name: value.cpu() for name, value in new.items()}
+
+
+def _group_reports(
+    layout: Layout, moments: TaskMoments, update: Update, merged: nn.Module
+) -> list[GroupReport]:
+    before = dict(merged.named_parameters())
+    reports = []
+    for group in layout.groups:
+        names = [f"{name}.weight" for name in group.modules]
+        change = torch.stack(
+            [(update.parameters[name] - before[name].float()).norm() for name in names]
+        ).norm()
+        size = torch.stack([before[name].float().norm() for name in names]).norm().clamp_min(1e-30)
+        space = "output" if moments.groups[group.leader].output_space else "input"
+        reports.append(
+            GroupReport(
+                modules=list(group.modules),
+                in_features=group.in_features,
+                out_features=sum(group.out_features),
+                space=space,
+                solver=update.solver[group.leader],
+                change=float(change / size),
+            )
+        )
+    return reports
+
+
+def _kept(block: nn.Module, layout: Layout, index: int) -> dict[str, str]:
+    """Linear weights of the layer that its forward never reached."""
+    calibrated = {name for group in layout.groups for name in group.modules}
+    linears = [name for name, module in block.named_modules() if type(module) is nn.Linear]
+    return {
+        f"{index}.{name}": "not used by the layer's forward" for name in linears if name not in calibrated
+    }
+
+
+def _check_tasks(experts: Mapping[str, Source], batches: Mapping[str, Batches]) -> None:
+    if not experts:
+        raise DataError("no experts: at least one is needed")
+    for task in experts.keys() ^ batches.keys():
+        there = "an expert but no batches" if task in experts else "batches but no expert"
+        raise DataError(f"task {task}: found {there}; experts and batches must name the same tasks")
+    for task, items in batches.items():
+        if not items:
+            raise DataError(f"task {task}: found no batch, expected at least one")

@@ -1,0 +1,103 @@
+"""Upstream mergers that stream: a merged checkpoint that exists one read at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featcal_fast.checkpoints import Checkpoint, TensorInfo, canonical
+from featcal_fast.errors import ModelMismatchError
+
+
+def _average(base: Tensor, experts: Iterable[Tensor], scaling: float, count: int) -> Tensor:
+    total = torch.zeros_like(base)
+    for expert in experts:
+        total += expert
+    return total / count
+
+
+def _task_arithmetic(base: Tensor, experts: Iterable[Tensor], scaling: float, count: int) -> Tensor:
+    total = torch.zeros_like(base)
+    for expert in experts:
+        total += expert - base
+    return base + scaling * total
+
+
+METHODS: dict[str, Callable[[Tensor, Iterable[Tensor], float, int], Tensor]] = {
+    "average": _average,
+    "task_arithmetic": _task_arithmetic,
+}
+
+
+class MergedCheckpoint:
+    """`base` and `experts` merged on the fly; takes the base's layout, config and side files.
+
+    Sums are float32 whatever the checkpoints' dtype, in the order of `experts`. Tensors that are not floating point
+    keep the base's values.
+
+    Args:
+        base: gives names, shapes, dtypes and shards.
+        experts: by task.
+        method: `average`, the mean of the experts, or `task_arithmetic`, base + scaling * sum (expert - base).
+        scaling: of task arithmetic.
+
+    Raises:
+        ModelMismatchError: an expert lacks a tensor of the base, or has it in another shape.
+    """
+
+    label = "merged model"
+
+    def __init__(
+        self, base: Checkpoint, experts: Mapping[str, Checkpoint], method: str, scaling: float
+    ) -> None:
+        self.base, self.experts = base, experts
+        self.method, self.scaling = METHODS[method], scaling
+        self.tensors: dict[str, TensorInfo] = base.tensors
+        for expert in experts.values():
+            for name, info in base.tensors.items():
+                if info.dtype.is_floating_point:
+                    self._check(expert, name, info)
+
+    @property
+    def config(self) -> Any:
+        return self.base.config
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        return self.base.names
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, merged; one tensor of every expert is in memory at a time."""
+        merged = {}
+        for name in names:
+            base = self.base.read([name])[name]
+            if base.is_floating_point():
+                experts = (self._expert_tensor(expert, name) for expert in self.experts.values())
+                base = self.method(base.float(), experts, self.scaling, len(self.experts)).to(base.dtype)
+            merged[name] = base
+        return merged
+
+    def side_files(self) -> list[Path]:
+        return self.base.side_files()
+
+    def _expert_tensor(self, expert: Checkpoint, name: str) -> Tensor:
+        own = expert.names[canonical(name)]
+        return expert.read([own])[own].float()
+
+    def _check(self, expert: Checkpoint, name: str, info: TensorInfo) -> None:
+        own = expert.names.get(canonical(name))
+        if own is None:
+            raise ModelMismatchError(
+                f"{expert.label}: {expert.path} has no tensor {name}, which {self.base.label} ({self.base.path}) has; experts to be "
+                "merged must have the base's architecture"
+            )
+        if expert.tensors[own].shape != info.shape:
+            raise ModelMismatchError(
+                f"{expert.label}: tensor {own} in {expert.path / expert.tensors[own].file} has shape {expert.tensors[own].shape}, "
+                f"expected the base's {info.shape}"
+            )

@@ -1,0 +1,24 @@
+"""What the loop tells whoever is watching."""
+
+from __future__ import annotations
+
+from featcal_fast.report import LayerReport
+
+
+class Progress:
+    """Receives a run's events; this one ignores them. The command line has one that draws."""
+
+    def start(self, layers: int, tokens: int) -> None:
+        """A run begins: so many layers, so many tokens a layer (all tasks, student and expert counted once)."""
+
+    def task(self, layer: int, task: str) -> None:
+        """A task's turn in a layer begins."""
+
+    def tokens(self, count: int) -> None:
+        """So many more tokens of the layer are done."""
+
+    def layer(self, report: LayerReport) -> None:
+        """A layer is done."""
+
+    def stop(self) -> None:
+        """The run ended, well or badly."""

@@ -1,0 +1,150 @@
+"""What happened: JSON, a table, a plot."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from featcal_fast.errors import FeatCalError
+from featcal_fast.settings import Settings
+from featcal_fast.version import __version__
+
+
+@dataclass
+class GroupReport:
+    """One input group of a layer.
+
+    Attributes:
+        modules: linear modules that shared moments.
+        in_features, out_features: of their weights; `out_features` is the sum.
+        space: `input` or `output`, where the right-hand side was accumulated (design 3.4).
+        solver: precision of the solve, and what the ladder had to add to the diagonal.
+        change: `||W' - W_merged||_F / ||W_merged||_F` over the group's weights.
+    """
+
+    modules: list[str]
+    in_features: int
+    out_features: int
+    space: str
+    solver: str
+    change: float
+
+
+@dataclass
+class LayerReport:
+    """One layer: drift to the experts before and after (see `drift.py`), seconds, what was solved."""
+
+    index: int
+    drift_before: float
+    drift_after: float
+    seconds: float
+    groups: list[GroupReport]
+    norms: list[str]
+
+
+@dataclass
+class Report:
+    """Everything that a run has to say for itself.
+
+    Attributes:
+        settings: the constants used.
+        tokens: calibration tokens that counted, by task.
+        layers: one entry a calibrated layer.
+        kept: linear weights that keep their merged values, each with the reason.
+        seconds: wall clock of the whole run.
+        recipe: the job, where there was a recipe.
+        out: the folder written, where there is one.
+    """
+
+    settings: Settings
+    family: str
+    device: str
+    tokens: dict[str, int]
+    layers: list[LayerReport] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    recipe: dict[str, Any] | None = None
+    out: str | None = None
+    versions: dict[str, str] = field(default_factory=lambda: _versions())
+
+    @property
+    def calibrated(self) -> int:
+        """Number of linear weights calibrated."""
+        return sum(len(group.modules) for layer in self.layers for group in layer.groups)
+
+    def to_json(self) -> str:
+        counts = {"calibrated_weights": self.calibrated, "linear_weights": self.calibrated + len(self.kept)}
+        return json.dumps({**asdict(self), **counts}, indent=2) + "\n"
+
+    def summary(self) -> str:
+        """One line: how many weights, how long, how much drift is left."""
+        last = self.layers[-1]
+        total = self.calibrated + len(self.kept)
+        return (
+            f"{self.calibrated} of {total} linear weights calibrated in {self.seconds:.1f} s; drift after the last layer "
+            f"{last.drift_before:.3f} -> {last.drift_after:.3f}"
+        )
+
+    def table(self) -> Table:
+        """A layer a row, for a terminal."""
+        table = Table(
+            title="Feature drift to the experts", caption="||H - H_expert|| / ||H_expert||, mean over tasks"
+        )
+        for name in ("layer", "before", "after", "weight change", "seconds"):
+            table.add_column(name, justify="right")
+        for layer in self.layers:
+            change = max((group.change for group in layer.groups), default=0.0)
+            cells = (
+                f"{layer.drift_before:.4f}",
+                f"{layer.drift_after:.4f}",
+                f"{change:.1%}",
+                f"{layer.seconds:.2f}",
+            )
+            table.add_row(str(layer.index), *cells)
+        return table
+
+    def plot(self, path: str | Path) -> None:
+        """Draw drift a layer, before and after, as a PNG, PDF or SVG.
+
+        Raises:
+            FeatCalError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise FeatCalError("plots need matplotlib: pip install 'featcal-fast[demo]'") from error
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained", dpi=150)
+        axes = figure.subplots()
+        layers = [layer.index for layer in self.layers]
+        axes.plot(
+            layers, [layer.drift_before for layer in self.layers], "o-", color="#b0413e", label="merged"
+        )
+        axes.plot(
+            layers, [layer.drift_after for layer in self.layers], "o-", color="#2a6f97", label="calibrated"
+        )
+        axes.set(
+            xlabel="layer",
+            ylabel="drift to the experts",
+            ylim=(0, None),
+            xticks=layers[:: max(1, len(layers) // 16)],
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        figure.savefig(path)
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "featcal_fast": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

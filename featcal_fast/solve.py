@@ -1,0 +1,158 @@
+"""Solve a layer: batched ridge systems in place, then biases and LayerNorm affines.
+
+The ladder, a system at a time, when a factorisation fails:
+
+    1. Cholesky in the chosen precision (design 3.7), in place in the accumulated buffer.
+    2. Cholesky in float64, of the same system.
+    3. float64 with the diagonal raised, tenfold each time, from 1e-7 of its mean; what was added is reported.
+    4. SolveError. A result that is not finite is a SolveError at once: no ladder mends NaN features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from featcal_fast.errors import SolveError
+from featcal_fast.moments import GroupSystem, LayerSystem, NormSums, TaskMoments
+from featcal_fast.settings import Settings
+
+MAX_CONDITION_FLOAT32 = 1e4  # beyond this bound on cond(A), float32's 6e-8 leaves too few digits
+RAISES = (1e-7, 1e-6, 1e-5, 1e-4)  # of the mean of the diagonal
+
+
+@dataclass
+class Update:
+    """A layer's new parameters by name, float32, and how each group was solved."""
+
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    solver: dict[str, str] = field(
+        default_factory=dict
+    )  # group leader -> "float32", "float64", "float64 + 1e-07"
+
+
+def solve_dtype(settings: Settings, tasks: int) -> torch.dtype:
+    """The arithmetic of the solve: each task's scaled moment has norm 1, so cond(A) <= (tasks + lambda) / lambda."""
+    if settings.solve_dtype != "auto":
+        return getattr(torch, settings.solve_dtype)
+    ridge = settings.ridge_lambda + settings.covariance_eps
+    return torch.float32 if (tasks + ridge) / ridge <= MAX_CONDITION_FLOAT32 else torch.float64
+
+
+def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
+    """Solve a layer's systems, in place in `layer`'s buffers (they are used up).
+
+    Args:
+        layer: complete sums.
+        scratch: the layer's task moments; their `s` buffers, free by now, hold copies of the systems for the ladder.
+        tasks: how many tasks were folded.
+
+    Raises:
+        SolveError: names the modules; not finite, or not positive definite at the ladder's end.
+    """
+    settings, update = layer.settings, Update()
+    dtype = solve_dtype(settings, tasks)
+    backups = {system.group.leader: scratch.groups[system.group.leader].s for system in layer.systems}
+    for system in layer.systems:
+        system.a.diagonal().add_(settings.ridge_lambda + settings.covariance_eps)
+        backups[system.group.leader].copy_(system.a)
+        for name, rows in system.rows().items():
+            system.r[rows].sub_(layer.anchor[f"{name}.weight"], alpha=settings.covariance_eps)
+
+    infos = {}
+    if dtype == torch.float32:
+        for size, stack in layer.stacks.items():
+            infos[size] = torch.empty(len(stack), dtype=torch.int32, device=stack.device)
+            # Upper triangle of the row-major stack = lower one of its column-major view: factored where it lies.
+            torch.linalg.cholesky_ex(stack.mT, out=(stack.mT, infos[size]))
+    failed = _failed(layer, infos)
+    for system in layer.systems:
+        leader = system.group.leader
+        if dtype == torch.float64 or leader in failed:
+            update.solver[leader] = _solve_float64(system, backups[leader])
+        else:
+            torch.cholesky_solve(system.r.mT, system.a.mT, out=system.r.mT)
+            update.solver[leader] = "float32"
+
+    _check_finite(layer.systems)
+    for system in layer.systems:
+        for name, rows in system.rows().items():
+            weight = system.r[rows].add_(layer.anchor[f"{name}.weight"])
+            update.parameters[f"{name}.weight"] = weight
+            if name in system.biases:
+                update.parameters[f"{name}.bias"] = _solve_bias(layer, system, name, weight)
+    for name, sums in layer.norms.items():
+        anchor = layer.anchor[f"{name}.weight"].double(), layer.anchor[f"{name}.bias"].double()
+        gamma, beta = solve_layernorm(sums, *anchor, settings)
+        update.parameters |= {f"{name}.weight": gamma, f"{name}.bias": beta}
+    return update
+
+
+def _failed(layer: LayerSystem, infos: dict[int, Tensor]) -> set[str]:
+    """Leaders of the groups whose factorisation stopped: one read of the device for the whole layer."""
+    if not infos:
+        return set()
+    order = [
+        system.group.leader for size in infos for system in layer.systems if system.group.in_features == size
+    ]
+    flags = torch.cat(list(infos.values())).tolist()
+    return {leader for leader, info in zip(order, flags, strict=True) if info != 0}
+
+
+def _solve_float64(system: GroupSystem, backup: Tensor) -> str:
+    """Steps 2 and 3 of the ladder; the solution overwrites `system.r`."""
+    mean = backup.diagonal().double().mean()
+    for extra in (0.0, *RAISES):
+        a = backup.double()
+        a.diagonal().add_(extra * mean)
+        info = torch.empty((), dtype=torch.int32, device=a.device)
+        torch.linalg.cholesky_ex(a.mT, out=(a.mT, info))
+        if int(info) == 0:
+            system.r.copy_(torch.cholesky_solve(system.r.double().mT, a.mT).mT)
+            return "float64" if extra == 0 else f"float64, diagonal raised by {extra:.0e} of its mean"
+    if not bool(backup.triu().isfinite().all()):
+        raise SolveError(_not_finite(system))
+    raise SolveError(
+        f"{', '.join(system.group.modules)}: the ridge system is not positive definite, even with its diagonal raised by "
+        f"{RAISES[-1]:.0e} of its mean; use a larger ridge_lambda or more samples"
+    )
+
+
+def _check_finite(systems: list[GroupSystem]) -> None:
+    finite = torch.stack([system.r.isfinite().all() for system in systems]).tolist()
+    for system, ok in zip(systems, finite, strict=True):
+        if not ok:
+            raise SolveError(_not_finite(system))
+
+
+def _not_finite(system: GroupSystem) -> str:
+    return (
+        f"{', '.join(system.group.modules)}: the features of these modules are not finite (NaN or Inf), so no weight can be "
+        "solved for; check the models' activations on the calibration data (float16 overflows: try bfloat16 checkpoints)"
+    )
+
+
+def _solve_bias(layer: LayerSystem, system: GroupSystem, name: str, weight: Tensor) -> Tensor:
+    """`b = (sum_t w_t (b_t + W_t m_t - W m_s) + lambda b_a) / (sum_t w_t + lambda)`, float64 inside."""
+    sums, ridge = system.biases[name], layer.settings.ridge_lambda
+    target = sums.target - weight.double() @ sums.student + ridge * layer.anchor[f"{name}.bias"].double()
+    return (target / (sums.weight + ridge).clamp_min(torch.finfo(torch.float32).eps)).float()
+
+
+def solve_layernorm(sums: NormSums, gamma: Tensor, beta: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """The two-by-two system of each channel (design section 2).
+
+    Args:
+        sums: over tasks, float64.
+        gamma, beta: the anchor, `[width]` float64.
+
+    Returns:
+        Weight and bias, `[width]` float32.
+    """
+    ridge = settings.ridge_lambda
+    a11, a12, a22 = sums.energy + ridge, sums.mean, sums.tasks + ridge
+    r1, r2 = sums.target_weight + ridge * gamma, sums.target_bias + ridge * beta
+    det = (a11 * a22 - a12.square()).clamp_min(settings.covariance_eps)
+    return ((a22 * r1 - a12 * r2) / det).float(), ((a11 * r2 - a12 * r1) / det).float()

@@ -1,0 +1,54 @@
+"""Which tokens of a batch count, and how much: the diagonal D of the method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from featcal_fast.models.family import LastLayerWeights
+
+
+class Tokens:
+    """The tokens of one batch `[batch, tokens, ...]`: padding never counts, and a last layer may weigh the rest less.
+
+    Args:
+        batch: the model's keyword arguments; an `attention_mask` `[batch, tokens]` marks padding with 0.
+        shape: `(batch, tokens)` of the hidden states.
+        device: where features will be.
+    """
+
+    def __init__(self, batch: Mapping[str, Tensor], shape: tuple[int, int], device: torch.device) -> None:
+        self.shape = shape
+        mask = batch.get("attention_mask")
+        valid = None if mask is None else mask.reshape(-1).cpu() != 0
+        if valid is not None and (bool(valid.all()) or valid.numel() != shape[0] * shape[1]):
+            valid = None
+        self._index = None if valid is None else valid.nonzero()[:, 0]
+        self._index_on_device = None if self._index is None else self._index.to(device)
+        self._device = device
+
+    @property
+    def count(self) -> int:
+        """Tokens that count."""
+        return self.shape[0] * self.shape[1] if self._index is None else len(self._index)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The features of the tokens that count: `[batch, tokens, d] -> [count, d]`, a view where nothing is padded."""
+        if x.shape[:2] != self.shape:
+            raise ValueError(
+                f"features of shape {tuple(x.shape)} do not belong to a batch of {self.shape} tokens"
+            )
+        x = x.reshape(-1, x.shape[-1])
+        return x if self._index_on_device is None else x.index_select(0, self._index_on_device)
+
+    def weights(self, rule: LastLayerWeights | None) -> tuple[Tensor | None, float]:
+        """The diagonal of D as `[count]` float32 on the device, None where it is all ones, and its sum."""
+        if rule is None:
+            return None, float(self.count)
+        weights = torch.full(self.shape, rule.rest, dtype=torch.float32)
+        weights[:, 0] = 1.0
+        flat = weights.reshape(-1)
+        flat = flat if self._index is None else flat[self._index]
+        return flat.to(self._device), float(flat.double().sum())
