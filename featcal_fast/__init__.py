@@ -1,8 +1,25 @@
 """featcal_fast: repair merged models by FeatCal feature calibration (arXiv 2605.13030), streamed layer by layer."""
 
+from featcal_fast import reference
 from featcal_fast.calibrate import calibrate_model
 from featcal_fast.errors import FeatCalError
+from featcal_fast.job import calibrate, merge
+from featcal_fast.recipe import ExpertRecipe, MergeRecipe, Recipe
+from featcal_fast.report import Report
 from featcal_fast.settings import PRESETS, Settings
 from featcal_fast.version import __version__
 
-__all__ = ["PRESETS", "FeatCalError", "Settings", "__version__", "calibrate_model"]
+__all__ = [
+    "PRESETS",
+    "ExpertRecipe",
+    "FeatCalError",
+    "MergeRecipe",
+    "Recipe",
+    "Report",
+    "Settings",
+    "__version__",
+    "calibrate",
+    "calibrate_model",
+    "merge",
+    "reference",
+]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from featcal_fast.errors import DataError, FeatCalError
 from featcal_fast.models.stepping import BatchCalls, move
 from featcal_fast.sources import Source
 
@@ -16,17 +17,31 @@ class Stream:
 
     Args:
         source: the model, whose own forward gives the states that enter block 0.
+        task: its name.
         batches: the task's batches.
         device: where blocks run.
+
+    Raises:
+        DataError: the model cannot take a batch.
     """
 
-    def __init__(self, source: Source, batches: Sequence[Mapping[str, Tensor]], device: torch.device) -> None:
+    def __init__(
+        self, source: Source, task: str, batches: Sequence[Mapping[str, Tensor]], device: torch.device
+    ) -> None:
         self.device = device
         self._hidden: list[Tensor] = []
         self._calls: list[BatchCalls] = []
         host = torch.device("cpu")
-        for batch in batches:
-            hidden, calls = source.first_hidden(batch)
+        for number, batch in enumerate(batches):
+            try:
+                hidden, calls = source.first_hidden(batch)
+            except FeatCalError:
+                raise
+            except Exception as error:  # whatever the model makes of inputs that are not its own
+                found = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
+                raise DataError(
+                    f"task {task}, batch {number}: the {source.label} cannot take the inputs {found}: {error}"
+                ) from error
             self._hidden.append(hidden.to(host))
             self._calls.append(move(calls, host))
 

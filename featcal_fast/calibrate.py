@@ -102,8 +102,8 @@ def calibrate_source(
     _check_tasks(experts, batches)
     check_same_architecture(student, {"base": base, **experts})
 
-    student_streams = {task: Stream(student, batches[task], device) for task in experts}
-    expert_streams = {task: Stream(expert, batches[task], device) for task, expert in experts.items()}
+    student_streams = {task: Stream(student, task, batches[task], device) for task in experts}
+    expert_streams = {task: Stream(expert, task, batches[task], device) for task, expert in experts.items()}
     probe = Probe(student, experts, batches, device)
     for source in (student, *experts.values()):
         source.end_first_hidden()
@@ -148,9 +148,7 @@ def calibrate_source(
                     for i in range(len(stream)):
                         stream.advance(index, block, i)
 
-            done = LayerReport(
-                index, *probe.drift(), time.perf_counter() - began, groups, list(moments.norms)
-            )
+            done = LayerReport(index, *probe.drift(), time.perf_counter() - began, groups, list(moments.norms))
             report.layers.append(done)
             report.kept |= _kept(block, layout, index)
             progress.layer(done)
@@ -202,16 +200,12 @@ def _load(block: nn.Module, update: Update) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in new.items()}
 
 
-def _group_reports(
-    layout: Layout, moments: TaskMoments, update: Update, merged: nn.Module
-) -> list[GroupReport]:
+def _group_reports(layout: Layout, moments: TaskMoments, update: Update, merged: nn.Module) -> list[GroupReport]:
     before = dict(merged.named_parameters())
     reports = []
     for group in layout.groups:
         names = [f"{name}.weight" for name in group.modules]
-        change = torch.stack(
-            [(update.parameters[name] - before[name].float()).norm() for name in names]
-        ).norm()
+        change = torch.stack([(update.parameters[name] - before[name].float()).norm() for name in names]).norm()
         size = torch.stack([before[name].float().norm() for name in names]).norm().clamp_min(1e-30)
         space = "output" if moments.groups[group.leader].output_space else "input"
         reports.append(
@@ -231,9 +225,7 @@ def _kept(block: nn.Module, layout: Layout, index: int) -> dict[str, str]:
     """Linear weights of the layer that its forward never reached."""
     calibrated = {name for group in layout.groups for name in group.modules}
     linears = [name for name, module in block.named_modules() if type(module) is nn.Linear]
-    return {
-        f"{index}.{name}": "not used by the layer's forward" for name in linears if name not in calibrated
-    }
+    return {f"{index}.{name}": "not used by the layer's forward" for name in linears if name not in calibrated}
 
 
 def _check_tasks(experts: Mapping[str, Source], batches: Mapping[str, Batches]) -> None:

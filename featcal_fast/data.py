@@ -297,7 +297,10 @@ def _load_image_processor(source: object, folders: Sequence[Path]) -> Any:
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     for folder in map(Path, folders):
-        if (folder / "preprocessor_config.json").is_file():
+        nested = folder / "processor_config.json"  # where a processor of texts and images is saved since v5
+        if (folder / "preprocessor_config.json").is_file() or (
+            nested.is_file() and "image_processor" in nested.read_text(encoding="utf-8")
+        ):
             return _from_pretrained(AutoImageProcessor, folder)
     raise DataError(
         f"{source}: found no image processor in {_list(folders)}; copy the checkpoint's "

@@ -36,9 +36,9 @@ class Probe:
         self._tokens: dict[str, Tokens] = {}
         for task, expert in experts.items():
             batch = {name: tensor[:PROBE_SAMPLES] for name, tensor in batches[task][0].items()}
-            self._merged[task] = Stream(student, [batch], device)
-            self._calibrated[task] = Stream(student, [batch], device)
-            self._expert[task] = Stream(expert, [batch], device)
+            self._merged[task] = Stream(student, task, [batch], device)
+            self._calibrated[task] = Stream(student, task, [batch], device)
+            self._expert[task] = Stream(expert, task, [batch], device)
             self._tokens[task] = Tokens(batch, self._expert[task].shape(0), device)
 
     def sample(self, task: str) -> tuple[Tensor, BatchCalls]:

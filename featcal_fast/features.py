@@ -91,9 +91,7 @@ class Kept(dict[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         x = super().__getitem__(name)
         if x._version != self._versions[name]:
-            raise RuntimeError(
-                f"the block overwrites the input of {name} in place: its features cannot be kept"
-            )
+            raise RuntimeError(f"the block overwrites the input of {name} in place: its features cannot be kept")
         return x
 
 

@@ -52,9 +52,7 @@ class MergedCheckpoint:
 
     label = "merged model"
 
-    def __init__(
-        self, base: Checkpoint, experts: Mapping[str, Checkpoint], method: str, scaling: float
-    ) -> None:
+    def __init__(self, base: Checkpoint, experts: Mapping[str, Checkpoint], method: str, scaling: float) -> None:
         self.base, self.experts = base, experts
         self.method, self.scaling = METHODS[method], scaling
         self.tensors: dict[str, TensorInfo] = base.tensors

@@ -119,9 +119,7 @@ class NormMoments:
 class TaskMoments:
     """The scratch moments of a layer for one task; reused from task to task."""
 
-    def __init__(
-        self, layout: Layout, block: nn.Module, tokens: int, settings: Settings, device: torch.device
-    ) -> None:
+    def __init__(self, layout: Layout, block: nn.Module, tokens: int, settings: Settings, device: torch.device) -> None:
         self.layout = layout
         self.settings = settings
         self.groups = {group.leader: GroupMoments(group, tokens, device) for group in layout.groups}
@@ -131,9 +129,7 @@ class TaskMoments:
     @property
     def outputs(self) -> list[str]:
         """Modules whose outputs in the expert are needed: those of the groups in output space."""
-        return [
-            name for moments in self.groups.values() if moments.output_space for name in moments.group.modules
-        ]
+        return [name for moments in self.groups.values() if moments.output_space for name in moments.group.modules]
 
     def reset(self) -> None:
         for moments in (*self.groups.values(), *self.norms.values()):
@@ -241,13 +237,9 @@ class LayerSystem:
         for name, scratch in moments.norms.items():
             self._fold_norm(name, scratch, parameters)
 
-    def _fold_group(
-        self, system: GroupSystem, scratch: GroupMoments, expert: Mapping[str, Tensor], task: str
-    ) -> None:
+    def _fold_group(self, system: GroupSystem, scratch: GroupMoments, expert: Mapping[str, Tensor], task: str) -> None:
         if scratch.n <= 0:
-            raise SolveError(
-                f"task {task}: no token counts (every position is padding); check its attention_mask"
-            )
+            raise SolveError(f"task {task}: no token counts (every position is padding); check its attention_mask")
         alpha, eps = self.settings.teacher_alpha, self.settings.covariance_eps
         s, t = symmetrize_(scratch.s), scratch.t
         task_weight = (frobenius(s) / scratch.n).clamp_min(eps).reciprocal()  # on the device: no host sync

@@ -93,9 +93,7 @@ class Report:
 
     def table(self) -> Table:
         """A layer a row, for a terminal."""
-        table = Table(
-            title="Feature drift to the experts", caption="||H - H_expert|| / ||H_expert||, mean over tasks"
-        )
+        table = Table(title="Feature drift to the experts", caption="||H - H_expert|| / ||H_expert||, mean over tasks")
         for name in ("layer", "before", "after", "weight change", "seconds"):
             table.add_column(name, justify="right")
         for layer in self.layers:
@@ -122,12 +120,8 @@ class Report:
         figure = Figure(figsize=(6.4, 3.6), layout="constrained", dpi=150)
         axes = figure.subplots()
         layers = [layer.index for layer in self.layers]
-        axes.plot(
-            layers, [layer.drift_before for layer in self.layers], "o-", color="#b0413e", label="merged"
-        )
-        axes.plot(
-            layers, [layer.drift_after for layer in self.layers], "o-", color="#2a6f97", label="calibrated"
-        )
+        axes.plot(layers, [layer.drift_before for layer in self.layers], "o-", color="#b0413e", label="merged")
+        axes.plot(layers, [layer.drift_after for layer in self.layers], "o-", color="#2a6f97", label="calibrated")
         axes.set(
             xlabel="layer",
             ylabel="drift to the experts",

@@ -53,19 +53,13 @@ class Settings:
         if self.ridge_lambda < 0:
             raise RecipeError(f"settings.ridge_lambda: found {self.ridge_lambda}, expected 0 or more")
         if not 0 <= self.teacher_alpha <= 1:
-            raise RecipeError(
-                f"settings.teacher_alpha: found {self.teacher_alpha}, expected a value in [0, 1]"
-            )
+            raise RecipeError(f"settings.teacher_alpha: found {self.teacher_alpha}, expected a value in [0, 1]")
         if self.covariance_eps <= 0:
             raise RecipeError(f"settings.covariance_eps: found {self.covariance_eps}, expected more than 0")
         if self.moment_dtype not in MOMENT_DTYPES:
-            raise RecipeError(
-                f"settings.moment_dtype: found {self.moment_dtype!r}, expected one of {MOMENT_DTYPES}"
-            )
+            raise RecipeError(f"settings.moment_dtype: found {self.moment_dtype!r}, expected one of {MOMENT_DTYPES}")
         if self.solve_dtype not in SOLVE_DTYPES:
-            raise RecipeError(
-                f"settings.solve_dtype: found {self.solve_dtype!r}, expected one of {SOLVE_DTYPES}"
-            )
+            raise RecipeError(f"settings.solve_dtype: found {self.solve_dtype!r}, expected one of {SOLVE_DTYPES}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:

@@ -28,9 +28,7 @@ class Update:
     """A layer's new parameters by name, float32, and how each group was solved."""
 
     parameters: dict[str, Tensor] = field(default_factory=dict)
-    solver: dict[str, str] = field(
-        default_factory=dict
-    )  # group leader -> "float32", "float64", "float64 + 1e-07"
+    solver: dict[str, str] = field(default_factory=dict)  # group leader -> "float32", "float64", "float64 + 1e-07"
 
 
 def solve_dtype(settings: Settings, tasks: int) -> torch.dtype:
@@ -94,9 +92,7 @@ def _failed(layer: LayerSystem, infos: dict[int, Tensor]) -> set[str]:
     """Leaders of the groups whose factorisation stopped: one read of the device for the whole layer."""
     if not infos:
         return set()
-    order = [
-        system.group.leader for size in infos for system in layer.systems if system.group.in_features == size
-    ]
+    order = [system.group.leader for size in infos for system in layer.systems if system.group.in_features == size]
     flags = torch.cat(list(infos.values())).tolist()
     return {leader for leader, info in zip(order, flags, strict=True) if info != 0}
 

@@ -50,9 +50,7 @@ class ModuleSource:
     def first_hidden(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, BatchCalls]:
         home = next(self.model.parameters()).device
         with _eval_mode(self.model):
-            hidden, calls = first_hidden(
-                self.model, self.blocks, move(dict(batch), home), self.family.forward_kwargs
-            )
+            hidden, calls = first_hidden(self.model, self.blocks, move(dict(batch), home), self.family.forward_kwargs)
         return move(hidden, self.device), move(calls, self.device)
 
     def end_first_hidden(self) -> None:
@@ -99,9 +97,7 @@ class CheckpointSource:
         return self.checkpoint.names[canonical(f"{self.path}.{index}.{name}")]
 
     def first_hidden(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, BatchCalls]:
-        return first_hidden(
-            self.model, self.blocks, move(dict(batch), self.device), self.family.forward_kwargs
-        )
+        return first_hidden(self.model, self.blocks, move(dict(batch), self.device), self.family.forward_kwargs)
 
     def end_first_hidden(self) -> None:
         for module in self._loaded:

@@ -37,9 +37,7 @@ class Tokens:
     def rows(self, x: Tensor) -> Tensor:
         """The features of the tokens that count: `[batch, tokens, d] -> [count, d]`, a view where nothing is padded."""
         if x.shape[:2] != self.shape:
-            raise ValueError(
-                f"features of shape {tuple(x.shape)} do not belong to a batch of {self.shape} tokens"
-            )
+            raise ValueError(f"features of shape {tuple(x.shape)} do not belong to a batch of {self.shape} tokens")
         x = x.reshape(-1, x.shape[-1])
         return x if self._index_on_device is None else x.index_select(0, self._index_on_device)
 

@@ -149,8 +149,11 @@ def test_without_a_usable_pad_token_padding_is_zero(write, bare, tmp_path):
     assert batch["input_ids"].tolist() == [[A, 0], [A + 1, A + 2]]
     assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]
     added = save_tokenizer(tmp_path / "added", wrapped=False, pad_token="<new>")  # id 15, one too many
-    assert load_batches(path, folders=[added])[0]["input_ids"][0, 1] == len(WORDS)
-    assert load_batches(path, folders=[added], vocab_size=len(WORDS))[0]["input_ids"][0, 1] == 0
+    (batch,) = load_batches(path, folders=[added])
+    assert batch["input_ids"].tolist() == [[A, len(WORDS)], [A + 1, A + 2]]
+    assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]
+    (batch,) = load_batches(path, folders=[added], vocab_size=len(WORDS))
+    assert batch["input_ids"].tolist() == [[A, 0], [A + 1, A + 2]]
 
 
 def test_the_draw_is_seeded_and_without_replacement(write, bare):
@@ -329,9 +332,9 @@ def test_negative_ids_are_refused_without_a_vocabulary_size(tmp_path):
 
 def test_images_are_found_in_subfolders_and_processed(tmp_path, vision):
     folder = tmp_path / "pictures"
-    colors = {"b/1.PNG": 255, "a/2.bmp": 0, "c.webp": 128}
-    for name, value in colors.items():
-        save_image(folder / name, (value,) * 3)
+    colors = {"b/1.PNG": (255, 0, 128), "a/2.bmp": (0, 255, 0), "c.webp": (255, 255, 255)}
+    for name, color in colors.items():
+        save_image(folder / name, color)
     save_image(folder / ".cache" / "old.png", (7, 7, 7))
     (folder / "labels.txt").write_text("not an image")
     (batch,) = load_batches(folder, folders=[tmp_path, vision])
@@ -339,9 +342,19 @@ def test_images_are_found_in_subfolders_and_processed(tmp_path, vision):
     pixels = batch["pixel_values"]
     assert (pixels.shape, pixels.dtype) == ((3, 3, 4, 4), torch.float32)
     drawn = torch.randperm(3, generator=torch.Generator().manual_seed(0)).tolist()
-    values = [colors[sorted(colors)[i]] for i in drawn]
-    expected = torch.tensor(values)[:, None, None, None] / 127.5 - 1
-    torch.testing.assert_close(pixels, expected.expand(3, 3, 4, 4), atol=0.02, rtol=0)
+    expected = torch.tensor([colors[sorted(colors)[i]] for i in drawn]) / 127.5 - 1
+    torch.testing.assert_close(pixels, expected[:, :, None, None].expand(3, 3, 4, 4), atol=0.02, rtol=0)
+
+
+def test_an_image_processor_inside_a_processor_config_is_found(tmp_path, vision):
+    save_image(tmp_path / "pictures" / "a.png", (255, 255, 255))
+    config = json.loads((vision / "preprocessor_config.json").read_text())
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "processor_config.json").write_text(json.dumps({"image_processor": config}))
+    (batch,) = load_batches(tmp_path / "pictures", folders=[tmp_path / "text", tmp_path / "both"])
+    torch.testing.assert_close(batch["pixel_values"], torch.ones(1, 3, 4, 4))
 
 
 def test_image_batches_are_deterministic(tmp_path, vision):
@@ -420,6 +433,12 @@ def test_a_saved_dataset_of_prompts_and_of_messages(save_dataset, chat):
     assert rows(load_batches(path, folders=[chat])) == [[BOS, *ids("user c")]]
 
 
+def test_a_format_set_on_a_saved_dataset_does_not_matter(datasets, tmp_path, chat):
+    dataset = datasets.Dataset.from_dict({"messages": [[{"role": "user", "content": "c"}]]})
+    dataset.with_format("numpy").save_to_disk(tmp_path / "saved")
+    assert rows(load_batches(tmp_path / "saved", folders=[chat])) == [[BOS, *ids("user c")]]
+
+
 def test_a_saved_dataset_of_token_ids(save_dataset):
     path = save_dataset(input_ids=[[1, 2, 3], [4]])
     (batch,) = load_batches(path, folders=[], max_length=1)
@@ -470,7 +489,7 @@ def test_a_folder_of_parquet_files_is_a_dataset_in_spite_of_a_picture(datasets, 
 
 def test_a_dataset_without_rows_is_named(datasets, tmp_path, bare):
     datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "tables" / "train.parquet")
-    with pytest.raises(DataError, match=r"tables: found zero samples"):
+    with pytest.raises(DataError, match=r"tables: cannot be read with the split 'train'.* no data"):
         load_batches(tmp_path / "tables", folders=[bare])
 
 

@@ -95,9 +95,7 @@ class Checkpoint:
     def __init__(self, path: Path, label: str) -> None:
         self.path, self.label = path, label
         if not path.is_dir():
-            raise CheckpointError(
-                f"{label}: {path} is not a folder; expected a model folder with config.json"
-            )
+            raise CheckpointError(f"{label}: {path} is not a folder; expected a model folder with config.json")
         if not (path / "config.json").is_file():
             if (path / "adapter_config.json").is_file():
                 raise UnsupportedModelError(
@@ -116,9 +114,7 @@ class Checkpoint:
         try:
             return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except (ValueError, OSError, KeyError) as error:
-            raise UnsupportedModelError(
-                f"{self.label}: {self.path / 'config.json'} cannot be used: {error}"
-            ) from error
+            raise UnsupportedModelError(f"{self.label}: {self.path / 'config.json'} cannot be used: {error}") from error
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -151,9 +147,7 @@ class Checkpoint:
 
     def side_files(self) -> list[Path]:
         """Everything beside the weights: config, tokenizer, generation config, chat template, ..."""
-        files = [
-            file for file in sorted(self.path.iterdir()) if file.is_file() and not file.name.startswith(".")
-        ]
+        files = [file for file in sorted(self.path.iterdir()) if file.is_file() and not file.name.startswith(".")]
         return [self._inside(file.name) for file in files if not file.name.endswith(WEIGHT_SUFFIXES)]
 
     def _read_headers(self) -> dict[str, TensorInfo]:
@@ -164,9 +158,7 @@ class Checkpoint:
             listed = self._read_index()
             files = sorted(set(listed.values()))
         else:
-            pickled = sorted(
-                file.name for file in self.path.iterdir() if file.suffix in (".bin", ".pt", ".pth")
-            )
+            pickled = sorted(file.name for file in self.path.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
             if pickled:
                 raise CheckpointError(
                     f"{self.label}: {self.path} has only pickled weights ({pickled[0]}), which are never opened because they "

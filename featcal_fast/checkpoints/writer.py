@@ -37,9 +37,7 @@ def check_output(out: Path, inputs: list[Path], nbytes: int) -> None:
         raise OutputError(f"out: {parent} cannot be written to; choose another folder")
     free = shutil.disk_usage(parent).free
     if free < nbytes:
-        raise OutputError(
-            f"out: {out} needs {nbytes / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB free"
-        )
+        raise OutputError(f"out: {out} needs {nbytes / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB free")
 
 
 class CheckpointWriter:
@@ -99,9 +97,7 @@ class CheckpointWriter:
                 file.seek(self._offsets[name])
                 file.write(data.reshape(-1).view(torch.uint8).numpy().data)
             except OSError as error:
-                raise OutputError(
-                    f"{self.partial / info.file}: {error.strerror}; nothing was left behind"
-                ) from error
+                raise OutputError(f"{self.partial / info.file}: {error.strerror}; nothing was left behind") from error
 
     def copy_rest(self, batch_bytes: int = 1 << 30) -> None:
         """Copy every tensor not written yet from the layout's own checkpoint."""

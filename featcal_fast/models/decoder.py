@@ -6,8 +6,7 @@ DECODER = Family(
     name="Llama-shaped decoder",
     blocks=("model.layers", "layers"),
     matches=lambda model: any(
-        submodule(model, f"{root}embed_tokens") is not None
-        and submodule(model, f"{root}rotary_emb") is not None
+        submodule(model, f"{root}embed_tokens") is not None and submodule(model, f"{root}rotary_emb") is not None
         for root in ("", "model.")
     ),
     forward_kwargs={"use_cache": False},

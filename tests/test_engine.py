@@ -1,0 +1,239 @@
+"""The engine against the float64 reference: exact to rounding, for every family, number of tasks and kind of parameter."""
+
+from __future__ import annotations
+
+import copy
+
+import pico
+import pytest
+import torch
+from torch import nn
+
+import featcal_fast as ff
+from featcal_fast import reference
+
+ROUNDING = 2.0**-24
+
+
+def update_errors(found: nn.Module, judge: nn.Module, merged: nn.Module) -> dict[str, tuple[float, float]]:
+    """`||P - P64|| / ||P64 - P_merged||` by parameter, with the share of it that storing in float32 may explain."""
+    errors = {}
+    for name, exact in judge.named_parameters():
+        start = merged.get_parameter(name).double()
+        update = (exact - start).norm()
+        if update > 0 and not torch.equal(exact.float(), start.float()):
+            error = (found.get_parameter(name).double() - exact).norm() / update
+            errors[name] = error.item(), (ROUNDING * exact.norm() / update).item()
+    return errors
+
+
+def calibrated(run, job: pico.Job, settings: ff.Settings) -> nn.Module:
+    merged = copy.deepcopy(job.merged)
+    run(merged, base=job.base, experts=job.experts, batches=job.batches, settings=settings)
+    return merged
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 8])
+@pytest.mark.parametrize("kind", ["clip", "llama"])
+def test_engine_matches_the_float64_reference_and_beats_the_float32_one(kind: str, tasks: int) -> None:
+    job, settings = pico.job(kind, tasks), ff.Settings(ridge_lambda=0.05)
+    judge = calibrated(reference.calibrate_model, job.double(), settings)
+    plain = calibrated(reference.calibrate_model, job.copy(), settings)
+    ours = calibrated(ff.calibrate_model, job, settings)
+
+    errors, plain_errors = update_errors(ours, judge, job.merged), update_errors(plain, judge, job.merged)
+    linear = {name for name in errors if "proj" in name or "fc" in name}
+    norms = {name for name in errors if "layer_norm" in name}
+    assert len(linear) == (3 * 12 if kind == "clip" else 3 * 7)
+    assert len(norms) == (3 * 4 if kind == "clip" else 0)
+    for name, (error, rounding) in errors.items():
+        if rounding < 1e-6:  # an update well above the parameter's own rounding
+            assert error <= 2e-5, f"{name}: {error:.1e}"
+            assert error <= plain_errors[name][0], f"{name}: {error:.1e} > {plain_errors[name][0]:.1e}"
+        assert error <= 2e-5 + 2 * rounding, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padding_never_counts(padding: str) -> None:
+    """A padded batch gives what its rows give one by one, unpadded."""
+    job = pico.job("llama", 2)
+    for task in job.batches:
+        job.batches[task] = pico.texts(3, seed=len(task), padding=padding)
+    alone = job.copy()
+    for task, batches in alone.batches.items():
+        alone.batches[task] = [
+            {"input_ids": row[mask.bool()][None]}
+            for batch in batches
+            for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+    a, b = (calibrated(ff.calibrate_model, each, ff.Settings()) for each in (job, alone))
+    for name, (error, _) in update_errors(a, copy.deepcopy(b).double(), job.merged).items():
+        assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+def test_token_weights_of_clips_last_layer_split_its_groups() -> None:
+    job = pico.job("clip", 2)
+    report = ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches=job.batches)
+    first = {frozenset(group.modules) for group in report.layers[0].groups}
+    assert frozenset(f"self_attn.{x}_proj" for x in "qkv") in first
+    last = {frozenset(group.modules) for group in report.layers[-1].groups}
+    assert {frozenset({"self_attn.q_proj"}), frozenset({"self_attn.k_proj", "self_attn.v_proj"})} <= last
+
+
+def test_groups_come_from_the_tensor_not_the_name() -> None:
+    job = pico.job("llama", 1)
+    report = ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches=job.batches)
+    groups = {tuple(sorted(group.modules)): group for group in report.layers[0].groups}
+    assert set(groups) == {
+        ("self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    }
+    assert groups[("mlp.down_proj",)].space == "output"  # 160 -> 64: H is the cheaper one
+    assert groups[("mlp.gate_proj", "mlp.up_proj")].space == "input"
+    assert report.calibrated == 3 * 7
+    assert report.kept == {}
+
+
+def test_both_spaces_give_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, results = pico.job("clip", 2), []
+    judge = calibrated(reference.calibrate_model, job.double(), ff.Settings())
+    for choice in (True, False):
+        monkeypatch.setattr("featcal_fast.moments.output_space", lambda *_, choice=choice: choice)
+        results.append(calibrated(ff.calibrate_model, job, ff.Settings()))
+    for found in results:
+        for name, (error, rounding) in update_errors(found, judge, job.merged).items():
+            assert error < 2e-5 + 2 * rounding, f"{name}: {error:.1e}"
+
+
+def test_task_order_does_not_matter() -> None:
+    job = pico.job("llama", 3)
+    turned = job.copy()
+    turned.experts = dict(reversed(turned.experts.items()))
+    turned.batches = {task: turned.batches[task] for task in turned.experts}
+    a, b = (calibrated(ff.calibrate_model, each, ff.Settings()) for each in (job, turned))
+    errors = update_errors(a, copy.deepcopy(b).double(), job.merged)
+    assert len(errors) == 21
+    assert all(error < 1e-5 for error, _ in errors.values())
+
+
+def test_a_second_run_gives_the_same_bits() -> None:
+    job = pico.job("clip", 2)
+    a, b = (calibrated(ff.calibrate_model, job, ff.Settings()) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_batch_size_does_not_matter() -> None:
+    job = pico.job("clip", 2)
+    whole = job.copy()
+    whole.batches = {
+        task: [{"pixel_values": torch.cat([batch["pixel_values"] for batch in batches])}]
+        for task, batches in job.batches.items()
+    }
+    a, b = (calibrated(ff.calibrate_model, each, ff.Settings()) for each in (job, whole))
+    for name, (error, rounding) in update_errors(a, copy.deepcopy(b).double(), job.merged).items():
+        assert error < 1e-5 + 2 * rounding, f"{name}: {error:.1e}"
+
+
+def test_settings_switch_biases_and_layernorms_off() -> None:
+    job = pico.job("clip", 2)
+    found = calibrated(ff.calibrate_model, job, ff.Settings(calibrate_bias=False, calibrate_layernorm=False))
+    changed = {name for name, p in found.named_parameters() if not torch.equal(p, job.merged.get_parameter(name))}
+    assert changed == {name for name in changed if name.endswith(("proj.weight", "fc1.weight", "fc2.weight"))}
+    assert len(changed) == 3 * 6
+
+
+@pytest.mark.parametrize("lam", [1e-5, 1e-3, 0.0])
+def test_small_lambda_is_solved_in_float64(lam: float) -> None:
+    job = pico.job("llama", 2)
+    report = ff.calibrate_model(
+        job.merged, base=job.base, experts=job.experts, batches=job.batches, settings=ff.Settings(ridge_lambda=lam)
+    )
+    solvers = {group.solver for layer in report.layers for group in layer.groups}
+    assert solvers == ({"float32"} if lam == 1e-3 else {"float64"})
+    assert all(p.isfinite().all() for p in job.merged.parameters())
+
+
+def test_bfloat16_models_stay_near_the_exact_solution() -> None:
+    """Weights, features and results are bfloat16; sums and solve are not."""
+    job = pico.job("llama", 2)
+    for model in (job.base, job.merged, *job.experts.values()):
+        model.bfloat16()
+    judge = calibrated(reference.calibrate_model, job.double(), ff.Settings())
+    found = calibrated(ff.calibrate_model, job, ff.Settings())
+    assert {p.dtype for p in found.parameters()} == {torch.bfloat16}
+    for name, (error, _) in update_errors(found, judge, job.merged).items():
+        assert error < 0.1, f"{name}: {error:.1e}"
+
+
+def test_calibration_repairs() -> None:
+    """One expert: most of what separates its merge from it goes away (embeddings keep their merged values)."""
+    job = pico.job("llama", 1)
+    job.batches["task0"] = pico.texts(20, seed=7)
+    report = ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches=job.batches)
+    assert report.layers[-1].drift_after < 0.5 * report.layers[-1].drift_before
+
+
+def test_models_given_are_left_alone() -> None:
+    job = pico.job("clip", 2)
+    job.merged.train()
+    before = [copy.deepcopy(model.state_dict()) for model in (job.base, *job.experts.values())]
+    ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches=job.batches)
+    for model, state in zip((job.base, *job.experts.values()), before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in job.merged.modules())
+    assert "forward" not in job.merged.encoder.layers[0].__dict__
+
+
+def test_a_failed_run_leaves_the_merged_model_untouched() -> None:
+    job = pico.job("clip", 2)
+    with torch.no_grad():
+        job.experts["task1"].encoder.layers[2].mlp.fc1.weight[3, 4] = float("nan")
+    before = copy.deepcopy(job.merged.state_dict())
+    with pytest.raises(ff.FeatCalError, match=r"expert task1: block 2, mlp.fc1.weight holds NaN"):
+        ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches=job.batches)
+    assert all(torch.equal(value, before[name]) for name, value in job.merged.state_dict().items())
+
+
+def test_features_that_are_not_finite_are_named() -> None:
+    job = pico.job("clip", 1)
+    job.batches["task0"][1]["pixel_values"][0, 0, 0, 0] = float("inf")
+    with pytest.raises(ff.FeatCalError, match=r"self_attn.*not finite"):
+        ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches=job.batches)
+
+
+def test_tasks_must_agree() -> None:
+    job = pico.job("clip", 2)
+    with pytest.raises(ff.FeatCalError, match="task task1: found an expert but no batches"):
+        ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches={"task0": job.batches["task0"]})
+    with pytest.raises(ff.FeatCalError, match="task task1: found no batch"):
+        ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches={**job.batches, "task1": []})
+
+
+def test_models_must_have_one_architecture() -> None:
+    job = pico.job("llama", 2)
+    job.experts["task1"] = pico.llama(intermediate_size=96)
+    with pytest.raises(ff.FeatCalError, match=r"expert task1: block parameter 0.mlp.down_proj.weight is \(64, 96\)"):
+        ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches=job.batches)
+
+
+def test_unknown_models_are_refused() -> None:
+    job = pico.job("llama", 1)
+    with pytest.raises(ff.FeatCalError, match=r"merged model: found a Sequential, expected one of the families"):
+        ff.calibrate_model(nn.Sequential(nn.Linear(2, 2)), base=job.base, experts=job.experts, batches=job.batches)
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=50, num_local_experts=2,
+    )  # fmt: skip
+    with pytest.raises(ff.FeatCalError, match="mixture of experts"):
+        ff.calibrate_model(MixtralForCausalLM(config), base=job.base, experts=job.experts, batches=job.batches)
+
+
+def test_a_batch_that_the_model_cannot_take_names_its_task() -> None:
+    job = pico.job("clip", 2)
+    job.batches["task1"] = [{"input_ids": torch.zeros(2, 3, dtype=torch.long)}]
+    with pytest.raises(ff.FeatCalError, match=r"task task1, batch 0: .* cannot take .*input_ids"):
+        ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches=job.batches)
