@@ -93,14 +93,18 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _run(python: str, arguments: list[str]) -> dict[str, float]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    result = subprocess.run([python, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    result = subprocess.run(
+        [python, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from featcal_fast.errors import FeatCalError
 from featcal_fast.progress import Progress
@@ -145,7 +146,8 @@ class BarProgress(Progress):
         if not self._console.is_terminal:
             left = (time.perf_counter() - self._started) / (report.index + 1) * (self._layers - report.index - 1)
             self._console.print(
-                f"layer {report.index + 1}/{self._layers}: drift {report.drift_before:.4f} -> {report.drift_after:.4f}, "
+                f"layer {report.index + 1}/{self._layers}: drift {report.drift_before:.4f} -> "
+                f"{report.drift_after:.4f}, "
                 f"{report.seconds:.1f} s, {left:.0f} s left",
                 highlight=False,
             )

@@ -137,6 +137,7 @@ def _load_data(recipe: Recipe, models: _Models) -> dict[str, list[dict[str, Tens
     batches = {}
     for task, expert in recipe.experts.items():
         config, own = models.merged.config, models.experts[task]
+        vocabularies = [c.vocab_size for c in (config, own.config) if getattr(c, "vocab_size", None)]
         local = recipe.root / Path(expert.data).expanduser()
         folders = [getattr(models.merged, "path", models.base.path), own.path, models.base.path]
         batches[task] = load_batches(
@@ -147,6 +148,6 @@ def _load_data(recipe: Recipe, models: _Models) -> dict[str, list[dict[str, Tens
             batch_size=recipe.batch_size,
             seed=recipe.seed,
             max_positions=getattr(config, "max_position_embeddings", None),
-            vocab_size=min((getattr(c, "vocab_size", None) or 1 << 62) for c in (config, own.config)),
+            vocab_size=min(vocabularies, default=None),
         )
     return batches

@@ -91,11 +91,13 @@ class MergedCheckpoint:
         own = expert.names.get(canonical(name))
         if own is None:
             raise ModelMismatchError(
-                f"{expert.label}: {expert.path} has no tensor {name}, which {self.base.label} ({self.base.path}) has; experts to be "
+                f"{expert.label}: {expert.path} has no tensor {name}, which {self.base.label} "
+                f"({self.base.path}) has; experts to be "
                 "merged must have the base's architecture"
             )
         if expert.tensors[own].shape != info.shape:
             raise ModelMismatchError(
-                f"{expert.label}: tensor {own} in {expert.path / expert.tensors[own].file} has shape {expert.tensors[own].shape}, "
+                f"{expert.label}: tensor {own} in {expert.path / expert.tensors[own].file} has shape "
+                f"{expert.tensors[own].shape}, "
                 f"expected the base's {info.shape}"
             )

@@ -132,8 +132,10 @@ class TaskMoments:
         return [name for moments in self.groups.values() if moments.output_space for name in moments.group.modules]
 
     def reset(self) -> None:
-        for moments in (*self.groups.values(), *self.norms.values()):
-            moments.reset()
+        for group in self.groups.values():
+            group.reset()
+        for norm in self.norms.values():
+            norm.reset()
 
     def add(self, name: str, x: Tensor, expert_inputs: Kept, expert_outputs: Kept, tokens: Tokens) -> None:
         """Accumulate the student's input `x` of module `name` for one batch, as its forward reaches the module.
@@ -182,6 +184,11 @@ class NormSums:
     target_weight: Tensor  # sum_t (e_t gamma_t + m_t beta_t)
     target_bias: Tensor  # sum_t (m_t gamma_t + beta_t)
     tasks: int = 0
+
+    @classmethod
+    def zero(cls, like: Tensor) -> NormSums:
+        energy, mean, target_weight, target_bias = torch.zeros(4, *like.shape, dtype=like.dtype, device=like.device)
+        return cls(energy, mean, target_weight, target_bias)
 
 
 @dataclass
@@ -275,7 +282,7 @@ class LayerSystem:
     def _fold_norm(self, name: str, scratch: NormMoments, expert: Mapping[str, Tensor]) -> None:
         mean, energy = scratch.mean / scratch.n, scratch.energy / scratch.n
         gamma, beta = expert[f"{name}.weight"].double(), expert[f"{name}.bias"].double()
-        sums = self.norms.setdefault(name, NormSums(*(torch.zeros_like(mean) for _ in range(4))))
+        sums = self.norms.setdefault(name, NormSums.zero(mean))
         sums.energy += energy
         sums.mean += mean
         sums.target_weight += energy * gamma + mean * beta

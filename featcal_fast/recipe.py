@@ -73,7 +73,8 @@ class Recipe:
         if self.merge is not None and self.merge.method not in METHODS:
             near = get_close_matches(str(self.merge.method), METHODS, n=1, cutoff=0)[0]
             raise RecipeError(
-                f"merge.method: found {self.merge.method!r}, expected one of {', '.join(METHODS)}; did you mean {near!r}?"
+                f"merge.method: found {self.merge.method!r}, expected one of {', '.join(METHODS)}; did you "
+                f"mean {near!r}?"
             )
         if not self.experts:
             raise RecipeError("experts: found none, expected at least one `name: {model: ..., data: ...}`")
@@ -148,7 +149,7 @@ def _checked(cls: type, values: Any, where: str) -> dict[str, Any]:
         kind, _, optional = str(item.type).partition(" | ")
         value = values.get(name)
         if name in values and kind in _TYPES and not (value is None and optional):
-            if isinstance(value, bool) or not isinstance(value, _TYPES[kind]):
+            if isinstance(value, bool) or not isinstance(value, _TYPES[kind]) or value == "":
                 raise RecipeError(f"{where}{name}: found {value!r}, expected a {kind}")
         elif name not in values and name in _REQUIRED[cls.__name__]:
             raise RecipeError(f"{where}{name}: missing; it is required")

@@ -74,7 +74,7 @@ def solve_bias(
 ) -> Tensor:
     """Appendix G: `b = (sum_t w_t (b_t + W_t m_t - W m_s) + lambda b_a) / (sum_t w_t + lambda)`, `W` already solved."""
     anchor = settings.anchor_rho * merged + (1 - settings.anchor_rho) * base
-    right, left = settings.ridge_lambda * anchor, settings.ridge_lambda
+    right, left = settings.ridge_lambda * anchor, torch.as_tensor(settings.ridge_lambda)
     for task, weight, bias in zip(stats, weights, biases, strict=True):
         w = task_weight(task.s, settings)
         right = right + w * (bias + weight @ task.mean_target - solved @ task.mean_student)
@@ -220,12 +220,11 @@ def _inputs(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The inputs of the named modules, and the block's output."""
     inputs: dict[str, Tensor] = {}
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(
-            lambda _module, args, name=name: inputs.__setitem__(name, args[0])
-        )
-        for name in names
-    ]
+
+    def keep(name: str):
+        return lambda _module, args: inputs.update({name: args[0]})
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
     out = calls.run(index, block, hidden)
     for handle in handles:
         handle.remove()

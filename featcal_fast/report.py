@@ -87,7 +87,8 @@ class Report:
         last = self.layers[-1]
         total = self.calibrated + len(self.kept)
         return (
-            f"{self.calibrated} of {total} linear weights calibrated in {self.seconds:.1f} s; drift after the last layer "
+            f"{self.calibrated} of {total} linear weights calibrated in {self.seconds:.1f} s; drift after "
+            "the last layer "
             f"{last.drift_before:.3f} -> {last.drift_after:.3f}"
         )
 

@@ -111,7 +111,8 @@ def _solve_float64(system: GroupSystem, backup: Tensor) -> str:
     if not bool(backup.triu().isfinite().all()):
         raise SolveError(_not_finite(system))
     raise SolveError(
-        f"{', '.join(system.group.modules)}: the ridge system is not positive definite, even with its diagonal raised by "
+        f"{', '.join(system.group.modules)}: the ridge system is not positive definite, even with its "
+        "diagonal raised by "
         f"{RAISES[-1]:.0e} of its mean; use a larger ridge_lambda or more samples"
     )
 
@@ -125,8 +126,10 @@ def _check_finite(systems: list[GroupSystem]) -> None:
 
 def _not_finite(system: GroupSystem) -> str:
     return (
-        f"{', '.join(system.group.modules)}: the features of these modules are not finite (NaN or Inf), so no weight can be "
-        "solved for; check the models' activations on the calibration data (float16 overflows: try bfloat16 checkpoints)"
+        f"{', '.join(system.group.modules)}: the features of these modules are not finite (NaN or Inf), so "
+        "no weight can be "
+        "solved for; check the models' activations on the calibration data (float16 overflows: try "
+        "bfloat16 checkpoints)"
     )
 
 

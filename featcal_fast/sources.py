@@ -1,4 +1,4 @@
-"""A model whose blocks arrive one at a time: modules in memory, or a checkpoint of which only a block is ever loaded."""
+"""A model whose blocks arrive one at a time: modules in memory, or a checkpoint, of which one block is loaded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Source(Protocol):
     blocks: nn.ModuleList  # their structure; parameters may be on the meta device
 
     def first_hidden(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, BatchCalls]:
-        """The hidden states that enter block 0, `[batch, tokens, width]`, and the calls of every block; on the device."""
+        """The hidden states that enter block 0, `[batch, tokens, width]`, and every block's calls, on the device."""
         ...
 
     def end_first_hidden(self) -> None:
@@ -134,7 +134,8 @@ class CheckpointSource:
         for name, own in self.checkpoint.names.items():
             if name.startswith(root) and name not in expected and name.endswith((".weight", ".bias")):
                 raise ModelMismatchError(
-                    f"{self.label}: tensor {own} belongs to no module of {type(self.model).__name__} as config.json describes it; "
+                    f"{self.label}: tensor {own} belongs to no module of {type(self.model).__name__} as "
+                    "config.json describes it; "
                     "weights and config.json are not of the same model"
                 )
 
@@ -142,7 +143,8 @@ class CheckpointSource:
         own = self.checkpoint.names.get(canonical(name))
         if own is None:
             raise CheckpointError(
-                f"{self.label}: tensor {name} is missing from the checkpoint; the download is incomplete, or config.json is "
+                f"{self.label}: tensor {name} is missing from the checkpoint; the download is incomplete, "
+                "or config.json is "
                 "another model's"
             )
         found = self.checkpoint.tensors[own].shape
@@ -162,14 +164,16 @@ def check_same_architecture(student: Source, others: Mapping[str, Source]) -> No
     for other in others.values():
         if len(other.blocks) != len(student.blocks) or other.family is not student.family:
             raise ModelMismatchError(
-                f"{other.label}: found {len(other.blocks)} blocks of a {other.family.name}, expected {len(student.blocks)} of a "
+                f"{other.label}: found {len(other.blocks)} blocks of a {other.family.name}, expected "
+                f"{len(student.blocks)} of a "
                 f"{student.family.name} as in the {student.label}"
             )
         found = {name: tuple(parameter.shape) for name, parameter in other.blocks.named_parameters()}
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 raise ModelMismatchError(
-                    f"{other.label}: block parameter {name} is {found.get(name, 'absent')}, but {expected.get(name, 'absent')} in the "
+                    f"{other.label}: block parameter {name} is {found.get(name, 'absent')}, but "
+                    f"{expected.get(name, 'absent')} in the "
                     f"{student.label}; all models must have one architecture"
                 )
 
@@ -199,7 +203,7 @@ def _meta_model(checkpoint: Checkpoint | MergedCheckpoint, device: torch.device)
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules built in this context have parameters without storage; buffers (rotary angles, ...) are computed as usual."""
+    """Modules built here have parameters without storage; buffers (rotary angles, ...) are computed as usual."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -207,7 +211,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The engine against the float64 reference: exact to rounding, for every family, number of tasks and kind of parameter."""
+"""The engine against the float64 reference: exact to rounding, whatever family, number of tasks, kind of parameter."""
 
 from __future__ import annotations
 

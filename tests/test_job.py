@@ -1,4 +1,4 @@
-"""Folders in, a folder out: the same bits as modules in memory, whole or not at all, and errors that name the culprit."""
+"""Folders in, a folder out: the same bits as modules in memory, whole or not at all, errors that name the culprit."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_output_takes_the_merged_models_form(llama_recipe: dict, tmp_path: Path)
     shards = sorted(path.name for path in merged.glob("model-*.safetensors"))
     assert len(shards) > 1
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors.index.json", "report.json"]
-        + shards
+        [*shards, "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors.index.json"]
+        + ["report.json"]
     )
     index = [
         json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"] for folder in (merged, out)

@@ -99,7 +99,8 @@ class Checkpoint:
         if not (path / "config.json").is_file():
             if (path / "adapter_config.json").is_file():
                 raise UnsupportedModelError(
-                    f"{label}: {path} is an adapter, expected a full checkpoint; merge the adapter into its base model first "
+                    f"{label}: {path} is an adapter, expected a full checkpoint; merge the adapter into "
+                    "its base model first "
                     "(peft: merge_and_unload, save_pretrained)"
                 )
             raise CheckpointError(f"{label}: {path} is not a checkpoint: config.json is missing")
@@ -139,7 +140,8 @@ class Checkpoint:
                     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                         bad = int((~tensor.isfinite()).sum())
                         raise CheckpointError(
-                            f"{self.label}: {self.path / file}: tensor {name} holds {bad} values that are NaN or Inf; expected "
+                            f"{self.label}: {self.path / file}: tensor {name} holds {bad} values that are "
+                            "NaN or Inf; expected "
                             "finite weights; download or train this model again"
                         )
                     found[name] = tensor
@@ -161,7 +163,8 @@ class Checkpoint:
             pickled = sorted(file.name for file in self.path.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
             if pickled:
                 raise CheckpointError(
-                    f"{self.label}: {self.path} has only pickled weights ({pickled[0]}), which are never opened because they "
+                    f"{self.label}: {self.path} has only pickled weights ({pickled[0]}), which are never "
+                    "opened because they "
                     "can run code; convert them to safetensors first (load in transformers and save_pretrained)"
                 )
             raise CheckpointError(f"{self.label}: {self.path} has neither {SINGLE} nor {INDEX}")
@@ -173,13 +176,15 @@ class Checkpoint:
                     dtype = header.get_dtype()
                     if dtype not in DTYPES:
                         raise UnsupportedModelError(
-                            f"{self.label}: {self.path / file}: tensor {name} has dtype {dtype}, expected one of {', '.join(DTYPES)}"
+                            f"{self.label}: {self.path / file}: tensor {name} has dtype {dtype}, expected "
+                            f"one of {', '.join(DTYPES)}"
                         )
                     tensors[name] = TensorInfo(file, tuple(header.get_shape()), DTYPES[dtype])
         for name, file in (listed or {}).items():
             if name not in tensors or tensors[name].file != file:
                 raise CheckpointError(
-                    f"{self.label}: {self.path / INDEX} says that {file} holds tensor {name}, but it does not; the download is "
+                    f"{self.label}: {self.path / INDEX} says that {file} holds tensor {name}, but it does "
+                    "not; the download is "
                     "incomplete or the index is stale"
                 )
         return tensors
@@ -194,7 +199,8 @@ class Checkpoint:
         for name, file in items.items():
             if Path(file).name != file or not file.endswith(".safetensors"):
                 raise CheckpointError(
-                    f"{self.label}: {path} places tensor {name} in {file!r}; expected the name of a .safetensors file in the folder"
+                    f"{self.label}: {path} places tensor {name} in {file!r}; expected the name of a "
+                    ".safetensors file in the folder"
                 )
         return items
 

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from featcal_fast.checkpoints.reader import DTYPES, INDEX, SINGLE, TensorInfo, TensorSource
+from featcal_fast.checkpoints.reader import DTYPES, INDEX, SINGLE, TensorSource
 from featcal_fast.errors import OutputError
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

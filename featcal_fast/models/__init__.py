@@ -39,6 +39,7 @@ def _check_blocks(blocks: nn.Module, path: str, label: str) -> None:
         owner = blocks.get_submodule(name.rpartition(".")[0])
         if parameter.ndim >= 2 and type(owner) is not nn.Linear:
             raise UnsupportedModelError(
-                f"{label}: {path}.{name} is a weight of shape {tuple(parameter.shape)} in a {type(owner).__name__}; only "
+                f"{label}: {path}.{name} is a weight of shape {tuple(parameter.shape)} in a "
+                f"{type(owner).__name__}; only "
                 "nn.Linear weights can be calibrated (no mixture of experts, no quantised or fused matrices)"
             )

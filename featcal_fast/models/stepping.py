@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,10 +59,8 @@ def first_hidden(
         for index, block in enumerate(blocks):
             block.forward = recorder(index)
             stack.callback(block.__dict__.pop, "forward")
-        try:
+        with suppress(_Stop):
             model(**batch, **forward_kwargs)
-        except _Stop:
-            pass
     return first[0], calls
 
 

@@ -1,0 +1,68 @@
+"""The writer: whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pico
+import pytest
+import torch
+
+import featcal_fast as ff
+from featcal_fast.checkpoints import Checkpoint, CheckpointWriter, check_output
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    pico.llama().save_pretrained(tmp_path / "model")
+    return Checkpoint(tmp_path / "model", "model")
+
+
+def test_a_copy_is_byte_for_byte_the_same_tensors(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "copy", checkpoint) as writer:
+        writer.copy_rest(batch_bytes=10_000)
+    copy = Checkpoint(tmp_path / "copy", "copy")
+    assert {name: (i.shape, i.dtype) for name, i in copy.tensors.items()} == {
+        name: (i.shape, i.dtype) for name, i in checkpoint.tensors.items()
+    }
+    before, after = checkpoint.read(checkpoint.tensors), copy.read(copy.tensors)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_exception_leaves_nothing(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with CheckpointWriter(tmp_path / "copy", checkpoint) as writer:
+            writer.write(checkpoint.read(["model.norm.weight"]))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_incomplete_model_is_not_published(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(ff.FeatCalError, match="29 tensors were never written"):  # noqa: SIM117
+        with CheckpointWriter(tmp_path / "copy", checkpoint) as writer:
+            writer.write(checkpoint.read(["model.norm.weight"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_values_that_overflow_the_layouts_dtype_are_refused(tmp_path: Path) -> None:
+    pico.llama().half().save_pretrained(tmp_path / "model")
+    half = Checkpoint(tmp_path / "model", "model")
+    with pytest.raises(ff.FeatCalError, match=r"model.norm.weight: the new values do not fit torch.float16"):  # noqa: SIM117
+        with CheckpointWriter(tmp_path / "copy", half) as writer:
+            writer.write({"model.norm.weight": torch.full((64,), 1e6)})
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_is_noticed_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ff.FeatCalError, match=r"needs 1000000.0 GB, but .* GB free"):
+        check_output(tmp_path / "out", [], nbytes=10**15)
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(ff.FeatCalError, match="already holds something"):
+        check_output(tmp_path / "out", [], nbytes=1)
+    assert (tmp_path / "out").read_text() == "a file"

@@ -1,0 +1,78 @@
+"""The command line as a user meets it: in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pico
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "featcal_fast.cli", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == code, result.stderr
+    return result.stdout if code == 0 else result.stderr
+
+
+def test_help_teaches() -> None:
+    text = run("--help")
+    assert "base_model: models/base" in text
+    for command in ("calibrate", "merge", "demo"):
+        assert command in text
+        assert f"featcal-fast {command}" in run(command, "--help")
+    assert run("--version").startswith("featcal-fast 0.")
+
+
+def test_calibrate_and_merge(tmp_path: Path) -> None:
+    recipe = pico.save(pico.job("clip", 2), tmp_path)
+    del recipe["merged_model"]
+    recipe["merge"] = {"method": "task_arithmetic", "scaling": 0.3}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = run("calibrate", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "mine"), "--device", "cpu")
+    assert "18 of 18 linear weights calibrated" in text
+    assert "layer 3/3: drift" in text
+    assert "Feature drift to the experts" in text
+    assert (tmp_path / "mine" / "report.json").is_file()
+    assert "Wrote" in run("merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "merged-again"))
+    assert (tmp_path / "merged-again" / "model.safetensors").is_file()
+
+
+def test_an_error_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("base_modle: x\nexperts: {}\n")
+    text = run("calibrate", str(tmp_path / "recipe.yaml"), code=1)
+    assert text.strip().count("\n") == 0
+    assert "did you mean 'base_model'" in text
+
+
+def test_importing_is_light() -> None:
+    """No CUDA context, and under two seconds beyond torch's own import."""
+    code = (
+        "import time, torch; t = time.perf_counter(); import featcal_fast; "
+        "print(time.perf_counter() - t, torch.cuda.is_initialized())"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    best = min(
+        float(seconds)
+        for seconds, initialised in (
+            subprocess.run(
+                [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+            ).stdout.split()
+            for _ in range(3)
+        )
+        if initialised == "False"
+    )
+    assert best < 2.0
