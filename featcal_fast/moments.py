@@ -50,10 +50,10 @@ def output_space(group: InputGroup, tokens: int) -> bool:
 
 
 class GroupMoments:
-    """The scratch moments of one input group and one task."""
+    """The scratch moments of one input group and one task; means only where a module has a bias."""
 
-    def __init__(self, group: InputGroup, tokens: int, device: torch.device) -> None:
-        self.group = group
+    def __init__(self, group: InputGroup, needs_means: bool, tokens: int, device: torch.device) -> None:
+        self.group, self.needs_means = group, needs_means
         self.output_space = output_space(group, tokens)
         rows = sum(group.out_features) if self.output_space else group.in_features
         self.s = torch.zeros(group.in_features, group.in_features, device=device)
@@ -79,8 +79,9 @@ class GroupMoments:
             n: sum of the weights.
         """
         self.n += n
-        self.sum_student += _column_sums(xs, weights)
-        self.sum_expert += _column_sums(xe, weights)
+        if self.needs_means:
+            self.sum_student += _column_sums(xs, weights)
+            self.sum_expert += _column_sums(xe, weights)
         gram_(self.s, xs, weights)
         if self.output_space:
             start = 0
@@ -112,7 +113,7 @@ class NormMoments:
     def add(self, x: Tensor, weights: Tensor | None, n: float) -> None:
         z = F.layer_norm(x.float() if x.dtype != torch.float64 else x, self.shape, eps=self.eps)
         self.mean += _column_sums(z, weights)
-        self.energy += _column_sums(z.double().square_(), weights)
+        self.energy += _column_sums(z.square(), weights)
         self.n += n
 
 
@@ -122,7 +123,10 @@ class TaskMoments:
     def __init__(self, layout: Layout, block: nn.Module, tokens: int, settings: Settings, device: torch.device) -> None:
         self.layout = layout
         self.settings = settings
-        self.groups = {group.leader: GroupMoments(group, tokens, device) for group in layout.groups}
+        self.groups = {}
+        for group in layout.groups:
+            has_bias = any(block.get_submodule(name).bias is not None for name in group.modules)
+            self.groups[group.leader] = GroupMoments(group, has_bias, tokens, device)
         norms = layout.norms if settings.calibrate_layernorm else {}
         self.norms = {name: NormMoments(_layer_norm(block, name), device) for name in norms}
 
@@ -291,7 +295,9 @@ class LayerSystem:
 
 
 def _column_sums(x: Tensor, weights: Tensor | None) -> Tensor:
-    return x.sum(0, dtype=torch.float64) if weights is None else weights.double() @ x.double()
+    """`[tokens, d] -> [d]` float64: float32 tree sums of a chunk, to be added up in float64."""
+    x = x.float() if weights is None else x.float() * weights[:, None]
+    return x.sum(0).double()
 
 
 def _layer_norm(block: nn.Module, name: str) -> nn.LayerNorm:

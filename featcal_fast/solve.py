@@ -118,7 +118,8 @@ def _solve_float64(system: GroupSystem, backup: Tensor) -> str:
 
 
 def _check_finite(systems: list[GroupSystem]) -> None:
-    finite = torch.stack([system.r.isfinite().all() for system in systems]).tolist()
+    ranges = [torch.stack(torch.aminmax(system.r)) for system in systems]  # NaN and Inf come through
+    finite = torch.stack(ranges).isfinite().all(dim=1).tolist()
     for system, ok in zip(systems, finite, strict=True):
         if not ok:
             raise SolveError(_not_finite(system))

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from featcal_fast.checkpoints import Checkpoint, canonical
+from featcal_fast.checkpoints import Checkpoint, canonical, is_finite
 from featcal_fast.errors import CheckpointError, ModelMismatchError, UnsupportedModelError
 from featcal_fast.merge import MergedCheckpoint
 from featcal_fast.models import Family, find_family
@@ -59,7 +59,7 @@ class ModuleSource:
     def block(self, index: int) -> nn.Module:
         block = copy.deepcopy(self.blocks[index]).to(self.device).eval().requires_grad_(False)
         for name, parameter in block.named_parameters():
-            if not bool(parameter.isfinite().all()):
+            if not is_finite(parameter):
                 raise ModelMismatchError(
                     f"{self.label}: block {index}, {name} holds NaN or Inf; expected finite weights"
                 )

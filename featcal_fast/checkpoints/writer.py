@@ -12,7 +12,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from featcal_fast.checkpoints.reader import DTYPES, INDEX, SINGLE, TensorSource
+from featcal_fast.checkpoints.reader import DTYPES, INDEX, SINGLE, TensorSource, is_finite
 from featcal_fast.errors import OutputError
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -88,7 +88,7 @@ class CheckpointWriter:
                 raise ValueError(f"{name}: found shape {tuple(tensor.shape)}, expected {info.shape}")
             self._missing.remove(name)
             data = tensor.detach().to("cpu", info.dtype).contiguous()
-            if data.is_floating_point() and not bool(data.isfinite().all()):
+            if data.is_floating_point() and not is_finite(data):
                 raise OutputError(
                     f"{name}: the new values do not fit {info.dtype}: some are not finite; nothing was written"
                 )

@@ -31,15 +31,16 @@ def cross_(out: Tensor, y: Tensor, x: Tensor, weights: Tensor | None) -> Tensor:
 def frobenius(s: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=s.device)
     for i in range(0, s.shape[0], BLOCK):
-        rows = s[i : i + BLOCK, i:].double()
+        # Not a norm of the block: torch adds a norm's squares up one after the other, a sum's in a tree.
+        rows = s[i : i + BLOCK, i:].square()
         square, rest = rows[:, : rows.shape[0]], rows[:, rows.shape[0] :]
-        total += square.triu().square().sum() + square.triu(1).square().sum() + 2 * rest.square().sum()
+        total += square.triu().sum().double() + square.triu(1).sum().double() + 2 * rest.sum().double()
     return total.sqrt()
 
 
 def symmetrize_(s: Tensor) -> Tensor:
-    for i in range(0, s.shape[0], BLOCK):
-        j = min(i + BLOCK, s.shape[0])
+    for i in range(0, s.shape[0], 2 * BLOCK):
+        j = min(i + 2 * BLOCK, s.shape[0])
         square = s[i:j, i:j]
         square.copy_(square.triu() + square.triu(1).mT)
         s[j:, i:j] = s[i:j, j:].mT
