@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from featcal_kernels import add_scaled_, addmm_, cross_, frobenius, gram_, symmetrize_
+from featcal_kernels import add_scaled_, addmm_, cross_, frobenius, gram_cross_, symmetrize_
 from torch import Tensor, nn
 
 from featcal_fast.errors import SolveError
@@ -82,18 +82,15 @@ class GroupMoments:
         if self.needs_means:
             self.sum_student += _column_sums(xs, weights)
             self.sum_expert += _column_sums(xe, weights)
-        gram_(self.s, xs, weights)
         if self.output_space:
-            start = 0
-            for y in ye:
-                cross_(self.t[start : start + y.shape[1]], y, xs, weights)
-                start += y.shape[1]
-        elif xs.dtype == torch.float32:
-            cross_(self.t, xe - xs, xs, weights)
+            first, *rest = self.t.split(list(self.group.out_features))
+            gram_cross_(self.s, first, xs, ye[0], weights)
+            for t, y in zip(rest, ye[1:], strict=True):
+                cross_(t, y, xs, weights)
         else:
             # A 16-bit difference would be rounded again, while products of 16-bit features are exact.
-            self.whole = True
-            cross_(self.t, xe, xs, weights)
+            self.whole = xs.dtype != torch.float32
+            gram_cross_(self.s, self.t, xs, xe if self.whole else xe - xs, weights)
 
 
 class NormMoments:
