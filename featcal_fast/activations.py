@@ -1,37 +1,49 @@
-"""Hidden states between layers: one stream a model and task, batch by batch."""
+"""Hidden states between layers: a stream for each model and task, on the device, in host memory or on disk."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from featcal_fast.errors import DataError, FeatCalError
+from featcal_fast.errors import DataError, FeatCalError, OutputError
 from featcal_fast.models.stepping import BatchCalls, move
 from featcal_fast.sources import Source
 
+Place = torch.device | Path  # of hidden states: a device's memory, or a folder for scratch files
+
 
 class Stream:
-    """One model's hidden states on one task's batches, kept in host memory between layers.
+    """One model's hidden states on one task's batches, kept between layers in the model's dtype.
 
     Args:
         source: the model, whose own forward gives the states that enter block 0.
         task: its name.
         batches: the task's batches.
         device: where blocks run.
+        place: where hidden states wait meanwhile. Files in a folder have no name there and go with the process.
 
     Raises:
         DataError: the model cannot take a batch.
+        OutputError: the disk that scratch files are on is full.
     """
 
     def __init__(
-        self, source: Source, task: str, batches: Sequence[Mapping[str, Tensor]], device: torch.device
+        self,
+        source: Source,
+        task: str,
+        batches: Sequence[Mapping[str, Tensor]],
+        device: torch.device,
+        place: Place = torch.device("cpu"),  # noqa: B008 (immutable)
     ) -> None:
         self.device = device
-        self._hidden: list[Tensor] = []
+        self._states = _ScratchFile(place) if isinstance(place, Path) else _Memory(place)
         self._calls: list[BatchCalls] = []
-        host = torch.device("cpu")
+        self._shapes: list[tuple[int, int]] = []
         for number, batch in enumerate(batches):
             try:
                 hidden, calls = source.first_hidden(batch)
@@ -42,22 +54,23 @@ class Stream:
                 raise DataError(
                     f"task {task}, batch {number}: the {source.label} cannot take the inputs {found}: {error}"
                 ) from error
-            self._hidden.append(hidden.to(host))
-            self._calls.append(move(calls, host))
+            self._shapes.append((hidden.shape[0], hidden.shape[1]))
+            self._states.store(number, hidden)
+            self._calls.append(move(calls, torch.device("cpu")))
 
     def __len__(self) -> int:
-        return len(self._hidden)
+        return len(self._shapes)
 
     def shape(self, batch: int) -> tuple[int, int]:
         """`(batch, tokens)` of a batch's hidden states."""
-        return self._hidden[batch].shape[0], self._hidden[batch].shape[1]
+        return self._shapes[batch]
 
     def load(self, batch: int) -> tuple[Tensor, BatchCalls]:
         """A batch's hidden states and calls, on the device."""
-        return self._hidden[batch].to(self.device), move(self._calls[batch], self.device)
+        return self._states.load(batch).to(self.device), move(self._calls[batch], self.device)
 
     def store(self, batch: int, hidden: Tensor) -> None:
-        self._hidden[batch] = hidden.to("cpu")
+        self._states.store(batch, hidden)
 
     def advance(self, index: int, block: nn.Module, batch: int) -> Tensor:
         """Run a batch through `block`, number `index` of the model, and keep the result."""
@@ -65,3 +78,57 @@ class Stream:
         out = calls.run(index, block, hidden)
         self.store(batch, out)
         return out
+
+
+class _Memory:
+    """Batches in a device's or the host's memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._states: dict[int, Tensor] = {}
+
+    def store(self, batch: int, hidden: Tensor) -> None:
+        self._states[batch] = hidden.to(self._device)
+
+    def load(self, batch: int) -> Tensor:
+        return self._states[batch]
+
+
+class _ScratchFile:
+    """Batches in an unnamed file, each in a slot of its own.
+
+    Read and written, not mapped: mapped pages would count as this process's memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as the stream)
+        except OSError as error:
+            raise OutputError(
+                f"scratch: {folder} cannot hold hidden states: {error.strerror}; choose another"
+            ) from error
+        self._slots: dict[int, tuple[int, torch.Size, torch.dtype]] = {}
+        self._end = 0
+
+    def store(self, batch: int, hidden: Tensor) -> None:
+        data = hidden.to("cpu").contiguous()
+        if batch not in self._slots:
+            self._slots[batch] = self._end, data.shape, data.dtype
+            self._end += data.nbytes
+        rest = memoryview(data.reshape(-1).view(torch.uint8).numpy()).cast("B")
+        position = self._slots[batch][0]
+        try:
+            while rest:
+                written = os.pwrite(self._file.fileno(), rest, position)
+                rest, position = rest[written:], position + written
+        except OSError as error:
+            raise OutputError(f"scratch: hidden states cannot be written: {error.strerror}") from error
+
+    def load(self, batch: int) -> Tensor:
+        position, shape, dtype = self._slots[batch]
+        hidden = torch.empty(shape, dtype=dtype)
+        rest = memoryview(hidden.reshape(-1).view(torch.uint8).numpy()).cast("B")
+        while rest:
+            read = os.preadv(self._file.fileno(), [rest], position)
+            rest, position = rest[read:], position + read
+        return hidden

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor, nn
 
-from featcal_fast.activations import Stream
+from featcal_fast.activations import Place, Stream
 from featcal_fast.drift import Probe
 from featcal_fast.errors import DataError
+from featcal_fast.experts import BlockReader
 from featcal_fast.features import Kept, Layout, find_layout, tapped
 from featcal_fast.moments import Anchor, LayerSystem, TaskMoments
 from featcal_fast.progress import Progress
@@ -93,17 +95,19 @@ def calibrate_source(
     device: torch.device,
     write: Callable[[int, dict[str, Tensor]], None],
     progress: Progress,
+    place: Place = torch.device("cpu"),  # noqa: B008 (immutable)
 ) -> Report:
-    """Calibrate a model whose blocks arrive one at a time; `write` takes each layer's new parameters, in its dtype.
+    """Calibrate a model whose blocks arrive one at a time, each being read while the one before it is in use.
 
+    `write` takes each layer's new parameters, in its dtype; `place` is where hidden states wait between layers.
     Everything else is as in `calibrate_model`.
     """
     started = time.perf_counter()
     _check_tasks(experts, batches)
     check_same_architecture(student, {"base": base, **experts})
 
-    student_streams = {task: Stream(student, task, batches[task], device) for task in experts}
-    expert_streams = {task: Stream(expert, task, batches[task], device) for task, expert in experts.items()}
+    student_streams = {task: Stream(student, task, batches[task], device, place) for task in experts}
+    expert_streams = {task: Stream(expert, task, batches[task], device, place) for task, expert in experts.items()}
     probe = Probe(student, experts, batches, device)
     for source in (student, *experts.values()):
         source.end_first_hidden()
@@ -115,20 +119,21 @@ def calibrate_source(
     report = Report(settings, student.family.name, str(device), counts)
 
     layers = len(student.blocks)
+    order = ((source, index) for index in range(layers) for source in (student, base, *experts.values()))
     progress.start(layers, sum(counts.values()))
-    try:
+    with closing(progress), BlockReader(order) as blocks:
         for index in range(layers):
             began = time.perf_counter()
-            block = student.block(index)
-            anchor = Anchor(block, base.block(index), settings.anchor_rho)
+            block = blocks.next()
+            anchor = Anchor(block, blocks.next(), settings.anchor_rho)
             rule = student.family.last_layer if index == layers - 1 else None
             layout = find_layout(block, index, *probe.sample(next(iter(experts))), rule)
 
             system = LayerSystem(layout, anchor, settings, device)
             moments = TaskMoments(layout, block, max(counts.values()), settings, device)
-            for task, expert in experts.items():
+            for task in experts:
                 progress.task(index, task)
-                teacher = expert.block(index)
+                teacher = blocks.next()
                 moments.reset()
                 for i, batch_tokens in enumerate(tokens[task]):
                     seen = _see_expert(teacher, index, expert_streams[task], i, layout, moments)
@@ -136,6 +141,7 @@ def calibrate_source(
                     progress.tokens(batch_tokens.count)
                 system.fold(moments, teacher, task)
                 probe.advance_expert(index, task, teacher)
+                del teacher  # before the next but one is read
 
             update = solve_layer(system, moments, len(experts))
             probe.advance_merged(index, block)
@@ -152,8 +158,6 @@ def calibrate_source(
             report.layers.append(done)
             report.kept |= _kept(block, layout, index)
             progress.layer(done)
-    finally:
-        progress.stop()
     report.seconds = time.perf_counter() - started
     return report
 

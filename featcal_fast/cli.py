@@ -152,7 +152,7 @@ class BarProgress(Progress):
                 highlight=False,
             )
 
-    def stop(self) -> None:
+    def close(self) -> None:
         if self._bar:
             self._bar.stop()
 

@@ -20,5 +20,5 @@ class Progress:
     def layer(self, report: LayerReport) -> None:
         """A layer is done."""
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """The run ended, well or badly."""
