@@ -5,7 +5,8 @@
     python -m bench.compare --official featcal --official-python old/bin/python --workload clip-b32-64
 
 Each run is a process of its own; runs are interleaved; medians are reported. Ours includes reading the models from
-disk and writing the result, which the official figure leaves out.
+disk and writing the result, which the official figure leaves out. `--judge` adds how far either is from the plain
+reference in float64, which takes long at full depth: use `clip-b32-shallow`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--official-python", default=sys.executable, help="a Python with transformers 5.5 or older")
     parser.add_argument("--workload", default="clip-small", choices=WORKLOADS)
     parser.add_argument("--batch-size", type=int, default=16, help="images a forward pass, for both")
+    parser.add_argument("--judge", action="store_true", help="also compare both with the float64 reference")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "featcal-bench")
     args = parser.parse_args()
@@ -62,27 +64,32 @@ def main() -> None:
         "median": summary,
         "speedup": summary["official"]["seconds"] / summary["featcal_fast"]["seconds"],
         "memory_share": summary["featcal_fast"]["peak_gib"] / summary["official"]["peak_gib"],
-        "difference": difference(folder, out),
+        "difference": difference(out / "ours/model.safetensors", out / "official.safetensors", folder),
     }
+    if args.judge:
+        _run(sys.executable, ["-m", "bench.workers.judge", str(folder), str(out / "judge.safetensors")])
+        report["error"] = {
+            "official": difference(out / "official.safetensors", out / "judge.safetensors", folder),
+            "featcal_fast": difference(out / "ours/model.safetensors", out / "judge.safetensors", folder),
+        }
     path = ROOT / "bench" / "results" / f"compare-{args.workload}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps({key: value for key, value in report.items() if key != "runs"}, indent=2))
     print(f"Wrote {path}")
 
 
-def difference(folder: Path, out: Path) -> dict[str, float]:
-    """`||W_ours - W_official||_F / ||W_official - W_merged||_F`, the largest of any parameter of each kind.
+def difference(found: Path, judge: Path, folder: Path) -> dict[str, float]:
+    """`||W - W_judge||_F / ||W_judge - W_merged||_F`, the largest of any parameter of each kind.
 
-    Parameters that the official run moves by less than 1e-5 of their size are within rounding and left out.
+    Parameters that the judge moves by less than 1e-5 of their size are within rounding and left out.
     """
-    merged = _weights(folder / "merged" / "model.safetensors")
-    ours, official = _weights(out / "ours" / "model.safetensors"), _weights(out / "official.safetensors")
+    merged, weights, exact = (_weights(path) for path in (folder / "merged" / "model.safetensors", found, judge))
     worst = {"weight": 0.0, "bias": 0.0, "layernorm": 0.0}
     for name, weight in merged.items():
-        update = (official[name] - weight).norm()
+        update = (exact[name] - weight).norm()
         if update > 1e-5 * weight.norm():
             kind = "layernorm" if "norm" in name else name.rpartition(".")[2]
-            worst[kind] = max(worst[kind], float((ours[name] - official[name]).norm() / update))
+            worst[kind] = max(worst[kind], float((weights[name] - exact[name]).norm() / update))
     return worst
 
 

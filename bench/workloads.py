@@ -30,6 +30,7 @@ SMALL |= {"image_size": 32, "patch_size": 8}
 
 WORKLOADS = {
     "clip-small": Workload("clip-small", SMALL, tasks=3, samples=64),
+    "clip-b32-shallow": Workload("clip-b32-shallow", {**B32, "num_hidden_layers": 2}, tasks=8, samples=64),
     "clip-b32-64": Workload("clip-b32-64", B32, tasks=8, samples=64),
     "clip-b32-256": Workload("clip-b32-256", B32, tasks=8, samples=256),
 }

@@ -1,40 +1,65 @@
 """The op list: what each op computes, what it accepts, and which implementation runs.
 
-`naive` is plain torch and the specification: it runs on any device.
+`naive` is plain torch and the specification: it runs on any device. On CUDA and ROCm devices Triton kernels run instead
+(float64 features excepted). All accumulate in float32, in place, and give the same bits every time on the same device.
 
 A *triangle* is the upper one of a row-major buffer, which is the lower one of its column-major view `out.mT`:
 `torch.linalg.cholesky_ex(out.mT, out=(out.mT, info))` factors it in place. Entries below the diagonal are unspecified
 after `gram_` and `gram_cross_`, and never read by `frobenius` and `symmetrize_`.
+
+How exact the products are:
+
+- 16-bit features: exact. A weighted feature that 16 bits cannot hold is split in two, good to 2^-17 in bfloat16 and
+  2^-22 in float16, which costs a second product (weights of 0 and 1 cost none); `weights * x` must lie in the range
+  of the type.
+- float32 features: `precision="bf16x3"` splits each value into two bfloat16 parts on a GPU and leaves out the
+  product of the low ones, good to 4e-6; `"ieee"` multiplies in float32, many times slower. A CPU always multiplies
+  in float32.
+
+Column sums are no by-product here: the tensor cores take their tiles from shared memory, and a sum in the same pass
+would pull each tile through registers too. `x.sum(0, dtype=torch.float32)` reads `x` once.
 """
 
 from __future__ import annotations
+
+import warnings
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from featcal_kernels import naive
+from featcal_kernels.configs import arch_of
 
 _INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PRECISIONS = ("bf16x3", "ieee")
+_TRITON = (3, 6)  # the oldest release the kernels are checked with
 
 
-def gram_(out: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor:
+def gram_(out: Tensor, x: Tensor, weights: Tensor | None = None, *, precision: str = "bf16x3") -> Tensor:
     """`out += x' diag(weights) x`, upper triangle.
 
     Args:
         out: `[d, d]` float32, contiguous; the running sum.
         x: `[n, d]` float16, bfloat16, float32 or float64, unit column stride; `n` may be 0.
         weights: `[n]` non-negative token weights, or None for ones.
+        precision: of float32 products on a GPU, "bf16x3" or "ieee".
 
     Returns:
         `out`.
     """
     _check_features("x", x)
-    _check_sum("out", out, (x.shape[1], x.shape[1]))
+    _check_sum("out", out, (x.shape[1], x.shape[1]), x)
     _check_weights(weights, x)
-    return naive.gram_(out, x, weights)
+    _check_precision(precision)
+    if (gpu := _gpu(x, out)) is None:
+        return naive.gram_(out, x, weights)
+    gpu.moments_(out, None, x, None, weights=weights, precision=precision)
+    return out
 
 
-def cross_(out: Tensor, y: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor:
+def cross_(out: Tensor, y: Tensor, x: Tensor, weights: Tensor | None = None, *, precision: str = "bf16x3") -> Tensor:
     """`out += y' diag(weights) x`.
 
     Args:
@@ -42,62 +67,117 @@ def cross_(out: Tensor, y: Tensor, x: Tensor, weights: Tensor | None = None) -> 
         y: `[n, m]`, same dtype as `x`.
         x: `[n, d]`.
         weights: `[n]` non-negative token weights, or None for ones.
+        precision: of float32 products on a GPU, "bf16x3" or "ieee".
 
     Returns:
         `out`.
     """
-    _check_features("x", x)
-    _check_features("y", y)
-    if y.shape[0] != x.shape[0] or y.dtype != x.dtype:
-        raise ValueError(
-            f"y and x must share rows and dtype: {tuple(y.shape)} {y.dtype}, {tuple(x.shape)} {x.dtype}"
-        )
-    _check_sum("out", out, (y.shape[1], x.shape[1]))
+    _check_pair(y, x)
+    _check_sum("out", out, (y.shape[1], x.shape[1]), x)
     _check_weights(weights, x)
-    return naive.cross_(out, y, x, weights)
+    _check_precision(precision)
+    if (gpu := _gpu(x, out)) is None:
+        return naive.cross_(out, y, x, weights)
+    gpu.moments_(None, out, x, y, weights=weights, precision=precision)
+    return out
 
 
 def gram_cross_(
-    s: Tensor, h: Tensor, x: Tensor, y: Tensor, weights: Tensor | None = None
+    s: Tensor, h: Tensor, x: Tensor, y: Tensor, weights: Tensor | None = None, *, precision: str = "bf16x3"
 ) -> tuple[Tensor, Tensor]:
-    """`gram_(s, x, weights)` and `cross_(h, y, x, weights)` in one call."""
-    return gram_(s, x, weights), cross_(h, y, x, weights)
+    """`gram_(s, x, weights)` and `cross_(h, y, x, weights)`, on a GPU in one launch.
+
+    Returns:
+        `s` and `h`.
+    """
+    _check_pair(y, x)
+    _check_sum("s", s, (x.shape[1], x.shape[1]), x)
+    _check_sum("h", h, (y.shape[1], x.shape[1]), x)
+    _check_weights(weights, x)
+    _check_precision(precision)
+    if (gpu := _gpu(x, s, h)) is None:
+        return naive.gram_(s, x, weights), naive.cross_(h, y, x, weights)
+    gpu.moments_(s, h, x, y, weights=weights, precision=precision)
+    return s, h
 
 
 def frobenius(s: Tensor) -> Tensor:
     """Frobenius norm of the symmetric matrix whose upper triangle is `s`: a float64 scalar on `s.device`."""
     _check_sum("s", s, (s.shape[0], s.shape[0]))
-    return naive.frobenius(s)
+    if (gpu := _gpu(s)) is None:
+        return naive.frobenius(s)
+    return gpu.frobenius(s)
 
 
 def symmetrize_(s: Tensor) -> Tensor:
     """Mirror the upper triangle of `s` `[d, d]` into the lower one, in place."""
     _check_sum("s", s, (s.shape[0], s.shape[0]))
-    return naive.symmetrize_(s)
+    if (gpu := _gpu(s)) is None:
+        return naive.symmetrize_(s)
+    return gpu.symmetrize_(s)
 
 
 def add_scaled_(out: Tensor, s: Tensor, scale: Tensor) -> Tensor:
-    """`out += scale * s`, `[d, d]` each; `scale` is a scalar tensor, never read by the host."""
+    """`out += scale * s`, equal shapes; `scale` is a scalar tensor, never read by the host.
+
+    One pass of torch on every device: it is bound by memory, and moves no more than its operands.
+    """
     _check_sum("out", out, tuple(s.shape))
     return naive.add_scaled_(out, s, scale)
 
 
-def addmm_(out: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """`out += scale * (a @ b)`: the fold's products, at float32 accuracy.
+def addmm_(out: Tensor, a: Tensor, b: Tensor, scale: Tensor, *, precision: str = "bf16x3") -> Tensor:
+    """`out += scale * (a @ b)`: the fold's products.
 
     Args:
         out: `[m, d]` float32, contiguous.
-        a: `[m, k]`, any floating dtype.
+        a: `[m, k]`, any floating dtype; bfloat16 takes two products instead of three.
         b: `[k, d]` float32.
         scale: a scalar tensor, never read by the host.
+        precision: of the products on a GPU, "bf16x3" or "ieee".
 
     Returns:
         `out`.
     """
-    if a.shape[1] != b.shape[0]:
-        raise ValueError(f"a and b do not chain: {tuple(a.shape)} @ {tuple(b.shape)}")
-    _check_sum("out", out, (a.shape[0], b.shape[1]))
-    return naive.addmm_(out, a, b, scale)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or b.dtype != torch.float32:
+        raise ValueError(
+            f"a must be [m, k] and b [k, d] in fp32; found {tuple(a.shape)} {a.dtype}, {tuple(b.shape)} {b.dtype}"
+        )
+    _check_sum("out", out, (a.shape[0], b.shape[1]), a, b)
+    _check_precision(precision)
+    if (gpu := _gpu(b, out)) is None:
+        return naive.addmm_(out, a, b, scale)
+    gpu.moments_(None, out, b, a.mT, scale=scale, precision=precision)
+    return out
+
+
+def _gpu(x: Tensor, *outputs: Tensor) -> ModuleType | None:
+    """The module that runs the ops on the GPU of `x`; None where torch does, or where there is nothing to do."""
+    if not x.is_cuda or x.dtype == torch.float64 or not x.numel() or not any(out.numel() for out in outputs or (x,)):
+        return None
+    return _gpu_module(x.device)
+
+
+@cache
+def _gpu_module(device: torch.device) -> ModuleType | None:
+    try:
+        import triton
+
+        found = f"triton {triton.__version__}"
+        usable = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= _TRITON
+    except ImportError:
+        found, usable = "no triton", False
+    if usable and arch_of(device) is not None:
+        from featcal_kernels import launch
+
+        return launch
+    warnings.warn(
+        f"featcal_kernels runs in plain torch on {device}, many times slower than it could: its kernels need triton "
+        f"{_TRITON[0]}.{_TRITON[1]} and a GPU of compute capability 8.0 or later or an AMD gfx9; "
+        f"found {found} and {torch.cuda.get_device_name(device)}",
+        stacklevel=4,
+    )
+    return None
 
 
 def _check_features(name: str, x: Tensor) -> None:
@@ -108,14 +188,34 @@ def _check_features(name: str, x: Tensor) -> None:
         )
 
 
-def _check_sum(name: str, out: Tensor, shape: tuple[int, ...]) -> None:
+def _check_pair(y: Tensor, x: Tensor) -> None:
+    _check_features("x", x)
+    _check_features("y", y)
+    if y.shape[0] != x.shape[0] or y.dtype != x.dtype or y.device != x.device:
+        raise ValueError(
+            "y and x must share rows, dtype and device; found "
+            f"{tuple(y.shape)} {y.dtype} {y.device}, {tuple(x.shape)} {x.dtype} {x.device}"
+        )
+
+
+def _check_sum(name: str, out: Tensor, shape: tuple[int, ...], *inputs: Tensor) -> None:
     if tuple(out.shape) != shape or out.dtype != torch.float32 or not out.is_contiguous():
         raise ValueError(
             f"{name} must be contiguous float32 of shape {shape}; found {tuple(out.shape)}, {out.dtype}, "
             f"strides {out.stride()}"
         )
+    if any(x.device != out.device for x in inputs):
+        raise ValueError(f"{name} is on {out.device}, what is added to it on {[str(x.device) for x in inputs]}")
 
 
 def _check_weights(weights: Tensor | None, x: Tensor) -> None:
-    if weights is not None and tuple(weights.shape) != (x.shape[0],):
-        raise ValueError(f"weights must have shape ({x.shape[0]},); found {tuple(weights.shape)}")
+    if weights is not None and (tuple(weights.shape) != (x.shape[0],) or weights.device != x.device):
+        raise ValueError(
+            f"weights must have shape ({x.shape[0]},) and be on {x.device}; "
+            f"found {tuple(weights.shape)} on {weights.device}"
+        )
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in _PRECISIONS:
+        raise ValueError(f"precision must be one of {_PRECISIONS}; found {precision!r}")

@@ -1,0 +1,89 @@
+"""Tile shapes and paths per GPU architecture.
+
+Fixed, so that a run never tunes and its bits never depend on timing. `python -m bench.tune` times the candidates on the
+device at hand and prints the row to put here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes: `m` x `n` outputs, `k` tokens a step.
+
+    Attributes:
+        halves: write the tile back in two halves, which takes fewer registers.
+        group: tile rows of a band of the schedule.
+        options: compile options of the backend.
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    halves: bool = False
+    group: int = 8
+    options: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Arch:
+    """How one GPU architecture runs the ops.
+
+    Attributes:
+        half: tile for 16-bit operands.
+        single: tile for float32 operands that are multiplied as such.
+        descriptors: 16-bit operands take the descriptor kernel.
+        blas_rectangles: `cross_` and `addmm_` take cuBLAS, which has no triangle to miss there.
+        blas_flops: work below which cuBLAS wins, its launches being shorter.
+        blas_columns: columns from which the block triangle of cuBLAS wins; None for never.
+    """
+
+    half: Tile
+    single: Tile
+    descriptors: bool = False
+    blas_rectangles: bool = True
+    blas_flops: float = 0
+    blas_columns: int | None = None
+
+
+AMD = (("matrix_instr_nonkdim", 16), ("kpack", 2))
+
+# Every row is compiled by the tests: no spills on triton 3.6, 3.7 and 3.9. "Not timed" rows are the largest tile that
+# compiles so, and take cuBLAS for less than about 30 us of work, the time that the launches of a Triton kernel take.
+TABLE = {
+    # Not timed. 190 registers, 64 KiB of shared memory.
+    "sm_80": Arch(half=Tile(128, 128, 64, 8, 3), single=Tile(128, 128, 16, 8, 3), blas_flops=8e9),
+    # Not timed. 190 registers, 48 KiB of the 99 KiB there are.
+    "sm_89": Arch(half=Tile(128, 128, 32, 8, 4), single=Tile(128, 128, 16, 8, 3), blas_flops=4e9),
+    # Not timed. 179 registers, 192 KiB; 255 and spills without `halves`.
+    "sm_90": Arch(
+        half=Tile(128, 256, 64, 8, 4, halves=True),
+        single=Tile(128, 128, 16, 8, 3),
+        descriptors=True,
+        blas_flops=2e10,
+    ),
+    # Not timed. 122 registers, 32 KiB; hipBLASLt through torch has no 16-bit product with float32 output.
+    "gfx942": Arch(
+        half=Tile(128, 128, 64, 8, 2, options=AMD),
+        single=Tile(128, 128, 16, 8, 2, options=AMD[:1]),
+        blas_rectangles=False,
+    ),
+}
+
+
+def arch_of(device: torch.device) -> Arch | None:
+    """The row of a CUDA or ROCm device; None if the kernels do not support it."""
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return TABLE["gfx942"] if name.startswith("gfx9") else None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 8:
+        return TABLE["sm_80" if minor == 0 else "sm_89"]
+    # sm_100 has the shared memory and the bulk copies of sm_90; sm_120 the shared memory of sm_89.
+    return {9: TABLE["sm_90"], 10: TABLE["sm_90"], 12: TABLE["sm_89"]}.get(major)

@@ -1,0 +1,190 @@
+"""The kernels that add `x' b` (upper triangle) to `gram` and `y' b` to `cross`, in one launch.
+
+Two bodies, one schedule. `pointer_kernel` loads the left operand as a transposed tile of pointers, which keeps its
+copies asynchronous and 16 bytes wide on sm_80, sm_89 and gfx942; `descriptor_kernel` uses the bulk tensor copies of
+sm_90. A program looks its tile up in `table` (see `schedule`), takes its left operand accordingly, and adds the
+product to its tile of the sum by a plain load, add and store: a tile has one writer, so the bits never depend on
+timing. With `SLABS` the tokens are split over `num_programs(1)` programs, each writes a partial tile to a slab of
+its own, and `reduce_kernel` adds them in order.
+
+With `SPLIT` the operands may be sums of a high and a low part, `rows` rows apart (see `operands_triton`). A program
+then runs over its tokens up to three times: high * high, high * low, low * high. A run is left out where the
+operand's `low` flag says that its low parts are zero.
+
+Operands are aligned and their columns padded to a multiple of 16. A sum with unaligned rows is written by way of
+slabs too: adding a whole tile element by element would spill registers.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tile(table):
+    code = tl.load(table + tl.program_id(0))
+    return (code >> 30) != 0, (code >> 15) & 0x7FFF, code & 0x7FFF
+
+
+@triton.jit
+def _step_range(n, x_low, y_low, b_low, is_cross, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, SLABS: tl.constexpr):
+    """Steps of one run over the tokens, the first and last of this program's over all runs, and the flag of `b`."""
+    steps = tl.cdiv(n, BLOCK_K)
+    total = steps
+    b_has_low = 0
+    if SPLIT:
+        b_has_low = tl.load(b_low)
+        total = steps * (1 + b_has_low + tl.load(tl.where(is_cross, y_low, x_low)))
+    first = 0
+    last = total
+    if SLABS:
+        first = total * tl.program_id(1) // tl.num_programs(1)
+        last = total * (tl.program_id(1) + 1) // tl.num_programs(1)
+    return steps, first, last, b_has_low
+
+
+@triton.jit
+def _step(t, steps, rows, b_has_low, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr):
+    """The first token of step `t`, and the rows at which the left and the right operand hold it."""
+    k = t * BLOCK_K
+    a_row = k
+    b_row = k
+    if SPLIT:
+        run = t // steps
+        k = (t - run * steps) * BLOCK_K
+        a_row = k + tl.where(run > b_has_low, rows, 0)
+        b_row = k + tl.where((run == 1) & (b_has_low == 1), rows, 0)
+    return k, a_row, b_row
+
+
+@triton.jit
+def _add_to_output(acc, out, row, col, out_rows, d, is_cross):
+    """`out[row, col] += acc`; of a square sum the entries below the diagonal keep their bits."""
+    where = out + row[:, None].to(tl.int64) * d + col[None, :]
+    inside = (row < out_rows)[:, None] & (col < d)[None, :]
+    old = tl.load(where, mask=inside, other=0.0)
+    wanted = col[None, :] >= tl.where(is_cross, 0, row)[:, None]
+    tl.store(where, tl.where(wanted, old + acc, old), mask=inside)
+
+
+@triton.jit
+def _store(
+    acc, out, slabs, i, j, shift, out_rows, d, is_cross,
+    SLABS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    r = tl.arange(0, BLOCK_M)
+    c = shift + tl.arange(0, WIDTH)
+    if SLABS:
+        slab = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        slabs += slab.to(tl.int64) * (BLOCK_M * BLOCK_N)
+        tl.store(slabs + r[:, None] * BLOCK_N + c[None, :], acc)
+    else:
+        _add_to_output(acc, out, i * BLOCK_M + r, j * BLOCK_N + c, out_rows, d, is_cross)
+
+
+@triton.jit
+def _finish(
+    acc, out, slabs, i, j, out_rows, d, is_cross,
+    SLABS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    if HALVES:  # a large tile, half after half: fewer live registers
+        pair = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        left, right = tl.split(pair)
+        _store(left, out, slabs, i, j, 0, out_rows, d, is_cross, SLABS, BLOCK_M, BLOCK_N, BLOCK_N // 2)
+        _store(right, out, slabs, i, j, BLOCK_N // 2, out_rows, d, is_cross, SLABS, BLOCK_M, BLOCK_N, BLOCK_N // 2)
+    else:
+        _store(acc, out, slabs, i, j, 0, out_rows, d, is_cross, SLABS, BLOCK_M, BLOCK_N, BLOCK_N)
+
+
+@triton.jit
+def _dot(a, b, acc, UPCAST: tl.constexpr):
+    if UPCAST:  # Triton's interpreter cannot multiply bfloat16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["x_n", "y_n", "b_n", "n", "rows", "m"])
+def pointer_kernel(
+    gram, cross, slabs, table,
+    x, x_low, x_ld, x_n, y, y_low, y_ld, y_n, b, b_low, b_ld, b_n,
+    n, rows, m, d,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HALVES: tl.constexpr, SPLIT: tl.constexpr, SLABS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    is_cross, i, j = _tile(table)
+    steps, first, last, b_has_low = _step_range(n, x_low, y_low, b_low, is_cross, BLOCK_K, SPLIT, SLABS)
+    a = tl.where(is_cross, y, x)
+    a_ld = tl.where(is_cross, y_ld, x_ld)
+    out_rows = tl.where(is_cross, m, d)
+
+    row = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = j * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.arange(0, BLOCK_K)
+    a_offset = token[None, :] * a_ld + row[:, None]
+    b_offset = token[:, None] * b_ld + col[None, :]
+    a_inside = (row < tl.cdiv(out_rows, 16) * 16)[:, None]
+    b_inside = (col < tl.cdiv(d, 16) * 16)[None, :]
+    a_ld = a_ld.to(tl.int64)
+    b_ld = b_ld.to(tl.int64)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for t in tl.range(first, last):
+        k, a_row, b_row = _step(t, steps, rows, b_has_low, BLOCK_K, SPLIT)
+        inside = k + token < n
+        a_tile = tl.load(a + a_row * a_ld + a_offset, mask=inside[None, :] & a_inside, other=0.0)
+        b_tile = tl.load(b + b_row * b_ld + b_offset, mask=inside[:, None] & b_inside, other=0.0)
+        acc = _dot(a_tile, b_tile, acc, UPCAST)
+    out = tl.where(is_cross, cross, gram)
+    _finish(acc, out, slabs, i, j, out_rows, d, is_cross, SLABS, BLOCK_M, BLOCK_N, HALVES)
+
+
+@triton.jit(do_not_specialize=["x_n", "y_n", "b_n", "n", "rows", "m"])
+def descriptor_kernel(
+    gram, cross, slabs, table,
+    x, x_low, x_ld, x_n, y, y_low, y_ld, y_n, b, b_low, b_ld, b_n,
+    n, rows, m, d,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HALVES: tl.constexpr, SPLIT: tl.constexpr, SLABS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    is_cross, i, j = _tile(table)
+    steps, first, last, b_has_low = _step_range(n, x_low, y_low, b_low, is_cross, BLOCK_K, SPLIT, SLABS)
+    out_rows = tl.where(is_cross, m, d)
+    a = tl.make_tensor_descriptor(
+        tl.where(is_cross, y, x),
+        shape=[tl.where(is_cross, y_n, x_n), tl.cdiv(out_rows, 16) * 16],
+        strides=[tl.where(is_cross, y_ld, x_ld).to(tl.int64), 1],
+        block_shape=[BLOCK_K, BLOCK_M],
+    )
+    right = tl.make_tensor_descriptor(
+        b,
+        shape=[b_n, tl.cdiv(d, 16) * 16],
+        strides=[b_ld.to(tl.int64), 1],
+        block_shape=[BLOCK_K, BLOCK_N],
+    )
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for t in tl.range(first, last):
+        _, a_row, b_row = _step(t, steps, rows, b_has_low, BLOCK_K, SPLIT)
+        a_tile = a.load([a_row, i * BLOCK_M])
+        b_tile = right.load([b_row, j * BLOCK_N])
+        acc = _dot(a_tile.T, b_tile, acc, UPCAST)
+    out = tl.where(is_cross, cross, gram)
+    _finish(acc, out, slabs, i, j, out_rows, d, is_cross, SLABS, BLOCK_M, BLOCK_N, HALVES)
+
+
+@triton.jit(do_not_specialize=["splits", "m"])
+def reduce_kernel(
+    gram, cross, slabs, table, splits, m, d,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile's slabs in order, and the sum to the output; a program does `ROWS` rows of a tile."""
+    is_cross, i, j = _tile(table)
+    r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK_N)
+    slabs += (tl.program_id(0) * splits).to(tl.int64) * (BLOCK_M * BLOCK_N)
+    offset = r[:, None] * BLOCK_N + c[None, :]
+    acc = tl.load(slabs + offset)
+    for s in tl.range(1, splits, num_stages=1):
+        acc += tl.load(slabs + s * (BLOCK_M * BLOCK_N) + offset)
+    out = tl.where(is_cross, cross, gram)
+    _add_to_output(acc, out, i * BLOCK_M + r, j * BLOCK_N + c, tl.where(is_cross, m, d), d, is_cross)

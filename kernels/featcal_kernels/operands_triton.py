@@ -1,0 +1,113 @@
+"""Operands as the tensor cores want them: 16 bits, weighted, aligned.
+
+A float32 value is the sum of two bfloat16 ones, high and low, up to 2^-17 of its size; the product of two such sums
+without the term low * low takes three 16-bit products and is good to 4e-6. Splitting ahead of the product touches
+each element once, instead of once for every tile that it is part of, and leaves one kernel for all types of input.
+Weighted 16-bit features are split likewise, since 16 bits seldom hold the product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from featcal_kernels.schedule import ceil_div
+
+ROW_PAD = 128  # a multiple of any tile's tokens
+COLUMN_PAD = 16  # elements: by multiples of 16, Triton knows that 16-byte copies are aligned
+BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One side of a product over tokens.
+
+    Attributes:
+        data: the matrix, or its high parts and, `part_rows(tokens)` rows further down, its low parts. Aligned; a
+        copy is
+            padded with zeros to whole multiples of `ROW_PAD` and `COLUMN_PAD`.
+        tokens: rows of the matrix.
+        columns: of the matrix.
+        low: int32 flag on the device, 1 if any low part is not zero; None if there are no low parts.
+    """
+
+    data: Tensor
+    tokens: int
+    columns: int
+    low: Tensor | None = None
+
+    def parts(self) -> list[Tensor]:
+        """The matrices whose sum this is, `[tokens, columns]` each."""
+        starts = (0,) if self.low is None else (0, part_rows(self.tokens))
+        return [self.data[start : start + self.tokens, : self.columns] for start in starts]
+
+
+def part_rows(tokens: int) -> int:
+    """Rows that one part of a copied operand takes."""
+    return ceil_div(tokens, ROW_PAD) * ROW_PAD
+
+
+@triton.jit(do_not_specialize=["n", "rows"])
+def pack_kernel(
+    x, weights, scale, out, low, n, d, row_stride, column_stride, rows, out_stride,
+    WEIGHTS: tl.constexpr, SCALE: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x += row[:, None].to(tl.int64) * row_stride + col[None, :].to(tl.int64) * column_stride
+    value = tl.load(x, mask=(row < n)[:, None] & (col < d)[None, :], other=0.0).to(tl.float32)
+    if WEIGHTS:
+        value *= tl.load(weights + row, mask=row < n, other=0.0)[:, None]
+    if SCALE:
+        value *= tl.load(scale)
+    high = value.to(out.dtype.element_ty)
+    out += row[:, None].to(tl.int64) * out_stride + col[None, :]
+    inside = (row < rows)[:, None] & (col < out_stride)[None, :]
+    tl.store(out, high, mask=inside)
+    if SPLIT:
+        rest = (value - high.to(tl.float32)).to(out.dtype.element_ty)
+        tl.store(out + rows.to(tl.int64) * out_stride, rest, mask=inside)
+        if tl.max((rest != 0).to(tl.int32)) > 0:
+            tl.store(low, 1)
+
+
+def in_place(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `x` is an operand of type `dtype` as it lies."""
+    return (
+        x.dtype == dtype
+        and x.stride(1) == 1
+        and x.shape[1] % COLUMN_PAD == 0
+        and x.stride(0) % COLUMN_PAD == 0
+        and 0 < x.stride(0) < 2**31 // ROW_PAD
+        and x.data_ptr() % 16 == 0
+    )
+
+
+def operand(x: Tensor, dtype: torch.dtype, weights: Tensor | None = None, scale: Tensor | None = None) -> Operand:
+    """`scale * diag(weights) x` in `dtype`: `x` itself where that is possible, else a copy in one or two parts.
+
+    Args:
+        x: `[n, d]`, n and d at least 1, any strides, any floating type.
+        dtype: float32, or a 16-bit type, which takes two parts unless `x` only lies in the wrong place.
+        weights: `[n]` float32, or None.
+        scale: float32 scalar on the device, or None.
+    """
+    changed = weights is not None or scale is not None or x.dtype != dtype
+    n, d = x.shape
+    if not changed and in_place(x, dtype):
+        return Operand(x, n, d)
+    split = changed and dtype != torch.float32
+    rows, width = part_rows(n), ceil_div(d, COLUMN_PAD) * COLUMN_PAD
+    out = torch.empty((1 + split) * rows, width, dtype=dtype, device=x.device)
+    low = torch.zeros((), dtype=torch.int32, device=x.device) if split else None
+    kernel: Any = pack_kernel
+    kernel[(ceil_div(rows, BLOCK), ceil_div(width, BLOCK))](
+        x, weights, scale, out, low, n, d, x.stride(0), x.stride(1), rows, width,
+        WEIGHTS=weights is not None, SCALE=scale is not None, SPLIT=split, BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip
+    return Operand(out, n, d, low)

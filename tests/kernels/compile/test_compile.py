@@ -1,0 +1,112 @@
+"""Every kernel in every configuration of the table, compiled for its GPU: no spills, and the right instructions."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from ahead import SHARED_LIMIT, Compiled, compile_kernel
+from featcal_kernels.configs import TABLE, Tile
+from featcal_kernels.launch import REDUCE_ROWS
+from featcal_kernels.moments_triton import descriptor_kernel, pointer_kernel, reduce_kernel
+from featcal_kernels.operands_triton import ROW_PAD, pack_kernel
+from featcal_kernels.triangle_triton import frobenius_kernel, symmetrize_kernel
+
+ARCHS = tuple(SHARED_LIMIT)
+MATRIX_INSTRUCTION = {
+    "sm_80": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
+    "sm_89": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
+    "sm_90": r"wgmma\.mma_async\.sync\.aligned\.m64n256k16\.f32\.bf16\.bf16",
+    "gfx942": r"v_mfma_f32_\w+_bf16",
+}
+WIDE_COPY = {
+    "sm_80": r"cp\.async\.cg\.shared\.global \[[^]]+\], \[[^]]+\], 0x10",
+    "sm_89": r"cp\.async\.cg\.shared\.global \[[^]]+\], \[[^]]+\], 0x10",
+    "sm_90": r"cp\.async\.bulk\.tensor",
+    "gfx942": r"(global|buffer)_load_dwordx4",
+}
+OUTPUTS = {"gram": "*fp32", "cross": "*fp32", "slabs": "*fp32", "table": "*i32", "m": "i32", "d": "i32"}
+
+
+def moments(arch: str, dtype: str, unaligned: tuple[str, ...] = (), **constants) -> Compiled:
+    tile: Tile = TABLE[arch].single if dtype == "fp32" else TABLE[arch].half
+    kernel = descriptor_kernel if TABLE[arch].descriptors and dtype != "fp32" else pointer_kernel
+    arguments: dict[str, Any] = {**OUTPUTS, "n": "i32", "rows": "i32"}
+    for name in ("x", "y", "b"):
+        arguments |= {name: f"*{dtype}", f"{name}_low": "*i32", f"{name}_ld": "i32", f"{name}_n": "i32"}
+    if not constants["SLABS"]:
+        arguments["slabs"] = None
+    arguments |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "HALVES": tile.halves, "UPCAST": False}
+    arguments |= constants
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, **dict(tile.options)}
+    return compile_kernel(kernel, arch, arguments, unaligned=unaligned, **options)
+
+
+def assert_fits(compiled: Compiled, arch: str) -> None:
+    print(f"{compiled.registers} registers, {compiled.shared} bytes of shared memory")  # seen with pytest -rP
+    assert compiled.spilled == 0, f"{compiled.registers} registers, {compiled.spilled} spilled"
+    assert compiled.shared <= SHARED_LIMIT[arch]
+
+
+@pytest.mark.parametrize(("slabs", "unaligned"), [(False, ()), (True, ()), (True, ("d",))], ids=["add", "slabs", "odd"])
+@pytest.mark.parametrize("split", [False, True], ids=["one", "split"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_16_bit_moments(arch: str, split: bool, slabs: bool, unaligned: tuple[str, ...]):
+    compiled = moments(arch, "bf16", unaligned, SPLIT=split, SLABS=slabs)
+    assert_fits(compiled, arch)
+    assert re.search(MATRIX_INSTRUCTION[arch], compiled.code)
+    assert re.search(WIDE_COPY[arch], compiled.code)
+
+
+@pytest.mark.parametrize(("slabs", "unaligned"), [(False, ()), (True, ()), (True, ("d",))], ids=["add", "slabs", "odd"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_float32_moments(arch: str, slabs: bool, unaligned: tuple[str, ...]):
+    compiled = moments(arch, "fp32", unaligned, SPLIT=False, SLABS=slabs)
+    assert_fits(compiled, arch)
+    assert not re.search("[tx]f32", compiled.code)
+    assert re.search(r"fma\.rn\.f32|v_mfma_f32_\w+_?f32", compiled.code)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_other_16_bit_type_and_single_column(arch: str):
+    compiled = moments(arch, "fp16", SPLIT=True, SLABS=True, d=1)  # Triton makes a constant of a 1
+    assert_fits(compiled, arch)
+    assert re.search(MATRIX_INSTRUCTION[arch].replace("bf16", "f16"), compiled.code)
+
+
+@pytest.mark.parametrize("unaligned", [(), ("d",)], ids=["aligned", "odd"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_reduce(arch: str, unaligned: tuple[str, ...]):
+    for tile in (TABLE[arch].half, TABLE[arch].single):
+        constants = {"splits": "i32", "BLOCK_M": tile.m, "BLOCK_N": tile.n, "ROWS": REDUCE_ROWS}
+        compiled = compile_kernel(reduce_kernel, arch, OUTPUTS | constants, unaligned=unaligned)
+        assert_fits(compiled, arch)
+
+
+@pytest.mark.parametrize("strides", [("i32", 1), (1, "i32"), ("i32", "i32")], ids=["rows", "transposed", "any"])
+@pytest.mark.parametrize(
+    "types", [("fp32", "bf16"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp64", "bf16"), ("fp32", "fp32")]
+)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_pack(arch: str, types: tuple[str, str], strides: tuple):
+    arguments = {
+        "x": f"*{types[0]}", "weights": "*fp32", "scale": "*fp32", "out": f"*{types[1]}", "low": "*i32", "n": "i32",
+        "d": "i32", "row_stride": strides[0], "column_stride": strides[1], "rows": "i32", "out_stride": "i32",
+        "WEIGHTS": True, "SCALE": True, "SPLIT": types[1] != "fp32", "BLOCK": 64,
+    }  # fmt: skip
+    unaligned = ("d", "row_stride", "column_stride")
+    assert_fits(compile_kernel(pack_kernel, arch, arguments, unaligned=unaligned, num_warps=8), arch)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_triangle(arch: str):
+    assert_fits(compile_kernel(frobenius_kernel, arch, {"s": "*fp32", "sums": "*fp64", "d": "i32", "BLOCK": 64}), arch)
+    assert_fits(compile_kernel(symmetrize_kernel, arch, {"s": "*fp32", "d": "i32", "BLOCK": 64}), arch)
+
+
+def test_tiles_divide_the_padding():
+    for arch in TABLE.values():
+        for tile in (arch.half, arch.single):
+            assert ROW_PAD % tile.k == 0
+            assert tile.m % REDUCE_ROWS == 0

@@ -1,0 +1,44 @@
+"""The GPU benchmark and the tuner, through all their motions at toy sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import gpu, tune
+
+
+def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "sub" / "result.json"
+    gpu.main(["--dry-run", "--out", str(out)])
+    written = json.loads(out.read_text())
+    assert set(written["sections"]) == set(gpu.SECTIONS)
+    assert {"device", "torch", "triton"} <= set(written["environment"])
+    rows = written["sections"]["moments"]["rows"]
+    assert {row["in"] for row in rows} == {"bfloat16", "float32"}
+    assert all(row["taken"] > 0 and row["error"] < 1e-6 for row in rows)
+    assert "slower path taken: 0" in capsys.readouterr().out
+
+
+def test_unknown_section(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        gpu.main(["--dry-run", "--sections", "moments,nonsense"])
+    assert "no section nonsense" in capsys.readouterr().err
+
+
+def test_tuner(capsys: pytest.CaptureFixture[str]):
+    tune.main(["--dry-run"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Arch(half=Tile(")
+
+
+def test_crossovers():
+    rows = [
+        {"d": d, "GFLOP": d * n * 1e-3, "triton": 1.0, "blas": 0.5 if d * n < 3000 or d >= 4096 else 2.0}
+        for d in (512, 1024, 2048, 4096)
+        for n in (2, 16)
+    ]
+    flops, columns = tune.crossovers(rows)
+    assert 2.048e9 < flops <= 8.192e9
+    assert columns == 4096

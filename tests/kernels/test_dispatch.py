@@ -1,0 +1,67 @@
+"""Which implementation and which configuration a device gets, and the cuBLAS path's blocks: all but the GPU itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from featcal_kernels import blas, ops
+from featcal_kernels.configs import TABLE, Arch, arch_of
+from moment_oracle import BF16X3_SLACK, Problem, assert_moments, poisoned
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "row"),
+    [
+        ((7, 5), None),
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_89"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_90"),
+        ((12, 0), "sm_89"),
+    ],
+)
+def test_rows_of_the_table(capability: tuple[int, int], row: str | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert arch_of(GPU) == (TABLE[row] if row else None)
+
+
+def test_an_unsupported_gpu_runs_torch_and_says_so(monkeypatch: pytest.MonkeyPatch):
+    def row_of(device: torch.device) -> Arch | None:
+        return None
+
+    monkeypatch.setattr(ops, "arch_of", row_of)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old one")
+    with pytest.warns(UserWarning, match=r"plain torch on cuda:0.*an old one"):
+        assert ops._gpu_module.__wrapped__(GPU) is None
+
+
+def test_cublas_is_not_offered_where_torch_lacks_it():
+    assert not blas.available(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("d", [100, 1300, 9000])
+def test_block_triangle(d: int, monkeypatch: pytest.MonkeyPatch):
+    areas = []
+
+    def addmm(accumulated: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
+        assert options["out"] is accumulated
+        assert options["out_dtype"] == torch.float32
+        areas.append(accumulated.numel())
+        return accumulated.add_(a.float() @ b.float())
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    problem = Problem.random(64, d, 8, torch.float32)
+    parts = [problem.x.bfloat16(), (problem.x - problem.x.bfloat16().float()).bfloat16()]
+    s = blas.add_gram_(poisoned(d), parts, parts)
+    h = blas.add_product_(
+        torch.zeros(8, d), [problem.y.bfloat16(), problem.y.sub(problem.y.bfloat16()).bfloat16()], parts
+    )
+    assert_moments(s, h, problem, slack=BF16X3_SLACK)
+    triangle = sum(areas[:-3]) / 3  # three products
+    assert triangle <= max(d * d * 17 / 32 * 1.02, d * (d + blas.MIN_BLOCK) / 2)
