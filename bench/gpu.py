@@ -25,6 +25,8 @@ import torch
 from featcal_kernels import add_scaled_, addmm_, frobenius, gram_cross_, symmetrize_
 from torch import Tensor
 
+from bench import layer
+
 RESULTS = Path(__file__).parent / "results"
 CALLS_MS = 2.0  # short calls are timed in groups of this length
 ROUNDS = (3, 25)
@@ -235,7 +237,41 @@ def fold(run: Run) -> Table:
     return Table("Folding a task: sums [d, d], weights [m, d]", rows, notes)
 
 
-SECTIONS: dict[str, Callable[[Run], Table]] = {"moments": moments, "fold": fold}
+def llama_layer(run: Run) -> Table:
+    """A whole Llama-3.1-8B-shaped layer, five tasks of 32k tokens: the engine, and two reference schedules."""
+    work = layer.Workload(run.device, run.dry)
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad():
+        need = layer.flops(work, layer.engine(work, layer.Clock(run.device)))
+    memory = torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else None
+    each_task = dict.fromkeys(("forward", "moments", "advance"), work.tasks)
+    times = {
+        "engine": layer.milliseconds(layer.engine, work, {}),
+        "official": layer.milliseconds(layer.official, work, each_task),
+        "FusionEval": layer.milliseconds(layer.fusioneval, work, each_task),
+    }
+    phases = ("forward", "moments", "fold", "solve", "advance")
+    ideal = {phase: need[phase] / run.peak * 1e-9 for phase in phases}
+    rows = []
+    for name, ms in {**times, "ideal": ideal}.items():
+        total = sum(ms.values())
+        row = {"way": name, **{phase: ms.get(phase) for phase in phases}, "ms": total}
+        rows.append(
+            {**row, "share of ideal": sum(ideal.values()) / total, "engine's": total / sum(times["engine"].values())}
+        )
+    notes = [
+        f"{work.tasks} tasks of {work.tokens} tokens; ideal: FLOPs needed at the measured {run.peak:.0f} TFLOP/s.",
+        "engine's: times slower than the engine. The baselines' fold is in their solve.",
+        "How the baselines differ from their originals: bench/layer.py.",
+    ]
+    if memory is not None:
+        notes.append(f"peak device memory of the engine, hidden states of one task included: {memory:.2f} GiB")
+    return Table("One Llama-3.1-8B-shaped layer, milliseconds", rows, notes)
+
+
+SECTIONS: dict[str, Callable[[Run], Table]] = {"moments": moments, "fold": fold, "llama_layer": llama_layer}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
