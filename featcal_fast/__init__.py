@@ -4,6 +4,8 @@ from featcal_fast import reference
 from featcal_fast.calibrate import calibrate_model
 from featcal_fast.errors import FeatCalError
 from featcal_fast.job import calibrate, merge
+from featcal_fast.plan import Plan
+from featcal_fast.planner import plan
 from featcal_fast.recipe import ExpertRecipe, MergeRecipe, Recipe
 from featcal_fast.report import Report
 from featcal_fast.settings import PRESETS, Settings
@@ -14,6 +16,7 @@ __all__ = [
     "ExpertRecipe",
     "FeatCalError",
     "MergeRecipe",
+    "Plan",
     "Recipe",
     "Report",
     "Settings",
@@ -21,5 +24,6 @@ __all__ = [
     "calibrate",
     "calibrate_model",
     "merge",
+    "plan",
     "reference",
 ]

@@ -21,7 +21,7 @@ class Stream:
     """One model's hidden states on one task's batches, kept between layers in the model's dtype.
 
     Args:
-        source: the model, whose own forward gives the states that enter block 0.
+        source: the model, whose own forward gives the states that enter a stage's first block.
         task: its name.
         batches: the task's batches.
         device: where blocks run.
@@ -41,18 +41,28 @@ class Stream:
         place: Place = torch.device("cpu"),  # noqa: B008 (immutable)
     ) -> None:
         self.device = device
-        self._states = _ScratchFile(place) if isinstance(place, Path) else _Memory(place)
+        self._source, self._task, self._batches, self._place = source, task, batches, place
+        self._states: _ScratchFile | _Memory | None = None
         self._calls: list[BatchCalls] = []
         self._shapes: list[tuple[int, int]] = []
-        for number, batch in enumerate(batches):
+        self.enter(0)
+
+    def enter(self, stage: int) -> None:
+        """Go on to a stage's first block; the states at hand left the last block of the stage before it."""
+        before = self._states
+        self._states = _ScratchFile(self._place) if isinstance(self._place, Path) else _Memory(self._place)
+        self._calls, self._shapes = [], []
+        for number, batch in enumerate(self._batches):
+            previous = None if before is None else before.load(number).to(self.device)
             try:
-                hidden, calls = source.first_hidden(batch)
+                hidden, calls = self._source.first_hidden(batch, stage, previous)
             except FeatCalError:
                 raise
             except Exception as error:  # whatever the model makes of inputs that are not its own
                 found = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
                 raise DataError(
-                    f"task {task}, batch {number}: the {source.label} cannot take the inputs {found}: {error}"
+                    f"task {self._task}, batch {number}: the {self._source.label} cannot take the inputs {found}: "
+                    f"{error}"
                 ) from error
             self._shapes.append((hidden.shape[0], hidden.shape[1]))
             self._states.store(number, hidden)
@@ -67,15 +77,17 @@ class Stream:
 
     def load(self, batch: int) -> tuple[Tensor, BatchCalls]:
         """A batch's hidden states and calls, on the device."""
+        assert self._states is not None
         return self._states.load(batch).to(self.device), move(self._calls[batch], self.device)
 
     def store(self, batch: int, hidden: Tensor) -> None:
+        assert self._states is not None
         self._states.store(batch, hidden)
 
-    def advance(self, index: int, block: nn.Module, batch: int) -> Tensor:
-        """Run a batch through `block`, number `index` of the model, and keep the result."""
+    def advance(self, number: int, block: nn.Module, batch: int) -> Tensor:
+        """Run a batch through `block`, of this number in its stage, and keep the result."""
         hidden, calls = self.load(batch)
-        out = calls.run(index, block, hidden)
+        out = calls.run(number, block, hidden)
         self.store(batch, out)
         return out
 
@@ -112,10 +124,10 @@ class _ScratchFile:
 
     def store(self, batch: int, hidden: Tensor) -> None:
         data = hidden.to("cpu").contiguous()
-        if batch not in self._slots:
+        if batch not in self._slots or self._slots[batch][1:] != (data.shape, data.dtype):
             self._slots[batch] = self._end, data.shape, data.dtype
             self._end += data.nbytes
-        rest = memoryview(data.reshape(-1).view(torch.uint8).numpy()).cast("B")
+        rest = data.reshape(-1).view(torch.uint8).numpy().data.cast("B")
         position = self._slots[batch][0]
         try:
             while rest:
@@ -127,7 +139,7 @@ class _ScratchFile:
     def load(self, batch: int) -> Tensor:
         position, shape, dtype = self._slots[batch]
         hidden = torch.empty(shape, dtype=dtype)
-        rest = memoryview(hidden.reshape(-1).view(torch.uint8).numpy()).cast("B")
+        rest = hidden.reshape(-1).view(torch.uint8).numpy().data.cast("B")
         while rest:
             read = os.preadv(self._file.fileno(), [rest], position)
             rest, position = rest[read:], position + read

@@ -21,9 +21,12 @@ from featcal_fast.drift import Probe
 from featcal_fast.errors import DataError
 from featcal_fast.experts import BlockReader
 from featcal_fast.features import Kept, Layout, find_layout, tapped
+from featcal_fast.models import Structure
+from featcal_fast.models.linear import is_linear, oriented
 from featcal_fast.moments import Anchor, LayerSystem, TaskMoments
 from featcal_fast.progress import Progress
 from featcal_fast.report import GroupReport, LayerReport, Report
+from featcal_fast.selection import check_patterns
 from featcal_fast.settings import Settings
 from featcal_fast.solve import Update, solve_layer
 from featcal_fast.sources import ModuleSource, Source, check_same_architecture
@@ -78,7 +81,7 @@ def calibrate_model(
         progress=progress or Progress(),
     )
     with torch.no_grad():
-        for block, parameters in zip(student.blocks, updates, strict=True):
+        for block, parameters in zip(student.structure.blocks, updates, strict=True):
             own = dict(block.named_parameters())
             for name, value in parameters.items():
                 own[name].copy_(value)
@@ -103,31 +106,38 @@ def calibrate_source(
     Everything else is as in `calibrate_model`.
     """
     started = time.perf_counter()
-    _check_tasks(experts, batches)
+    structure = student.structure
+    _check_tasks(experts, batches, structure)
     check_same_architecture(student, {"base": base, **experts})
+    _check_patterns(structure, settings)
 
     student_streams = {task: Stream(student, task, batches[task], device, place) for task in experts}
     expert_streams = {task: Stream(expert, task, batches[task], device, place) for task, expert in experts.items()}
     probe = Probe(student, experts, batches, device)
-    for source in (student, *experts.values()):
-        source.end_first_hidden()
-    tokens = {
-        task: [Tokens(batch, stream.shape(i), device) for i, batch in enumerate(batches[task])]
-        for task, stream in student_streams.items()
-    }
-    counts = {task: sum(item.count for item in items) for task, items in tokens.items()}
-    report = Report(settings, student.family.name, str(device), counts)
+    tokens: dict[str, list[Tokens]] = {task: [] for task in experts}
+    report = Report(settings, structure.family.name, str(device), dict.fromkeys(experts, 0))
+    report.kept |= structure.outside()
 
-    layers = len(student.blocks)
-    order = ((source, index) for index in range(layers) for source in (student, base, *experts.values()))
-    progress.start(layers, sum(counts.values()))
+    order = ((source, layer.index) for layer in structure.layers for source in (student, base, *experts.values()))
     with closing(progress), BlockReader(order) as blocks:
-        for index in range(layers):
-            began = time.perf_counter()
+        for layer in structure.layers:
+            if layer.number == 0:  # a stage begins: most models have one, an encoder-decoder two
+                if layer.stage > 0:
+                    for stream in (*student_streams.values(), *expert_streams.values()):
+                        stream.enter(layer.stage)
+                    probe.enter(layer.stage)
+                for source in (student, *experts.values()):
+                    source.end_first_hidden()
+                tokens = _stage_tokens(structure, layer.stage, batches, student_streams, tokens, device)
+                counts = {task: sum(item.count for item in items) for task, items in tokens.items()}
+                report.tokens = {task: report.tokens[task] + count for task, count in counts.items()}
+                if layer.stage == 0:
+                    progress.start(len(structure.layers), sum(counts.values()))
+
+            index, number, began = layer.index, layer.number, time.perf_counter()
             block = blocks.next()
             anchor = Anchor(block, blocks.next(), settings.anchor_rho)
-            rule = student.family.last_layer if index == layers - 1 else None
-            layout = find_layout(block, index, *probe.sample(next(iter(experts))), rule)
+            layout = find_layout(block, layer, *probe.sample(next(iter(experts))), settings)
 
             system = LayerSystem(layout, anchor, settings, device)
             moments = TaskMoments(layout, block, max(counts.values()), settings, device)
@@ -136,46 +146,48 @@ def calibrate_source(
                 teacher = blocks.next()
                 moments.reset()
                 for i, batch_tokens in enumerate(tokens[task]):
-                    seen = _see_expert(teacher, index, expert_streams[task], i, layout, moments)
-                    _see_student(block, index, student_streams[task], i, layout, moments, seen, batch_tokens)
+                    seen = see_expert(teacher, number, expert_streams[task], i, layout, moments)
+                    see_student(block, number, student_streams[task], i, layout, moments, seen, batch_tokens)
+                    del seen  # before the next batch's are made
                     progress.tokens(batch_tokens.count)
                 system.fold(moments, teacher, task)
-                probe.advance_expert(index, task, teacher)
+                probe.advance_expert(number, task, teacher)
                 del teacher  # before the next but one is read
 
             update = solve_layer(system, moments, len(experts))
-            probe.advance_merged(index, block)
+            probe.advance_merged(number, block)
             groups = _group_reports(layout, moments, update, block)
             new = _load(block, update)
-            probe.advance_calibrated(index, block)
+            probe.advance_calibrated(number, block)
             write(index, new)
-            if index < layers - 1:
+            if index < len(structure.layers) - 1:
                 for stream in student_streams.values():
                     for i in range(len(stream)):
-                        stream.advance(index, block, i)
+                        stream.advance(number, block, i)
 
             done = LayerReport(index, *probe.drift(), time.perf_counter() - began, groups, list(moments.norms))
             report.layers.append(done)
-            report.kept |= _kept(block, layout, index)
+            report.kept |= layout.kept
             progress.layer(done)
+            del block, anchor, system, moments, update, new  # before the next layer's are made
     report.seconds = time.perf_counter() - started
     return report
 
 
-def _see_expert(
-    teacher: nn.Module, index: int, stream: Stream, batch: int, layout: Layout, moments: TaskMoments
+def see_expert(
+    teacher: nn.Module, number: int, stream: Stream, batch: int, layout: Layout, moments: TaskMoments
 ) -> tuple[Kept, Kept]:
     """Advance the expert's hidden states through its layer; keep what its linear modules are given, and made of it."""
     inputs, outputs = Kept(), Kept()
     leaders = [group.leader for group in layout.groups]
     with tapped(teacher, leaders, inputs.__setitem__, moments.outputs, outputs.__setitem__):
-        stream.advance(index, teacher, batch)
+        stream.advance(number, teacher, batch)
     return inputs, outputs
 
 
-def _see_student(
+def see_student(
     block: nn.Module,
-    index: int,
+    number: int,
     stream: Stream,
     batch: int,
     layout: Layout,
@@ -184,6 +196,8 @@ def _see_student(
     tokens: Tokens,
 ) -> None:
     """Run the student's layer up to its last captured input; moments grow as the forward goes."""
+    if layout.last is None:
+        return
     hidden, calls = stream.load(batch)
     taps = [*(group.leader for group in layout.groups), *moments.norms]
     with tapped(
@@ -192,20 +206,19 @@ def _see_student(
         lambda name, x: moments.add(name, x, *expert, tokens),
         stop_at=layout.last,
     ):
-        calls.run(index, block, hidden)
+        calls.run(number, block, hidden)
 
 
 def _load(block: nn.Module, update: Update) -> dict[str, Tensor]:
-    """Put a layer's new parameters into `block`, all at once, and return them in the block's dtypes."""
-    parameters = dict(block.named_parameters())
-    new = {name: value.to(parameters[name].dtype) for name, value in update.parameters.items()}
-    for name, value in new.items():
-        parameters[name].copy_(value)
-    return {name: value.cpu() for name, value in new.items()}
+    """Put a layer's new parameters into `block`, all at once, and return them as the block has them."""
+    views, own = oriented(block), dict(block.named_parameters())
+    for name, value in update.parameters.items():
+        views[name].copy_(value)
+    return {name: own[name].to("cpu", copy=True) for name in update.parameters}
 
 
 def _group_reports(layout: Layout, moments: TaskMoments, update: Update, merged: nn.Module) -> list[GroupReport]:
-    before = dict(merged.named_parameters())
+    before = oriented(merged)
     reports = []
     for group in layout.groups:
         names = [f"{name}.weight" for name in group.modules]
@@ -225,14 +238,26 @@ def _group_reports(layout: Layout, moments: TaskMoments, update: Update, merged:
     return reports
 
 
-def _kept(block: nn.Module, layout: Layout, index: int) -> dict[str, str]:
-    """Linear weights of the layer that its forward never reached."""
-    calibrated = {name for group in layout.groups for name in group.modules}
-    linears = [name for name, module in block.named_modules() if type(module) is nn.Linear]
-    return {f"{index}.{name}": "not used by the layer's forward" for name in linears if name not in calibrated}
+def _stage_tokens(
+    structure: Structure,
+    stage: int,
+    batches: Mapping[str, Batches],
+    streams: Mapping[str, Stream],
+    before: Mapping[str, list[Tokens]],
+    device: torch.device,
+) -> dict[str, list[Tokens]]:
+    """The tokens of every batch in a stage, which know those of the stage before it."""
+    mask = structure.family.stages[stage].mask
+    return {
+        task: [
+            Tokens(mask(batch), stream.shape(i), device, before[task][i] if before[task] else None)
+            for i, batch in enumerate(batches[task])
+        ]
+        for task, stream in streams.items()
+    }
 
 
-def _check_tasks(experts: Mapping[str, Source], batches: Mapping[str, Batches]) -> None:
+def _check_tasks(experts: Mapping[str, Source], batches: Mapping[str, Batches], structure: Structure) -> None:
     if not experts:
         raise DataError("no experts: at least one is needed")
     for task in experts.keys() ^ batches.keys():
@@ -241,3 +266,21 @@ def _check_tasks(experts: Mapping[str, Source], batches: Mapping[str, Batches]) 
     for task, items in batches.items():
         if not items:
             raise DataError(f"task {task}: found no batch, expected at least one")
+    if structure.family.needs is not None:
+        keys, why = structure.family.needs
+        for task, items in batches.items():
+            for number, batch in enumerate(items):
+                if not any(key in batch for key in keys):
+                    found, wanted = ", ".join(batch), " or ".join(keys)
+                    raise DataError(f"task {task}, batch {number}: found {found}, expected {wanted} too: {why}")
+
+
+def _check_patterns(structure: Structure, settings: Settings) -> None:
+    if settings.include is not None or settings.exclude is not None:
+        modules = [
+            f"{layer.path}.{name}"
+            for layer, block in zip(structure.layers, structure.blocks, strict=True)
+            for name, module in block.named_modules()
+            if is_linear(module) or isinstance(module, nn.LayerNorm)
+        ]
+        check_patterns(modules, settings)

@@ -1,4 +1,4 @@
-"""The command line: `featcal-fast calibrate | merge | demo`."""
+"""The command line: `featcal-fast calibrate | plan | merge | demo`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from featcal_fast.errors import FeatCalError
+from featcal_fast.plan import parse_bytes
 from featcal_fast.progress import Progress
 from featcal_fast.report import LayerReport
 from featcal_fast.version import __version__
@@ -43,6 +44,12 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The job
 Device = Annotated[
     str | None, typer.Option(help="Where to compute: cuda, cuda:1, cpu. Default: the first GPU, or the CPU.")
 ]
+DeviceMemory = Annotated[
+    str | None, typer.Option(help="Device memory that may be used, for example 22GiB. Default: what is free.")
+]
+HostMemory = Annotated[
+    str | None, typer.Option(help="Host memory that may be used, for example 60GB. Default: what is free.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -57,6 +64,8 @@ def calibrate(
     recipe: RecipePath,
     out: Annotated[Path | None, typer.Option(help="Folder to write, in place of the recipe's `out`.")] = None,
     device: Device = None,
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
 ) -> None:
     """Calibrate the model that RECIPE.yaml describes and write it, with report.json, to a new folder.
 
@@ -67,10 +76,43 @@ def calibrate(
     from featcal_fast.job import calibrate as run
 
     console = Console()
-    report = run(recipe, out=out, device=device, progress=BarProgress(console))
+    report = run(
+        recipe,
+        out=out,
+        device=device,
+        progress=BarProgress(console),
+        device_memory=_bytes(device_memory),
+        host_memory=_bytes(host_memory),
+    )
     console.print(report.table())
     console.print(report.summary())
     console.print(f"Wrote {report.out}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    device: Device = None,
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
+    rate: Annotated[float | None, typer.Option(help="Measured TFLOP/s, for an estimate of the time.")] = None,
+) -> None:
+    """Say what RECIPE.yaml will need (memory, disk, bytes read, arithmetic) and calibrate; nothing runs.
+
+    Exit code 1 when the recipe cannot work or will not fit.
+
+    \b
+    Example:
+        featcal-fast plan recipe.yaml --device-memory 22GiB --rate 150
+    """
+    from featcal_fast.planner import plan as make
+
+    console = Console()
+    found = make(recipe, device=device, device_memory=_bytes(device_memory), host_memory=_bytes(host_memory))
+    for table in found.tables():
+        console.print(table)
+    console.print(found.summary(None if rate is None else rate * 1e12), highlight=False)
+    found.check()
 
 
 @app.command()
@@ -109,6 +151,10 @@ def demo(
     from featcal_fast.demo import run
 
     run(out, console=Console(), device=device)
+
+
+def _bytes(text: str | None) -> int | None:
+    return None if text is None else parse_bytes(text)
 
 
 class BarProgress(Progress):

@@ -30,31 +30,44 @@ class Probe:
         batches: Mapping[str, Sequence[Mapping[str, Tensor]]],
         device: torch.device,
     ) -> None:
-        self._merged: dict[str, Stream] = {}
-        self._calibrated: dict[str, Stream] = {}
-        self._expert: dict[str, Stream] = {}
+        self._device, self._masks = device, [stage.mask for stage in student.structure.family.stages]
+        self._batches = {
+            task: {name: tensor[:PROBE_SAMPLES] for name, tensor in items[0].items()} for task, items in batches.items()
+        }
+        begin = {task: [batch] for task, batch in self._batches.items()}
+        self._merged = {task: Stream(student, task, begin[task], device) for task in experts}
+        self._calibrated = {task: Stream(student, task, begin[task], device) for task in experts}
+        self._expert = {task: Stream(expert, task, begin[task], device) for task, expert in experts.items()}
         self._tokens: dict[str, Tokens] = {}
-        for task, expert in experts.items():
-            batch = {name: tensor[:PROBE_SAMPLES] for name, tensor in batches[task][0].items()}
-            self._merged[task] = Stream(student, task, [batch], device)
-            self._calibrated[task] = Stream(student, task, [batch], device)
-            self._expert[task] = Stream(expert, task, [batch], device)
-            self._tokens[task] = Tokens(batch, self._expert[task].shape(0), device)
+        self._see_tokens(0)
 
-    def sample(self, task: str) -> tuple[Tensor, BatchCalls]:
-        """The merged model's hidden states of a task's samples, as they enter the layer."""
-        return self._merged[task].load(0)
+    def enter(self, stage: int) -> None:
+        """Go on to the next stage of all three models."""
+        for streams in (self._merged, self._calibrated, self._expert):
+            for stream in streams.values():
+                stream.enter(stage)
+        self._see_tokens(stage)
 
-    def advance_expert(self, index: int, task: str, block: nn.Module) -> None:
-        self._expert[task].advance(index, block, 0)
+    def _see_tokens(self, stage: int) -> None:
+        self._tokens = {
+            task: Tokens(self._masks[stage](self._batches[task]), stream.shape(0), self._device, self._tokens.get(task))
+            for task, stream in self._expert.items()
+        }
 
-    def advance_merged(self, index: int, block: nn.Module) -> None:
+    def sample(self, task: str) -> tuple[Tensor, BatchCalls, Tokens]:
+        """The merged model's hidden states of a task's samples, as they enter the layer, their calls and tokens."""
+        return *self._merged[task].load(0), self._tokens[task]
+
+    def advance_expert(self, number: int, task: str, block: nn.Module) -> None:
+        self._expert[task].advance(number, block, 0)
+
+    def advance_merged(self, number: int, block: nn.Module) -> None:
         for stream in self._merged.values():
-            stream.advance(index, block, 0)
+            stream.advance(number, block, 0)
 
-    def advance_calibrated(self, index: int, block: nn.Module) -> None:
+    def advance_calibrated(self, number: int, block: nn.Module) -> None:
         for stream in self._calibrated.values():
-            stream.advance(index, block, 0)
+            stream.advance(number, block, 0)
 
     def drift(self) -> tuple[float, float]:
         """Drift before and after, once all three models have passed the layer."""

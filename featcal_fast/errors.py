@@ -31,3 +31,7 @@ class OutputError(FeatCalError):
 
 class SolveError(FeatCalError):
     """A ridge system could not be solved, or its statistics are not finite."""
+
+
+class MemoryBudgetError(FeatCalError):
+    """The job needs more memory than there is, or than it was allowed."""

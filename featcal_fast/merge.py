@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featcal_fast.checkpoints import Checkpoint, TensorInfo, canonical
+from featcal_fast.checkpoints import Checkpoint, HostedExpert, TensorInfo, TensorSource, canonical
 from featcal_fast.errors import ModelMismatchError
 
 
@@ -52,7 +52,7 @@ class MergedCheckpoint:
 
     label = "merged model"
 
-    def __init__(self, base: Checkpoint, experts: Mapping[str, Checkpoint], method: str, scaling: float) -> None:
+    def __init__(self, base: Checkpoint, experts: Mapping[str, TensorSource], method: str, scaling: float) -> None:
         self.base, self.experts = base, experts
         self.method, self.scaling = METHODS[method], scaling
         self.tensors: dict[str, TensorInfo] = base.tensors
@@ -62,8 +62,17 @@ class MergedCheckpoint:
                     self._check(expert, name, info)
 
     @property
+    def path(self) -> Path:
+        return self.base.path
+
+    @property
     def config(self) -> Any:
         return self.base.config
+
+    @property
+    def bytes_read(self) -> int:
+        """Zero: reads count where they are made, with the base and the experts."""
+        return 0
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -80,14 +89,25 @@ class MergedCheckpoint:
             merged[name] = base
         return merged
 
+    def stored_bytes(self, names: Iterable[str]) -> int:
+        """What `read(names)` takes from files."""
+        total = 0
+        for name in names:
+            total += self.base.stored_bytes([name])
+            if self.tensors[name].dtype.is_floating_point:
+                total += sum(e.stored_bytes([e.names[canonical(name)]]) for e in self.experts.values())
+        return total
+
     def side_files(self) -> list[Path]:
         return self.base.side_files()
 
-    def _expert_tensor(self, expert: Checkpoint, name: str) -> Tensor:
+    def _expert_tensor(self, expert: TensorSource, name: str) -> Tensor:
         own = expert.names[canonical(name)]
-        return expert.read([own])[own].float()
+        # The error of compressed storage stays out of the merged model.
+        read = expert.read_exactly if isinstance(expert, HostedExpert) else expert.read
+        return read([own])[own].float()
 
-    def _check(self, expert: Checkpoint, name: str, info: TensorInfo) -> None:
+    def _check(self, expert: TensorSource, name: str, info: TensorInfo) -> None:
         own = expert.names.get(canonical(name))
         if own is None:
             raise ModelMismatchError(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from featcal_fast.errors import SolveError
 from featcal_fast.features import InputGroup, Kept, Layout
+from featcal_fast.models.linear import oriented
 from featcal_fast.settings import Settings
 from featcal_fast.tokens import Tokens
 
@@ -33,14 +34,14 @@ class Anchor:
     """`W_a = rho * merged + (1 - rho) * base` for a block's parameters, formed when asked for (paper eq. 11)."""
 
     def __init__(self, merged: nn.Module, base: nn.Module, rho: float) -> None:
-        self.merged = dict(merged.named_parameters())
-        self.base = dict(base.named_parameters())
+        self.merged = oriented(merged)
+        self.base = oriented(base)
         self.rho = rho
 
     def __getitem__(self, name: str) -> Tensor:
         """The anchor of parameter `name`, float32."""
         merged, base = self.merged[name], self.base[name].to(self.merged[name].device)
-        return torch.lerp(base.float(), merged.float(), self.rho)
+        return torch.lerp(base.float(), merged.float(), self.rho).contiguous()
 
 
 def output_space(group: InputGroup, tokens: int) -> bool:
@@ -152,6 +153,9 @@ class TaskMoments:
             self.norms[name].add(tokens.rows(x), weights, n)
         elif name in self.groups:
             moments = self.groups[name]
+            if moments.group.memory:
+                assert tokens.memory is not None
+                tokens = tokens.memory
             weights, n = tokens.weights(moments.group.weights)
             names = moments.group.modules if moments.output_space else ()
             features = [tokens.rows(x), tokens.rows(expert_inputs[name])]
@@ -239,7 +243,7 @@ class LayerSystem:
         Raises:
             SolveError: no token of the task counts.
         """
-        parameters = dict(expert.named_parameters())
+        parameters = oriented(expert)
         for system in self.systems:
             self._fold_group(system, moments.groups[system.group.leader], parameters, task)
         for name, scratch in moments.norms.items():
@@ -258,7 +262,7 @@ class LayerSystem:
         mean_student, mean_expert = scratch.sum_student / scratch.n, scratch.sum_expert / scratch.n
         mean_target = torch.lerp(mean_student, mean_expert, alpha)
         for name, rows in system.rows().items():
-            weight, bias = expert[f"{name}.weight"].float(), expert.get(f"{name}.bias")
+            weight, bias = expert[f"{name}.weight"].float().contiguous(), expert.get(f"{name}.bias")
             if scratch.output_space:
                 if bias is not None:
                     t[rows].addr_(bias.float(), scratch.sum_student.float(), alpha=-1)

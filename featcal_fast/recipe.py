@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from featcal_fast.checkpoints import STORAGES
 from featcal_fast.errors import RecipeError
 from featcal_fast.merge import METHODS
 from featcal_fast.settings import Settings
@@ -47,6 +48,9 @@ class Recipe:
         samples: calibration samples a task; all, where a task has fewer.
         max_length: tokens a text is cut at.
         batch_size: samples a forward pass.
+        expert_storage: where experts' tensors stay after their first read: `disk`, that is nowhere; `host` memory as
+            they are; or there compressed by bitsandbytes, `host-int8` or `host-nf4`, with the error that the report
+            states.
         seed: of the sampling.
         root: what relative paths start from.
 
@@ -63,6 +67,7 @@ class Recipe:
     samples: int = 256
     max_length: int = 512
     batch_size: int = 16
+    expert_storage: str = "disk"
     seed: int = 0
     root: Path = field(default_factory=Path.cwd)
 
@@ -76,6 +81,8 @@ class Recipe:
                 f"merge.method: found {self.merge.method!r}, expected one of {', '.join(METHODS)}; did you "
                 f"mean {near!r}?"
             )
+        if self.expert_storage not in STORAGES:
+            raise RecipeError(f"expert_storage: found {self.expert_storage!r}, expected one of {', '.join(STORAGES)}")
         if not self.experts:
             raise RecipeError("experts: found none, expected at least one `name: {model: ..., data: ...}`")
         counts = {name: getattr(self, name) for name in ("samples", "max_length", "batch_size")}
@@ -132,6 +139,8 @@ class Recipe:
         root = values.pop("root")
         return {**{key: value for key, value in values.items() if value is not None}, "root": str(root)}
 
+
+RecipeLike = Recipe | Mapping[str, Any] | str | Path  # what `Recipe.load` takes
 
 # What YAML may hold for a field, by its annotation.
 _TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}

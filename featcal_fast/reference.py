@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featcal_fast.models import find_family
-from featcal_fast.models.family import LastLayerWeights
+from featcal_fast.models import Layer, find_structure
+from featcal_fast.models.linear import is_linear, oriented
 from featcal_fast.models.stepping import BatchCalls, first_hidden
+from featcal_fast.selection import reason_to_keep
 from featcal_fast.settings import Settings
 
 
@@ -125,75 +126,79 @@ def calibrate_model(
     models = {"merged": merged, "base": base, **experts}
     for model in models.values():
         model.to(device).eval()
-    found = {name: find_family(model, name) for name, model in models.items()}
-    blocks = {name: model.get_submodule(found[name][1]) for name, model in models.items()}
-    kwargs = found["merged"][0].forward_kwargs
+    found = {name: find_structure(model, name) for name, model in models.items()}
     data = {task: list(items) for task, items in batches.items()}
-    weights = {task: [token_weights(batch) for batch in data[task]] for task in experts}
+    student: dict[str, list[State]] = {task: [] for task in experts}
+    teacher: dict[str, list[State]] = {task: [] for task in experts}
 
-    def begin(name: str, task: str) -> list[tuple[Tensor, BatchCalls]]:
-        return [first_hidden(models[name], blocks[name], batch, kwargs) for batch in data[task]]  # type: ignore[arg-type]
+    def enter(name: str, stage: int, task: str, before: list[State]) -> list[State]:
+        """Each batch's hidden states as they enter a stage of a model, on top of those that left the stage before."""
+        states = []
+        for number, batch in enumerate(data[task]):
+            previous = before[number] if before else None
+            hidden, calls = first_hidden(found[name], batch, stage, previous.hidden if previous else None)
+            mask = found[name].family.stages[stage].mask(batch)
+            states.append(State(hidden, calls, mask, previous.mask if previous else None))
+        return states
 
-    student = {task: begin("merged", task) for task in experts}
-    teacher = {task: begin(task, task) for task in experts}
     seconds = {}
-    for index, block in enumerate(blocks["merged"].children()):
+    for layer, block in zip(found["merged"].layers, found["merged"].blocks, strict=True):
         started = time.perf_counter()
-        last = index == len(list(blocks["merged"].children())) - 1
-        rule = found["merged"][0].last_layer if last else None
+        if layer.number == 0:
+            for task in experts:
+                student[task] = enter("merged", layer.stage, task, student[task])
+                teacher[task] = enter(task, layer.stage, task, teacher[task])
+        expert_blocks = [found[task].blocks[layer.index] for task in experts]
         stats = {}
-        for task in experts:
-            expert = blocks[task].get_submodule(str(index))
-            stats[task], teacher[task] = layer_stats(
-                index, block, expert, student[task], teacher[task], weights[task], rule, settings
-            )
-        old = {name: value.clone() for name, value in block.named_parameters()}
-        base_block = blocks["base"].get_submodule(str(index))
-        expert_blocks = [blocks[task].get_submodule(str(index)) for task in experts]
+        for task, expert in zip(experts, expert_blocks, strict=True):
+            stats[task] = layer_stats(layer, block, expert, student[task], teacher[task], settings)
+        old = {name: value.clone() for name, value in oriented(block).items()}
+        others, anchor = [oriented(expert) for expert in expert_blocks], oriented(found["base"].blocks[layer.index])
         for name, module in block.named_modules():
             if name in stats[next(iter(experts))]:
                 per_task = [stats[task][name] for task in experts]
-                others = [other.get_submodule(name) for other in expert_blocks]
-                _update(module, per_task, others, old, name, base_block.get_submodule(name), settings)
-        student = {
-            task: [(calls.run(index, block, hidden), calls) for hidden, calls in student[task]] for task in experts
-        }
-        seconds[f"layer {index}"] = time.perf_counter() - started
+                _update(module, name, per_task, others, old, anchor, oriented(block), settings)
+        for states in student.values():
+            for state in states:
+                state.hidden = state.calls.run(layer.number, block, state.hidden)
+        seconds[f"layer {layer.index}"] = time.perf_counter() - started
     return seconds
 
 
+@dataclass
+class State:
+    """One batch between two layers of one model.
+
+    `mask` is 1 for tokens and 0 for padding, None where nothing is padded; `memory` is the previous stage's.
+    """
+
+    hidden: Tensor
+    calls: BatchCalls
+    mask: Tensor | None
+    memory: Tensor | None
+
+
 def layer_stats(
-    index: int,
-    block: nn.Module,
-    expert: nn.Module,
-    student: list[tuple[Tensor, BatchCalls]],
-    teacher: list[tuple[Tensor, BatchCalls]],
-    weights: list[Tensor | None],
-    rule: LastLayerWeights | None,
-    settings: Settings,
-) -> tuple[dict[str, LinearStats | NormStats], list[tuple[Tensor, BatchCalls]]]:
-    """Run the student's and the expert's block over a task's batches.
+    layer: Layer, block: nn.Module, expert: nn.Module, student: list[State], teacher: list[State], settings: Settings
+) -> dict[str, LinearStats | NormStats]:
+    """Run the student's and the expert's block over a task's batches; the expert's hidden states advance.
 
     Returns:
-        The statistics by module, and the expert's hidden states after the block.
+        The statistics, by module.
     """
-    names = [name for name, module in block.named_modules() if isinstance(module, (nn.Linear, nn.LayerNorm))]
+    names = [name for name, module in block.named_modules() if _calibrated(layer, name, module, settings)]
     xs: dict[str, list[Tensor]] = {name: [] for name in names}
     xe: dict[str, list[Tensor]] = {name: [] for name in names}
     ds: dict[str, list[Tensor]] = {name: [] for name in names}
-    advanced = []
-    for (hidden, calls), (expert_hidden, expert_calls), mask in zip(student, teacher, weights, strict=True):
-        ours = _inputs(index, block, hidden, calls, names)[0]
-        theirs, out = _inputs(index, expert, expert_hidden, expert_calls, names)
-        advanced.append((out, expert_calls))
+    for ours_state, theirs_state in zip(student, teacher, strict=True):
+        ours = _inputs(layer.number, block, ours_state, names)[0]
+        theirs, theirs_state.hidden = _inputs(layer.number, expert, theirs_state, names)
         for name in ours:
-            d = torch.ones(hidden.shape[:2], dtype=hidden.dtype, device=hidden.device)
-            if rule is not None and rule.applies_to(name):
-                d[:, 1:] = rule.rest
-            d = d if mask is None else d * mask.to(d)
-            xs[name].append(ours[name].flatten(0, 1))
-            xe[name].append(theirs[name].flatten(0, 1))
-            ds[name].append(d.flatten())
+            d = _token_weights(layer, name, ours[name], ours_state)
+            if d is not None:
+                xs[name].append(ours[name].flatten(0, -2))
+                xe[name].append(theirs[name].flatten(0, -2))
+                ds[name].append(d)
     stats: dict[str, LinearStats | NormStats] = {}
     for name in names:
         if not xs[name]:
@@ -207,17 +212,37 @@ def layer_stats(
         else:
             t = settings.teacher_alpha * e + (1 - settings.teacher_alpha) * s
             stats[name] = LinearStats(s.mT @ (d * s) / n, s.mT @ (d * t) / n, (d * s).sum(0) / n, (d * t).sum(0) / n)
-    return stats, advanced
+    return stats
 
 
-def token_weights(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """1 for tokens, 0 for padding; None where a batch says nothing of padding."""
-    return batch.get("attention_mask")
+def _calibrated(layer: Layer, name: str, module: nn.Module, settings: Settings) -> bool:
+    """Whether a module of a block is one that the method updates, and the settings and the family agree."""
+    norm = isinstance(module, nn.LayerNorm)
+    return (
+        (norm or is_linear(module))
+        and reason_to_keep(f"{layer.path}.{name}", settings) is None
+        and layer.family.reason_to_keep(f"{name}.weight") is None
+    )
 
 
-def _inputs(
-    index: int, block: nn.Module, hidden: Tensor, calls: BatchCalls, names: list[str]
-) -> tuple[dict[str, Tensor], Tensor]:
+def _token_weights(layer: Layer, name: str, x: Tensor, state: State) -> Tensor | None:
+    """The diagonal of D for input `x` of a module, `[batch * tokens]`; None where `x` has not one row a token."""
+    mask = state.memory if layer.reads_memory(name) else state.mask
+    if mask is None:
+        batch = state.hidden.shape[0]
+        tokens = x.shape[1] if layer.reads_memory(name) else state.hidden.shape[1]
+        d = torch.ones(batch, tokens, dtype=x.dtype, device=x.device)
+    else:
+        d = mask.to(x)
+    if x.shape[:-1] not in (d.shape, (d.numel(),)):
+        return None
+    rule = layer.token_weights
+    if rule is not None and rule.applies_to(name):
+        d = torch.cat([d[:, :1], d[:, 1:] * rule.rest], dim=1)
+    return d.flatten()
+
+
+def _inputs(number: int, block: nn.Module, state: State, names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
     """The inputs of the named modules, and the block's output."""
     inputs: dict[str, Tensor] = {}
 
@@ -225,7 +250,7 @@ def _inputs(
         return lambda _module, args: inputs.update({name: args[0]})
 
     handles = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
-    out = calls.run(index, block, hidden)
+    out = state.calls.run(number, block, state.hidden)
     for handle in handles:
         handle.remove()
     return inputs, out
@@ -233,25 +258,29 @@ def _inputs(
 
 def _update(
     module: nn.Module,
-    stats: Sequence[LinearStats | NormStats],
-    experts: Sequence[nn.Module],
-    old: Mapping[str, Tensor],
     name: str,
-    base: nn.Module,
+    stats: Sequence[LinearStats | NormStats],
+    experts: Sequence[Mapping[str, Tensor]],
+    old: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
     settings: Settings,
 ) -> None:
-    """Solve one module from the layer's snapshot `old`, and load it."""
-    weights, biases = [expert.weight for expert in experts], [expert.bias for expert in experts]
-    old_weight, old_bias = old[f"{name}.weight"], old.get(f"{name}.bias")
-    if isinstance(module, nn.LayerNorm):
-        if settings.calibrate_layernorm and old_bias is not None:
-            merged_pair, base_pair = (old_weight, old_bias), (base.weight, base.bias)
-            weight, bias = solve_layernorm(stats, weights, biases, merged_pair, base_pair, settings)  # type: ignore[arg-type]
-            module.weight.copy_(weight)
-            module.bias.copy_(bias)
+    """Solve one module from the layer's snapshot `old`, and load it. All parameters by name, weights `[out, in]`."""
+    weight_name, bias_name = f"{name}.weight", f"{name}.bias"
+    if weight_name not in old:
         return
-    weight = solve_weight(stats, weights, old_weight, base.weight, settings)  # type: ignore[arg-type]
-    module.weight.copy_(weight)  # type: ignore[operator, union-attr]
-    if settings.calibrate_bias and old_bias is not None:
-        bias = solve_bias(stats, weights, biases, weight, old_bias, base.bias, settings)  # type: ignore[arg-type]
-        module.bias.copy_(bias)  # type: ignore[operator, union-attr]
+    weights, has_bias = [expert[weight_name] for expert in experts], bias_name in old
+    biases = [expert[bias_name] for expert in experts] if has_bias else []
+    if isinstance(module, nn.LayerNorm):
+        if settings.calibrate_layernorm and has_bias:
+            merged_pair, base_pair = (old[weight_name], old[bias_name]), (base[weight_name], base[bias_name])
+            weight, bias = solve_layernorm(stats, weights, biases, merged_pair, base_pair, settings)  # type: ignore[arg-type]
+            new[weight_name].copy_(weight)
+            new[bias_name].copy_(bias)
+        return
+    weight = solve_weight(stats, weights, old[weight_name], base[weight_name], settings)  # type: ignore[arg-type]
+    new[weight_name].copy_(weight)
+    if settings.calibrate_bias and has_bias:
+        bias = solve_bias(stats, weights, biases, weight, old[bias_name], base[bias_name], settings)  # type: ignore[arg-type]
+        new[bias_name].copy_(bias)

@@ -58,6 +58,9 @@ class Report:
         layers: one entry a calibrated layer.
         kept: linear weights that keep their merged values, each with the reason.
         seconds: wall clock of the whole run.
+        bytes_read: of tensors, by model, where there was a recipe.
+        bytes_written: of tensors.
+        storage_error: `||W_kept - W||_F / ||W||_F` of experts kept in host memory, by task (`expert_storage`).
         recipe: the job, where there was a recipe.
         out: the folder written, where there is one.
     """
@@ -69,6 +72,9 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    bytes_read: dict[str, int] = field(default_factory=dict)
+    bytes_written: dict[str, int] = field(default_factory=dict)
+    storage_error: dict[str, float] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
     out: str | None = None
     versions: dict[str, str] = field(default_factory=lambda: _versions())

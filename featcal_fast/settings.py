@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
@@ -10,6 +11,19 @@ from featcal_fast.errors import RecipeError
 
 MOMENT_DTYPES = ("auto", "float32", "bfloat16")
 SOLVE_DTYPES = ("auto", "float32", "float64")
+Patterns = str | tuple[str, ...]
+
+
+def _patterns(name: str, value: Any) -> Patterns | None:
+    if value is None or isinstance(value, str):
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise RecipeError(f"settings.{name}: {value!r} is not a regular expression: {error}") from error
+        return value
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(item, str) and item for item in value):
+        raise RecipeError(f"settings.{name}: found {value!r}, expected a regular expression or a list of name suffixes")
+    return tuple(value)
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,9 @@ class Settings:
             model computes them. Sums are always float32.
         solve_dtype: arithmetic of the Cholesky solve. `auto` is float32 while the bound on the condition
             number, `(tasks + lambda) / lambda`, allows it, and float64 beyond (design section 3.7).
+        include: calibrate only the modules of these names: a string is a regular expression that the full name
+            must match, a list holds suffixes (`q_proj`, `mlp.down_proj`), as in PEFT's `target_modules`.
+        exclude: leave out the modules of these names, likewise.
 
     Raises:
         RecipeError: a value out of range.
@@ -41,6 +58,8 @@ class Settings:
     calibrate_layernorm: bool = True
     moment_dtype: str = "auto"
     solve_dtype: str = "auto"
+    include: Patterns | None = None
+    exclude: Patterns | None = None
 
     def __post_init__(self) -> None:
         for name in ("ridge_lambda", "anchor_rho", "teacher_alpha", "covariance_eps"):
@@ -60,6 +79,8 @@ class Settings:
             raise RecipeError(f"settings.moment_dtype: found {self.moment_dtype!r}, expected one of {MOMENT_DTYPES}")
         if self.solve_dtype not in SOLVE_DTYPES:
             raise RecipeError(f"settings.solve_dtype: found {self.solve_dtype!r}, expected one of {SOLVE_DTYPES}")
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:

@@ -118,6 +118,8 @@ def _solve_float64(system: GroupSystem, backup: Tensor) -> str:
 
 
 def _check_finite(systems: list[GroupSystem]) -> None:
+    if not systems:
+        return
     ranges = [torch.stack(torch.aminmax(system.r)) for system in systems]  # NaN and Inf come through
     finite = torch.stack(ranges).isfinite().all(dim=1).tolist()
     for system, ok in zip(systems, finite, strict=True):

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from featcal_fast.checkpoints import Checkpoint, canonical, is_finite
+from featcal_fast.checkpoints import TensorSource, canonical, is_finite
 from featcal_fast.errors import CheckpointError, ModelMismatchError, UnsupportedModelError
-from featcal_fast.merge import MergedCheckpoint
-from featcal_fast.models import Family, find_family
+from featcal_fast.models import Structure, find_structure
 from featcal_fast.models.stepping import BatchCalls, first_hidden, move
+from featcal_fast.models.stored import StoredNames
 
 
 class Source(Protocol):
     """What the loop needs of a model."""
 
     label: str
-    family: Family
-    blocks: nn.ModuleList  # their structure; parameters may be on the meta device
+    structure: Structure  # parameters may be on the meta device
 
-    def first_hidden(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, BatchCalls]:
-        """The hidden states that enter block 0, `[batch, tokens, width]`, and every block's calls, on the device."""
+    def first_hidden(
+        self, batch: Mapping[str, Tensor], stage: int = 0, previous: Tensor | None = None
+    ) -> tuple[Tensor, BatchCalls]:
+        """The hidden states that enter a stage, `[batch, tokens, width]`, and its blocks' calls, on the device.
+
+        `previous` are the hidden states that leave the last block of the stage before it.
+        """
         ...
 
     def end_first_hidden(self) -> None:
-        """No more batches: what only `first_hidden` needed may go."""
+        """No more batches for now: what only `first_hidden` needed may go."""
         ...
 
     def block(self, index: int) -> nn.Module:
@@ -42,22 +48,24 @@ class ModuleSource:
 
     def __init__(self, model: nn.Module, label: str, device: torch.device) -> None:
         self.model, self.label, self.device = model, label, device
-        self.family, path = find_family(model, label)
-        blocks = model.get_submodule(path)
-        assert isinstance(blocks, nn.ModuleList)
-        self.blocks = blocks
+        self.structure = find_structure(model, label)
+        self._lock = Lock()  # a block is not copied while its forward is replaced
 
-    def first_hidden(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, BatchCalls]:
+    def first_hidden(
+        self, batch: Mapping[str, Tensor], stage: int = 0, previous: Tensor | None = None
+    ) -> tuple[Tensor, BatchCalls]:
         home = next(self.model.parameters()).device
-        with _eval_mode(self.model):
-            hidden, calls = first_hidden(self.model, self.blocks, move(dict(batch), home), self.family.forward_kwargs)
+        with self._lock, _eval_mode(self.model):
+            hidden, calls = first_hidden(self.structure, move(dict(batch), home), stage, move(previous, home))
         return move(hidden, self.device), move(calls, self.device)
 
     def end_first_hidden(self) -> None:
         pass
 
     def block(self, index: int) -> nn.Module:
-        block = copy.deepcopy(self.blocks[index]).to(self.device).eval().requires_grad_(False)
+        with self._lock:
+            block = copy.deepcopy(self.structure.blocks[index])
+        block = block.to(self.device).eval().requires_grad_(False)
         for name, parameter in block.named_parameters():
             if not is_finite(parameter):
                 raise ModelMismatchError(
@@ -70,7 +78,7 @@ class CheckpointSource:
     """A checkpoint; its model exists on the meta device, and parameters are read when a module first runs.
 
     Args:
-        checkpoint: a folder, or several merged on the fly.
+        checkpoint: a folder in any form, or several merged on the fly.
         device: where blocks and hidden states go.
 
     Raises:
@@ -79,38 +87,62 @@ class CheckpointSource:
         ModelMismatchError: a block's tensor has another shape than the config says.
     """
 
-    def __init__(self, checkpoint: Checkpoint | MergedCheckpoint, device: torch.device) -> None:
+    def __init__(self, checkpoint: TensorSource, device: torch.device) -> None:
         self.checkpoint, self.label, self.device = checkpoint, checkpoint.label, device
-        self.model = _meta_model(checkpoint, device)
-        self.family, path = find_family(self.model, self.label)
-        blocks = self.model.get_submodule(path)
-        assert isinstance(blocks, nn.ModuleList)
-        self.blocks, self.path = blocks, path
+        self.model, self._stored = _meta_model(checkpoint, device)
+        self.structure = find_structure(self.model, self.label)
+        self._tied = _tied_names(self.model, self._stored)
         self._check_blocks()
+        self._lock = Lock()
         self._loaded: list[nn.Module] = []
+        self._openers: dict[int, nn.Module] = {}
         for name, module in self.model.named_modules():
-            if not name.startswith(f"{path}."):
+            if not self.structure.inside(name):
                 module.register_forward_pre_hook(self._load_on_first_use(name))
 
     def tensor_name(self, index: int, name: str) -> str:
         """The checkpoint's name of parameter `name` of block `index`."""
-        return self.checkpoint.names[canonical(f"{self.path}.{index}.{name}")]
+        return self._stored[canonical(f"{self.structure.layers[index].path}.{name}")]
 
-    def first_hidden(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, BatchCalls]:
-        return first_hidden(self.model, self.blocks, move(dict(batch), self.device), self.family.forward_kwargs)
+    def block_tensors(self, index: int) -> list[str]:
+        """The checkpoint's names of everything that block `index` is made of."""
+        return [own for name in self.structure.blocks[index].state_dict() for own in self.tensors_of(index, name)]
+
+    def tensors_of(self, index: int, name: str) -> list[str]:
+        """The checkpoint's names of what parameter `name` of block `index` is made of."""
+        return self._stored.tensors(canonical(f"{self.structure.layers[index].path}.{name}"))
+
+    def first_hidden(
+        self, batch: Mapping[str, Tensor], stage: int = 0, previous: Tensor | None = None
+    ) -> tuple[Tensor, BatchCalls]:
+        if self.structure.family.relays and stage not in self._openers:
+            first = next(layer.index for layer in self.structure.layers if layer.stage == stage)
+            self._openers[stage] = self.block(first)
+        with self._lock:
+            return first_hidden(
+                self.structure, move(dict(batch), self.device), stage, previous, self._openers.get(stage)
+            )
 
     def end_first_hidden(self) -> None:
+        self._openers.clear()
         for module in self._loaded:
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
         self._loaded.clear()
 
     def block(self, index: int) -> nn.Module:
-        # The config is shared, not copied: blocks only read it.
-        block = copy.deepcopy(self.blocks[index], {id(self.model.config): self.model.config})
-        names = {name: self.tensor_name(index, name) for name in block.state_dict()}
-        tensors = self.checkpoint.read(names.values())
-        block.load_state_dict({name: tensors[own] for name, own in names.items()}, assign=True)
+        with self._lock:
+            # The config is shared, not copied: blocks only read it.
+            config = self.model.config
+            block = copy.deepcopy(self.structure.blocks[index], {id(config): config})
+        path = self.structure.layers[index].path
+        names = {name: canonical(f"{path}.{name}") for name in block.state_dict()}
+        tensors = self.checkpoint.read(self.block_tensors(index))
+        state = {
+            name: self._stored.assemble(names[name], tensors).to(like.dtype)
+            for name, like in block.state_dict().items()
+        }
+        block.load_state_dict(state, assign=True)
         return block.to(self.device).requires_grad_(False)
 
     def _load_on_first_use(self, prefix: str):
@@ -119,38 +151,44 @@ class CheckpointSource:
                 if parameter.is_meta:
                     full = f"{prefix}.{name}" if prefix else name
                     self._check_tensor(full, parameter)
-                    own = self.checkpoint.names[canonical(full)]
-                    tensor = self.checkpoint.read([own])[own].to(self.device)
+                    own = self._stored[canonical(self._tied.get(full, full))]
+                    tensor = self.checkpoint.read([own])[own].to(self.device, parameter.dtype)
                     setattr(module, name, nn.Parameter(tensor, requires_grad=False))
                     self._loaded.append(module)
 
         return hook
 
     def _check_blocks(self) -> None:
-        expected = {canonical(f"{self.path}.{name}") for name in self.blocks.state_dict()}
-        for name, parameter in self.blocks.state_dict().items():
-            self._check_tensor(f"{self.path}.{name}", parameter)
-        root = canonical(f"{self.path}.")
-        for name, own in self.checkpoint.names.items():
-            if name.startswith(root) and name not in expected and name.endswith((".weight", ".bias")):
+        for layer, block in zip(self.structure.layers, self.structure.blocks, strict=True):
+            for name, parameter in block.state_dict().items():
+                self._check_tensor(f"{layer.path}.{name}", parameter)
+        roots = tuple(canonical(f"{path}.") for path in self.structure.paths)
+        ignored = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        buffers = {canonical(name) for name, _ in self.model.named_buffers()}  # GPT-2's masks are not in its state
+        for own, meanings in self._stored.unknown.items():
+            if (
+                any(name.startswith(roots) for name in meanings)
+                and own.endswith((".weight", ".bias"))
+                and not any(name in buffers for name in meanings)
+                and not any(re.search(pattern, own) for pattern in ignored)
+            ):
                 raise ModelMismatchError(
-                    f"{self.label}: tensor {own} belongs to no module of {type(self.model).__name__} as "
-                    "config.json describes it; "
-                    "weights and config.json are not of the same model"
+                    f"{self.label}: tensor {own} belongs to no module of {type(self.model).__name__} as config.json "
+                    "describes it; weights and config.json are not of the same model"
                 )
 
     def _check_tensor(self, name: str, parameter: Tensor) -> None:
-        own = self.checkpoint.names.get(canonical(name))
-        if own is None:
+        known = canonical(self._tied.get(name, name))
+        if known not in self._stored:
             raise CheckpointError(
                 f"{self.label}: tensor {name} is missing from the checkpoint; the download is incomplete, "
-                "or config.json is "
-                "another model's"
+                "or config.json is another model's"
             )
-        found = self.checkpoint.tensors[own].shape
+        found = self._stored.shape(known, lambda own: self.checkpoint.tensors[own].shape)
         if found != tuple(parameter.shape):
             raise ModelMismatchError(
-                f"{self.label}: tensor {own} has shape {found}, expected {tuple(parameter.shape)} from config.json"
+                f"{self.label}: tensor {self._stored[known]} has shape {found}, expected {tuple(parameter.shape)} from "
+                "config.json"
             )
 
 
@@ -160,26 +198,37 @@ def check_same_architecture(student: Source, others: Mapping[str, Source]) -> No
     Raises:
         ModelMismatchError: names the model and the first parameter that differs.
     """
-    expected = {name: tuple(parameter.shape) for name, parameter in student.blocks.named_parameters()}
+    ours = student.structure
+    expected = _block_shapes(ours)
     for other in others.values():
-        if len(other.blocks) != len(student.blocks) or other.family is not student.family:
+        theirs = other.structure
+        if len(theirs.blocks) != len(ours.blocks) or theirs.family is not ours.family:
             raise ModelMismatchError(
-                f"{other.label}: found {len(other.blocks)} blocks of a {other.family.name}, expected "
-                f"{len(student.blocks)} of a "
-                f"{student.family.name} as in the {student.label}"
+                f"{other.label}: found {len(theirs.blocks)} blocks of a {theirs.family.name}, expected "
+                f"{len(ours.blocks)} of a {ours.family.name} as in the {student.label}"
             )
-        found = {name: tuple(parameter.shape) for name, parameter in other.blocks.named_parameters()}
+        found = _block_shapes(theirs)
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 raise ModelMismatchError(
                     f"{other.label}: block parameter {name} is {found.get(name, 'absent')}, but "
-                    f"{expected.get(name, 'absent')} in the "
-                    f"{student.label}; all models must have one architecture"
+                    f"{expected.get(name, 'absent')} in the {student.label}; all models must have one architecture"
                 )
 
 
-def _meta_model(checkpoint: Checkpoint | MergedCheckpoint, device: torch.device) -> nn.Module:
-    """The checkpoint's model with buffers on the device and meta parameters, in the dtypes that the checkpoint has."""
+def _block_shapes(structure: Structure) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{layer.index}.{name}": tuple(parameter.shape)
+        for layer, block in zip(structure.layers, structure.blocks, strict=True)
+        for name, parameter in block.named_parameters()
+    }
+
+
+def _meta_model(checkpoint: TensorSource, device: torch.device) -> tuple[nn.Module, StoredNames]:
+    """The checkpoint's model with buffers on the device and parameters on meta, and what they are called on disk.
+
+    Dtypes are the checkpoint's, save for what the model wants in float32 when it is loaded in float16.
+    """
     import transformers
 
     config = checkpoint.config
@@ -192,13 +241,40 @@ def _meta_model(checkpoint: Checkpoint | MergedCheckpoint, device: torch.device)
         )
     with _parameters_on_meta():
         model = cls(config).eval().requires_grad_(False)
+    stored = StoredNames((canonical(name) for name in model.state_dict()), checkpoint.names)
+    for names in _tied(model):
+        for name in names[1:]:
+            if canonical(name) in stored:  # a weight of its own, then (FLAN-T5's head)
+                owner, _, own = name.rpartition(".")
+                setattr(model.get_submodule(owner), own, copy.copy(model.get_parameter(name)))
+    wide = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, parameter in model.named_parameters():
-        own = checkpoint.names.get(canonical(name))
-        if own is not None:
-            parameter.data = parameter.data.to(checkpoint.tensors[own].dtype)
+        if canonical(name) in stored:
+            dtype = checkpoint.tensors[stored[canonical(name)]].dtype
+            if dtype == torch.float16 and any(part in wide for part in name.split(".")):
+                dtype = torch.float32
+            parameter.data = parameter.data.to(dtype)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
-    return model
+    return model, stored
+
+
+def _tied_names(model: nn.Module, stored: StoredNames) -> dict[str, str]:
+    """For each parameter that shares its storage with others: the one of them that the checkpoint has."""
+    return {
+        name: next((each for each in names if canonical(each) in stored), name)
+        for names in _tied(model)
+        for name in names
+        if canonical(name) not in stored
+    }
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    shared: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name)
+    return [names for names in shared.values() if len(names) > 1]
 
 
 @contextmanager
@@ -207,7 +283,7 @@ def _parameters_on_meta() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
+        if parameter is not None and not parameter.is_meta:  # one that is already there is tied to another
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 

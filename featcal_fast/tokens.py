@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -14,14 +12,16 @@ class Tokens:
     """The tokens of one batch `[batch, tokens, ...]`: padding never counts, and a last layer may weigh the rest less.
 
     Args:
-        batch: the model's keyword arguments; an `attention_mask` `[batch, tokens]` marks padding with 0.
+        mask: `[batch, tokens]`, 0 where a token does not count; None where all do.
         shape: `(batch, tokens)` of the hidden states.
         device: where features will be.
+        memory: the tokens of the previous stage's final output, for the modules that are given it.
     """
 
-    def __init__(self, batch: Mapping[str, Tensor], shape: tuple[int, int], device: torch.device) -> None:
-        self.shape = shape
-        mask = batch.get("attention_mask")
+    def __init__(
+        self, mask: Tensor | None, shape: tuple[int, int], device: torch.device, memory: Tokens | None = None
+    ) -> None:
+        self.shape, self.memory = shape, memory
         valid = None if mask is None else mask.reshape(-1).cpu() != 0
         if valid is not None and (bool(valid.all()) or valid.numel() != shape[0] * shape[1]):
             valid = None
@@ -34,9 +34,13 @@ class Tokens:
         """Tokens that count."""
         return self.shape[0] * self.shape[1] if self._index is None else len(self._index)
 
+    def fit(self, x: Tensor) -> bool:
+        """Whether `x` has one row a token: `[batch, tokens, d]` or `[batch * tokens, d]`."""
+        return x.shape[:-1] in (self.shape, (self.shape[0] * self.shape[1],))
+
     def rows(self, x: Tensor) -> Tensor:
-        """The features of the tokens that count: `[batch, tokens, d] -> [count, d]`, a view where nothing is padded."""
-        if x.shape[:2] != self.shape:
+        """The features of the tokens that count, `[count, d]`: a view where nothing is padded."""
+        if not self.fit(x):
             raise ValueError(f"features of shape {tuple(x.shape)} do not belong to a batch of {self.shape} tokens")
         x = x.reshape(-1, x.shape[-1])
         return x if self._index_on_device is None else x.index_select(0, self._index_on_device)

@@ -1,22 +1,26 @@
-"""Model folders on disk: a lazy, distrustful reader and an atomic writer."""
+"""Model folders on disk: lazy, distrustful readers of every form an expert comes in, and an atomic writer."""
 
-from featcal_fast.checkpoints.reader import (
-    Checkpoint,
-    TensorInfo,
-    TensorSource,
-    canonical,
-    find_checkpoint,
-    is_finite,
-)
+from featcal_fast.checkpoints.adapter import LoraExpert
+from featcal_fast.checkpoints.find import find_checkpoint, find_expert
+from featcal_fast.checkpoints.hosted import STORAGES, HostedExpert, kept_bytes
+from featcal_fast.checkpoints.quantised import BitsAndBytesCheckpoint
+from featcal_fast.checkpoints.reader import Checkpoint, TensorSource, canonical
+from featcal_fast.checkpoints.shards import TensorInfo, is_finite
 from featcal_fast.checkpoints.writer import CheckpointWriter, check_output
 
 __all__ = [
+    "STORAGES",
+    "BitsAndBytesCheckpoint",
     "Checkpoint",
     "CheckpointWriter",
+    "HostedExpert",
+    "LoraExpert",
     "TensorInfo",
     "TensorSource",
     "canonical",
     "check_output",
     "find_checkpoint",
+    "find_expert",
     "is_finite",
+    "kept_bytes",
 ]

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from featcal_fast.checkpoints.shards import DTYPES, Shards, TensorInfo
 from featcal_fast.errors import CheckpointError, UnsupportedModelError
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-OPTIONAL_PREFIXES = ("vision_model.", "model.")  # what one layout of a checkpoint has and another has not
+ADAPTER_CONFIG = "adapter_config.json"
+FLOATS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
+# What one layout of a checkpoint has and another has not.
+OPTIONAL_PREFIXES = ("vision_model.", "model.", "transformer.", "bert.", "roberta.", "vit.", "deit.", "dinov2.")
 WEIGHT_SUFFIXES = (
     ".safetensors",
     ".bin",
@@ -45,37 +31,46 @@ WEIGHT_SUFFIXES = (
 )
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor's place and form, from its file's header."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-
 class TensorSource(Protocol):
-    """What can be calibrated, merged or written: named tensors behind a config, read on demand."""
+    """What can be calibrated, merged or written: named tensors behind a config, read on demand.
+
+    Attributes:
+        label: what to call it in errors, for example `expert math`.
+        path: the folder with its tokenizer.
+        tensors: by name, in the form in which `read` gives them.
+        names: tensor names by canonical name.
+        config: of transformers.
+        bytes_read: of tensors from files, so far.
+    """
 
     label: str
-    tensors: dict[str, TensorInfo]
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]: ...
+
+    @property
+    def names(self) -> Mapping[str, str]: ...
 
     @property
     def config(self) -> Any: ...
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]: ...
+    @property
+    def bytes_read(self) -> int: ...
 
-    def side_files(self) -> list[Path]: ...
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, in memory of their own on the CPU, checked to be finite."""
+        ...
 
+    def stored_bytes(self, names: Iterable[str]) -> int:
+        """What `read(names)` takes from files."""
+        ...
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or Inf: one pass, where `isfinite` makes three."""
-    low, high = torch.aminmax(tensor) if tensor.numel() else (torch.zeros(()), torch.zeros(()))
-    return bool(low.isfinite() & high.isfinite())
+    def side_files(self) -> list[Path]:
+        """Everything beside the weights."""
+        ...
 
 
 def canonical(name: str) -> str:
@@ -87,7 +82,7 @@ def canonical(name: str) -> str:
 
 
 class Checkpoint:
-    """A folder with `config.json` and safetensors weights, sharded or not.
+    """A folder with `config.json` and safetensors weights in floating point, sharded or not.
 
     Args:
         path: the folder.
@@ -98,20 +93,14 @@ class Checkpoint:
         UnsupportedModelError: an adapter or a quantised checkpoint.
     """
 
+    quantisation: str | None = None  # the `quant_method` that this class reads
+
     def __init__(self, path: Path, label: str) -> None:
         self.path, self.label = path, label
-        if not path.is_dir():
-            raise CheckpointError(f"{label}: {path} is not a folder; expected a model folder with config.json")
-        if not (path / "config.json").is_file():
-            if (path / "adapter_config.json").is_file():
-                raise UnsupportedModelError(
-                    f"{label}: {path} is an adapter, expected a full checkpoint; merge the adapter into "
-                    "its base model first "
-                    "(peft: merge_and_unload, save_pretrained)"
-                )
-            raise CheckpointError(f"{label}: {path} is not a checkpoint: config.json is missing")
-        self._refuse_quantised()
-        self.tensors = self._read_headers()
+        self.json = read_json(path, "config.json", label)
+        self.shards = Shards(path, label)
+        self._check_quantisation()
+        self.tensors = self.shards.tensors
 
     @cached_property
     def config(self) -> Any:
@@ -128,143 +117,74 @@ class Checkpoint:
         """Tensor names by canonical name."""
         return {canonical(name): name for name in self.tensors}
 
+    @property
+    def bytes_read(self) -> int:
+        return self.shards.bytes_read
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, in memory of their own on the CPU, checked to be finite.
 
         Raises:
             CheckpointError: names file and tensor.
         """
-        by_file: dict[str, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
-        found = {}
-        for file, members in by_file.items():
-            with self._open(file) as shard:
-                for name in members:
-                    # A copy: bits must not depend on how the file happens to be aligned in memory.
-                    tensor = shard.get_tensor(name).clone()
-                    if tensor.is_floating_point() and not is_finite(tensor):
-                        bad = int((~tensor.isfinite()).sum())
-                        raise CheckpointError(
-                            f"{self.label}: {self.path / file}: tensor {name} holds {bad} values that are "
-                            "NaN or Inf; expected "
-                            "finite weights; download or train this model again"
-                        )
-                    found[name] = tensor
-        return found
+        return self.shards.read(names)
+
+    def stored_bytes(self, names: Iterable[str]) -> int:
+        """What `read(names)` takes from files."""
+        return sum(self.shards.tensors[name].nbytes for name in names)
 
     def side_files(self) -> list[Path]:
         """Everything beside the weights: config, tokenizer, generation config, chat template, ..."""
         files = [file for file in sorted(self.path.iterdir()) if file.is_file() and not file.name.startswith(".")]
-        return [self._inside(file.name) for file in files if not file.name.endswith(WEIGHT_SUFFIXES)]
+        return [self.shards.inside(file.name) for file in files if not file.name.endswith(WEIGHT_SUFFIXES)]
 
-    def _read_headers(self) -> dict[str, TensorInfo]:
-        if (self.path / SINGLE).is_file():
-            listed: dict[str, str] | None = None
-            files = [SINGLE]
-        elif (self.path / INDEX).is_file():
-            listed = self._read_index()
-            files = sorted(set(listed.values()))
-        else:
-            pickled = sorted(file.name for file in self.path.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
-            if pickled:
-                raise CheckpointError(
-                    f"{self.label}: {self.path} has only pickled weights ({pickled[0]}), which are never "
-                    "opened because they "
-                    "can run code; convert them to safetensors first (load in transformers and save_pretrained)"
-                )
-            raise CheckpointError(f"{self.label}: {self.path} has neither {SINGLE} nor {INDEX}")
-        tensors = {}
-        for file in files:
-            with self._open(file) as shard:
-                for name in shard.keys():  # noqa: SIM118 (not a mapping)
-                    header = shard.get_slice(name)
-                    dtype = header.get_dtype()
-                    if dtype not in DTYPES:
-                        raise UnsupportedModelError(
-                            f"{self.label}: {self.path / file}: tensor {name} has dtype {dtype}, expected "
-                            f"one of {', '.join(DTYPES)}"
-                        )
-                    tensors[name] = TensorInfo(file, tuple(header.get_shape()), DTYPES[dtype])
-        for name, file in (listed or {}).items():
-            if name not in tensors or tensors[name].file != file:
-                raise CheckpointError(
-                    f"{self.label}: {self.path / INDEX} says that {file} holds tensor {name}, but it does "
-                    "not; the download is "
-                    "incomplete or the index is stale"
-                )
-        return tensors
-
-    def _read_index(self) -> dict[str, str]:
-        path = self.path / INDEX
-        try:
-            listed = json.loads(path.read_text())["weight_map"]
-            items = {str(name): str(file) for name, file in listed.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{self.label}: {path} is not a weight index: {error!r}") from error
-        for name, file in items.items():
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"{self.label}: {path} places tensor {name} in {file!r}; expected the name of a "
-                    ".safetensors file in the folder"
-                )
-        return items
-
-    def _inside(self, name: str) -> Path:
-        """The file `name`, refused where it is a link out of the folder (the hub cache's own links are fine)."""
-        path, root = self.path / name, self.path.resolve()
-        target = path.resolve()
-        if target.parent != root and target.parent != root.parent.parent / "blobs":
-            raise CheckpointError(
-                f"{self.label}: {path} is a link to {target}, outside of the model folder; expected a file"
-            )
-        return path
-
-    def _open(self, file: str) -> Any:
-        path = self._inside(file)
-        if not path.is_file():
-            raise CheckpointError(
-                f"{self.label}: {path} is missing, though {INDEX} names it; the download is incomplete"
-            )
-        try:
-            return safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{self.label}: {path} is not a complete safetensors file ({error}); download or copy it again"
-            ) from error
-
-    def _refuse_quantised(self) -> None:
-        path = self.path / "config.json"
-        try:
-            config = json.loads(path.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{self.label}: {path} is not valid JSON: {error}") from error
-        quantised = config.get("quantization_config") if isinstance(config, dict) else None
-        if quantised:
-            method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+    def _check_quantisation(self) -> None:
+        found = quant_method(self.json)
+        packed = [name for name, header in self.shards.headers.items() if header.dtype not in FLOATS]
+        weights = [name for name in packed if name.endswith("weight")]
+        if found == self.quantisation and (found is not None or not weights):
+            return
+        if found is None:
+            header = self.shards.headers[weights[0]]
             raise UnsupportedModelError(
-                f"{self.label}: {path} says the weights are quantised ({method}); expected plain floating-point weights"
+                f"{self.label}: {self.shards.where(weights[0])} has dtype {header.dtype}, expected plain "
+                "floating-point weights; it is quantised in a way that config.json does not tell of"
             )
+        example = f" ({self.shards.where(packed[0])} among them)" if packed else ""
+        raise UnsupportedModelError(
+            f"{self.label}: {self.path / 'config.json'} says the weights are quantised ({found}){example}; expected "
+            "plain floating-point weights, or for an expert bitsandbytes ones; dequantise this model first"
+        )
 
 
-def find_checkpoint(reference: str, root: Path, label: str) -> Checkpoint:
-    """The checkpoint that a recipe names: a folder, relative to `root`, or a hub id `org/name` or `org/name@revision`.
+def quant_method(config: Mapping[str, Any]) -> str | None:
+    """How a `config.json` says that the weights are quantised."""
+    quantised = config.get("quantization_config")
+    if not quantised:
+        return None
+    return str(quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised)
+
+
+def read_json(path: Path, file: str, label: str) -> dict[str, Any]:
+    """A model folder's config.
 
     Raises:
-        CheckpointError: no such folder, and no such model in the hub or its local cache.
+        CheckpointError: no such folder or file, or no JSON object in it.
+        UnsupportedModelError: an adapter's folder, where a checkpoint was expected.
     """
-    path = root / Path(reference).expanduser()
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", reference):
-        return Checkpoint(path, label)
-    from huggingface_hub import snapshot_download
-
-    repo, _, revision = reference.partition("@")
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    if not path.is_dir():
+        raise CheckpointError(f"{label}: {path} is not a folder; expected a model folder with {file}")
+    if not (path / file).is_file():
+        if (path / ADAPTER_CONFIG).is_file():
+            raise UnsupportedModelError(
+                f"{label}: {path} is an adapter, expected a full checkpoint: only experts may be adapters; merge it "
+                "into its base model first (peft: merge_and_unload, save_pretrained)"
+            )
+        raise CheckpointError(f"{label}: {path} is not a checkpoint: {file} is missing")
     try:
-        folder = snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
-    except Exception as error:  # the hub client has many ways to fail, all of them final here
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{label}: {reference!r} is neither a folder ({path}) nor a model that could be had from the hub: {reason}"
-        ) from error
-    return Checkpoint(Path(folder), label)
+        values = json.loads((path / file).read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{label}: {path / file} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{label}: {path / file}: found a JSON {type(values).__name__}, expected an object")
+    return values

@@ -12,7 +12,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from featcal_fast.checkpoints.reader import DTYPES, INDEX, SINGLE, TensorSource, is_finite
+from featcal_fast.checkpoints.reader import TensorSource
+from featcal_fast.checkpoints.shards import DTYPES, INDEX, SINGLE, is_finite
 from featcal_fast.errors import OutputError
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -99,15 +100,10 @@ class CheckpointWriter:
             except OSError as error:
                 raise OutputError(f"{self.partial / info.file}: {error.strerror}; nothing was left behind") from error
 
-    def copy_rest(self, batch_bytes: int = 1 << 30) -> None:
-        """Copy every tensor not written yet from the layout's own checkpoint."""
-        batch: list[str] = []
+    def copy_rest(self) -> None:
+        """Copy every tensor not written yet from the layout's own checkpoint, one at a time."""
         for name in [name for name in self.layout.tensors if name in self._missing]:
-            batch.append(name)
-            if sum(self.layout.tensors[member].nbytes for member in batch) >= batch_bytes:
-                self.write(self.layout.read(batch))
-                batch = []
-        self.write(self.layout.read(batch))
+            self.write(self.layout.read([name]))
 
     def add_text(self, name: str, text: str) -> None:
         """Put a text file beside the weights."""

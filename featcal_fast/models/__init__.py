@@ -6,40 +6,56 @@ from torch import nn
 
 from featcal_fast.errors import UnsupportedModelError
 from featcal_fast.models.clip import CLIP_VISION
-from featcal_fast.models.decoder import DECODER
+from featcal_fast.models.decoder import DECODER, GPT2
+from featcal_fast.models.encoder import BERT, VIT
 from featcal_fast.models.family import Family
+from featcal_fast.models.linear import is_linear
+from featcal_fast.models.structure import Layer, Structure
+from featcal_fast.models.t5 import T5
 
-FAMILIES: tuple[Family, ...] = (CLIP_VISION, DECODER)
+__all__ = ["FAMILIES", "Family", "Layer", "Structure", "families_table", "find_structure"]
+
+FAMILIES: tuple[Family, ...] = (CLIP_VISION, DECODER, GPT2, T5, VIT, BERT)
 
 
-def find_family(model: nn.Module, label: str) -> tuple[Family, str]:
-    """The family of `model` and the path of its blocks.
+def find_structure(model: nn.Module, label: str) -> Structure:
+    """The family of `model`, and where its blocks are.
 
     Args:
         model: parameters may be on the meta device.
         label: what to call the model in an error.
 
     Raises:
-        UnsupportedModelError: no family fits, or a block holds weight matrices outside of `nn.Linear`.
+        UnsupportedModelError: no family fits, or a block holds weight matrices that nobody knows how to calibrate.
     """
     for family in FAMILIES:
-        path = family.block_path(model)
-        if path is not None and family.matches(model):
-            _check_blocks(model.get_submodule(path), path, label)
-            return family, path
+        root = family.root(model)
+        if root is not None:
+            structure = Structure(model, family, root)
+            _check_blocks(structure, label)
+            return structure
     known = ", ".join(family.name for family in FAMILIES)
     raise UnsupportedModelError(
         f"{label}: found a {type(model).__name__}, expected one of the families that can be calibrated: {known}"
     )
 
 
-def _check_blocks(blocks: nn.Module, path: str, label: str) -> None:
-    """Refuse a model that would be calibrated in part only."""
-    for name, parameter in blocks.named_parameters():
-        owner = blocks.get_submodule(name.rpartition(".")[0])
-        if parameter.ndim >= 2 and type(owner) is not nn.Linear:
-            raise UnsupportedModelError(
-                f"{label}: {path}.{name} is a weight of shape {tuple(parameter.shape)} in a "
-                f"{type(owner).__name__}; only "
-                "nn.Linear weights can be calibrated (no mixture of experts, no quantised or fused matrices)"
-            )
+def families_table() -> str:
+    """The families as a Markdown table, for the README."""
+    rows = [(family.name, family.models, family.note) for family in FAMILIES]
+    lines = [f"| {' | '.join(row)} |" for row in (("Family", "Models", "Notes"), ("---",) * 3, *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _check_blocks(structure: Structure, label: str) -> None:
+    """Refuse a model that would be calibrated in part only, save for what its family says it keeps."""
+    for layer, block in zip(structure.layers, structure.blocks, strict=True):
+        for name, parameter in block.named_parameters():
+            owner = block.get_submodule(name.rpartition(".")[0])
+            known = is_linear(owner) or isinstance(owner, nn.Embedding) or structure.family.reason_to_keep(name)
+            if parameter.ndim >= 2 and not known:
+                raise UnsupportedModelError(
+                    f"{label}: {layer.path}.{name} is a weight of shape {tuple(parameter.shape)} in a "
+                    f"{type(owner).__name__}; only linear weights can be calibrated (no quantised or fused matrices, "
+                    "no mixture of experts of an unknown kind)"
+                )

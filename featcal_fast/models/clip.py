@@ -1,14 +1,15 @@
-"""CLIP's vision tower, in the layouts with and without `vision_model`."""
+"""CLIP's vision tower, by itself or in a whole CLIP model, in the layouts with and without `vision_model`."""
 
-from featcal_fast.models.family import Family, LastLayerWeights, submodule
+from featcal_fast.models.family import Family, LastLayerWeights, Stage
 
 CLIP_VISION = Family(
     name="CLIP vision",
-    blocks=("encoder.layers", "vision_model.encoder.layers"),
-    matches=lambda model: any(
-        submodule(model, f"{root}embeddings.class_embedding") is not None
-        and submodule(model, f"{root}pre_layrnorm") is not None
-        for root in ("", "vision_model.")
-    ),
+    models="CLIP ViT-B/32, B/16, L/14: vision towers and whole `CLIPModel` folders",
+    roots=("", "vision_model"),
+    marks=("embeddings.class_embedding", "pre_layrnorm"),
+    stages=(Stage(("encoder.layers",)),),
+    calls_root=True,
     last_layer=LastLayerWeights(rest=0.01, except_modules=("k_proj", "v_proj")),
+    outside={"text_model.": "the text tower keeps its merged values", "": "a projection outside of the layers"},
+    note="last layer: CLS token 1, others 0.01, as published; text tower and projections keep their merged values",
 )

@@ -1,12 +1,12 @@
-"""What a family is: where its blocks are, how to tell it, which of its tokens weigh less."""
+"""What a family is: where its blocks are, how to tell it, which of its tokens count and how much."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -24,31 +24,87 @@ class LastLayerWeights:
         return not module.endswith(self.except_modules)
 
 
+def attention_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """The tokens of `input_ids` that count."""
+    return batch.get("attention_mask")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A list of blocks through which one stream of hidden states runs; an encoder-decoder has two.
+
+    Attributes:
+        blocks: dotted paths, below the family's root, at which the list may sit; the first that exists counts.
+        mask: which tokens of a batch count, `[batch, tokens]`, 0 where they do not; None where all do.
+        memory: name suffixes of the modules that are given the previous stage's final output, and so its tokens.
+    """
+
+    blocks: tuple[str, ...]
+    mask: Callable[[Mapping[str, Tensor]], Tensor | None] = attention_mask
+    memory: tuple[str, ...] = ()
+
+    def reads_memory(self, module: str) -> bool:
+        return bool(self.memory) and module.endswith(self.memory)
+
+    def path(self, root: nn.Module) -> str | None:
+        """The dotted path of the block list below `root`, or None."""
+        for path in self.blocks:
+            module = submodule(root, path)
+            if isinstance(module, nn.ModuleList) and len(module):
+                return path
+        return None
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture family, as data.
 
     Attributes:
         name: what reports and errors call it.
-        blocks: dotted paths at which the list of blocks may sit; the first that exists counts.
-        matches: tells from the module tree whether a model is of this family.
-        forward_kwargs: passed to the model's forward besides the batch.
+        models: well-known members, for the README.
+        roots: dotted paths at which the transformer may sit in a model; "" is the model itself.
+        marks: what must sit below the root, besides the blocks.
+        stages: lists of blocks, in forward order.
+        calls_root: the root is called, not the whole model (which needs inputs for more than the root).
+        forward_kwargs: passed to the forward besides the batch.
+        needs: keys of which every batch must have one, and why; or None.
+        relays: how many more values a block returns besides hidden states, of which those of the first block of a
+            stage are handed to the ones after it (T5's position biases).
         last_layer: token weights of the last block, or None.
+        keeps: name suffixes of weights inside of blocks that keep their merged values, with the reason.
+        outside: prefixes of modules outside of blocks, with the reason that they keep their merged values.
+        note: for the README, what is particular to the family.
     """
 
     name: str
-    blocks: tuple[str, ...]
-    matches: Callable[[nn.Module], bool]
+    models: str
+    roots: tuple[str, ...]
+    marks: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    calls_root: bool = False
     forward_kwargs: dict[str, Any] = field(default_factory=dict)
+    needs: tuple[tuple[str, ...], str] | None = None
+    relays: int = 0
     last_layer: LastLayerWeights | None = None
+    keeps: Mapping[str, str] = field(default_factory=dict)
+    outside: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
-    def block_path(self, model: nn.Module) -> str | None:
-        """The dotted path of the block list in `model`, or None."""
-        for path in self.blocks:
-            module = submodule(model, path)
-            if isinstance(module, nn.ModuleList) and len(module):
+    def root(self, model: nn.Module) -> str | None:
+        """Where the family's transformer sits in `model`; None if it is not of this family."""
+        for path in self.roots:
+            root = submodule(model, path) if path else model
+            if (
+                isinstance(root, nn.Module)
+                and all(stage.path(root) is not None for stage in self.stages)
+                and all(submodule(root, mark) is not None for mark in self.marks)
+            ):
                 return path
         return None
+
+    def reason_to_keep(self, weight: str) -> str | None:
+        """Why the weight of this name inside a block keeps its merged value, or None."""
+        return next((reason for suffix, reason in self.keeps.items() if weight.endswith(suffix)), None)
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module | None:

@@ -10,17 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from featcal_fast.errors import UnsupportedModelError
+from featcal_fast.models.structure import Structure
+
 
 @dataclass
 class BatchCalls:
-    """What one batch's forward passes to each block besides the hidden states (masks, rotary angles, ...)."""
+    """What one batch's forward passes to a stage's blocks besides the hidden states (masks, rotary angles, ...)."""
 
     args: list[tuple[Any, ...]]
     kwargs: list[dict[str, Any]]
 
-    def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """`block`, called as the model calls its block `index`: hidden states `[batch, tokens, width]` in and out."""
-        out = block(hidden, *self.args[index], **self.kwargs[index])
+    def run(self, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """`block`, called as the model calls block `number` of the stage: `[batch, tokens, width]` in and out."""
+        out = block(hidden, *self.args[number], **self.kwargs[number])
         return out[0] if isinstance(out, tuple) else out
 
 
@@ -28,39 +31,88 @@ class _Stop(Exception):
     """Ends a forward that has shown all it is needed for."""
 
 
+class _NotHandedOn(Exception):
+    """A block was not given what the one before it returned."""
+
+
 def first_hidden(
-    model: nn.Module, blocks: nn.ModuleList, batch: Mapping[str, Tensor], forward_kwargs: Mapping[str, Any]
+    structure: Structure,
+    batch: Mapping[str, Tensor],
+    stage: int = 0,
+    previous: Tensor | None = None,
+    opener: nn.Module | None = None,
 ) -> tuple[Tensor, BatchCalls]:
-    """The hidden states that enter block 0, and the calls of every block, by the model's own forward.
+    """The hidden states that enter a stage, and the calls of its blocks, by the model's own forward.
 
     Each block is replaced by a recorder that hands its input on, so masks, rotary angles and whatever differs from
-    block to block are the model's own. Nothing after the last block runs.
+    block to block are the model's own. Nothing after the stage's last block runs.
+
+    Args:
+        structure: the model.
+        batch: its keyword arguments.
+        stage: which one.
+        previous: the hidden states that leave the last block of the stage before it.
+        opener: the stage's first block with its weights, for a family whose first block makes values for the others;
+            by default the model's own.
 
     Returns:
         `[batch, tokens, width]` in the model's dtype, and the calls.
+
+    Raises:
+        UnsupportedModelError: the model does more between two blocks than handing hidden states on.
     """
-    calls = BatchCalls([], [])
-    first: list[Tensor] = []
+    for bare in (True, False):  # a model unpacks what its blocks return, or does not
+        with suppress(_NotHandedOn):
+            return _first_hidden(structure, batch, stage, previous, opener, bare)
+    raise UnsupportedModelError(
+        f"{type(structure.model).__name__}: the blocks of {structure.paths[stage]} are not given what the one before "
+        "returned; a model that changes hidden states between its blocks cannot be calibrated block by block"
+    )
 
-    def recorder(index: int):
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            if index == 0:
-                first.append(hidden)
-            calls.args.append(args[1:])
-            calls.kwargs.append(kwargs)
-            if index == len(blocks) - 1:
-                raise _Stop
-            return hidden
 
-        return forward
+def _first_hidden(
+    structure: Structure,
+    batch: Mapping[str, Tensor],
+    stage: int,
+    previous: Tensor | None,
+    opener: nn.Module | None,
+    bare: bool,
+) -> tuple[Tensor, BatchCalls]:
+    blocks, relays = structure.stage(stage), structure.family.relays
+    calls, first = BatchCalls([], []), []
+    relayed: list[Any] = [None] * relays
+    opening = opener or blocks[0].forward
+
+    def returned(hidden: Tensor) -> Any:
+        return hidden if bare and not relays else (hidden, *relayed)
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        number = len(calls.args)
+        if number == 0:
+            first.append(hidden)
+            if relays:
+                relayed[:] = opening(*args, **kwargs)[1 : 1 + relays]
+                relayed.extend([None] * (relays - len(relayed)))
+        elif hidden is not first[0]:
+            raise _NotHandedOn
+        calls.args.append(args[1:])
+        calls.kwargs.append({key: value for key, value in kwargs.items() if key != "hidden_states"})
+        if number == len(blocks) - 1:
+            raise _Stop
+        return returned(hidden)
+
+    def pass_by(*args: Any, **kwargs: Any) -> Any:
+        assert previous is not None
+        return returned(previous)
 
     with ExitStack() as stack:
-        for index, block in enumerate(blocks):
-            block.forward = recorder(index)
-            stack.callback(block.__dict__.pop, "forward")
+        for passed in range(stage + 1):
+            for block in structure.stage(passed):
+                block.forward = record if passed == stage else pass_by
+                stack.callback(block.__dict__.pop, "forward")
         with suppress(_Stop):
-            model(**batch, **forward_kwargs)
+            structure.entry(**batch, **structure.family.forward_kwargs)
     return first[0], calls
 
 

@@ -1,0 +1,79 @@
+"""From what a recipe names, a folder or a hub id, to the source that reads it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from featcal_fast.checkpoints.adapter import WEIGHTS, LoraExpert
+from featcal_fast.checkpoints.quantised import BitsAndBytesCheckpoint
+from featcal_fast.checkpoints.reader import ADAPTER_CONFIG, Checkpoint, TensorSource, quant_method, read_json
+from featcal_fast.errors import CheckpointError
+
+FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def find_checkpoint(reference: str, root: Path, label: str) -> Checkpoint:
+    """The full checkpoint that a recipe names.
+
+    Args:
+        reference: a folder, relative to `root`; the folder of a model in the hub's cache; or a hub id `org/name` or
+            `org/name@revision`, from the cache where that has it.
+        root: what relative paths start from.
+        label: what to call it in errors.
+
+    Raises:
+        CheckpointError: no such folder, and no such model in the hub or its local cache.
+    """
+    return Checkpoint(find_folder(reference, root, label), label)
+
+
+def find_expert(reference: str, root: Path, label: str, base: Checkpoint) -> TensorSource:
+    """The expert that a recipe names: a full checkpoint, one quantised by bitsandbytes, or a LoRA adapter of `base`.
+
+    Raises:
+        CheckpointError: as `find_checkpoint`.
+        UnsupportedModelError: another kind of adapter or quantisation.
+        ModelMismatchError: an adapter of another base model.
+    """
+    path = find_folder(reference, root, label)
+    # Some trainers put the base's config.json beside an adapter.
+    if (path / ADAPTER_CONFIG).is_file() and ((path / WEIGHTS).is_file() or not (path / "config.json").is_file()):
+        return LoraExpert(path, label, base)
+    if quant_method(read_json(path, "config.json", label)) == BitsAndBytesCheckpoint.quantisation:
+        return BitsAndBytesCheckpoint(path, label)
+    return Checkpoint(path, label)
+
+
+def find_folder(reference: str, root: Path, label: str) -> Path:
+    """The folder of the model that a recipe names; it need not exist where a path is named."""
+    path = root / Path(reference).expanduser()
+    if (path / "snapshots").is_dir() and not (path / "config.json").is_file():
+        return _snapshot(path, label)
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", reference):
+        return path
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = reference.partition("@")
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=FILES))
+    except Exception as error:  # the hub client has many ways to fail, all of them final here
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{label}: {reference!r} is neither a folder ({path}) nor a model that could be had from the hub: {reason}"
+        ) from error
+
+
+def _snapshot(path: Path, label: str) -> Path:
+    """The snapshot that a model's folder in the hub's cache stands for: that of `main`, or the only one."""
+    main = path / "refs" / "main"
+    found = sorted(folder.name for folder in (path / "snapshots").iterdir() if folder.is_dir())
+    name = main.read_text().strip() if main.is_file() else None
+    if name not in found:
+        if len(found) != 1:
+            raise CheckpointError(
+                f"{label}: {path} holds {len(found)} snapshots and no ref main; name one of them, "
+                f"{path / 'snapshots'}/..."
+            )
+        name = found[0]
+    return path / "snapshots" / str(name)

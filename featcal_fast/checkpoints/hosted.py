@@ -1,0 +1,131 @@
+"""Experts kept in host memory after their first read, as they are or compressed: for disks that are the bottleneck."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featcal_fast.checkpoints.quantised import dequantise, halves
+from featcal_fast.checkpoints.reader import TensorSource
+from featcal_fast.checkpoints.shards import TensorInfo
+
+STORAGES = ("disk", "host", "host-int8", "host-nf4")
+SMALLEST = 4096  # values; smaller tensors, and vectors of any size, are kept as they are
+BLOCKSIZES = {"host-int8": 256, "host-nf4": 64}  # values that share a float32 scale
+BITS = {"host-int8": 8, "host-nf4": 4}
+
+
+def kept_bytes(info: TensorInfo, storage: str) -> int:
+    """What a tensor takes in host memory."""
+    if not _compressed(info.shape, info.dtype, storage):
+        return info.nbytes
+    numel = torch.Size(info.shape).numel()
+    return numel * BITS[storage] // 8 + 4 * -(-numel // BLOCKSIZES[storage])
+
+
+class HostedExpert:
+    """An expert whose tensors are read from its files once, and come from host memory from then on.
+
+    The first read gives the kept form too, so that results do not depend on what was read before.
+
+    Args:
+        source: the expert.
+        storage: `host`, exact; `host-int8`, blockwise 8-bit codes; or `host-nf4`, blockwise 4-bit codes.
+    """
+
+    def __init__(self, source: TensorSource, storage: str) -> None:
+        self.source, self.storage, self.label = source, storage, source.label
+        self._kept: dict[str, _Kept] = {}
+        self._difference = self._energy = 0.0
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return self.source.tensors
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        return self.source.names
+
+    @property
+    def config(self) -> Any:
+        return self.source.config
+
+    @property
+    def bytes_read(self) -> int:
+        return self.source.bytes_read
+
+    @property
+    def error(self) -> float:
+        """`||W_kept - W||_F / ||W||_F` over the tensors kept so far."""
+        return (self._difference / self._energy) ** 0.5 if self._energy else 0.0
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors as they are kept, in memory of their own."""
+        found = {}
+        for name in names:
+            if name not in self._kept:
+                self._keep(name, self.source.read([name])[name])
+            found[name] = self._kept[name].value()
+        return found
+
+    def read_exactly(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors without compression, for a merge; they are kept all the same."""
+        found = {}
+        for name in names:
+            if name in self._kept and self._kept[name].exact:
+                found[name] = self._kept[name].value()
+            else:
+                found |= self.source.read([name])
+                self._keep(name, found[name].clone())
+        return found
+
+    def stored_bytes(self, names: Iterable[str]) -> int:
+        """What a first `read(names)` takes from files."""
+        return self.source.stored_bytes(names)
+
+    def side_files(self) -> list[Path]:
+        return self.source.side_files()
+
+    def _keep(self, name: str, tensor: Tensor) -> None:
+        if name in self._kept:
+            return
+        self._kept[name] = kept = _Kept(tensor, self.storage)
+        if tensor.is_floating_point():
+            self._energy += float(tensor.float().square().sum())
+            self._difference += 0.0 if kept.exact else float((kept.value().float() - tensor.float()).square().sum())
+
+
+class _Kept:
+    """One tensor in host memory."""
+
+    def __init__(self, tensor: Tensor, storage: str) -> None:
+        self.exact = not _compressed(tuple(tensor.shape), tensor.dtype, storage)
+        self._tensor, self._shape, self._dtype, self._bits = tensor, tensor.shape, tensor.dtype, BITS.get(storage)
+        if not self.exact:
+            from bitsandbytes import functional
+
+            size = BLOCKSIZES[storage]
+            if self._bits == 4:
+                self._tensor, state = functional.quantize_4bit(tensor, blocksize=size, quant_type="nf4")
+            else:
+                self._tensor, state = functional.quantize_blockwise(tensor, blocksize=size)
+            self._scales = state.code.cpu(), state.absmax, size
+
+    def value(self) -> Tensor:
+        """The tensor in its own dtype, in memory of the caller's own."""
+        if self.exact:
+            return self._tensor.clone()
+        codes = halves(self._tensor)[: self._shape.numel()] if self._bits == 4 else self._tensor.reshape(-1)
+        return dequantise(codes, *self._scales).to(self._dtype).reshape(self._shape)
+
+
+def _compressed(shape: tuple[int, ...], dtype: torch.dtype, storage: str) -> bool:
+    return storage in BITS and dtype.is_floating_point and len(shape) >= 2 and torch.Size(shape).numel() > SMALLEST

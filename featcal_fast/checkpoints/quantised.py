@@ -1,0 +1,223 @@
+"""bitsandbytes checkpoints (NF4, FP4, LLM.int8), read straight from safetensors and dequantised a tensor at a time.
+
+On disk, a 4-bit weight `w` of `[out, in]` is
+
+    w                                      its codes, two to a byte, the first in the high half; any dtype of storage
+    w.quant_map                            [16] float32, what each code stands for
+    w.absmax                               [blocks] float32, the scale of each run of `blocksize` values
+    w.quant_state.bitsandbytes__nf4        UTF-8 JSON: quant_type, blocksize, dtype, shape, ...
+
+and with double quantisation `absmax` holds uint8 codes, with `w.nested_quant_map` `[256]` and `w.nested_absmax` for
+runs of `nested_blocksize` of them, around `nested_offset`. An 8-bit weight is `w` `[out, in]` int8 and `SCB` `[out]`
+float32 beside it, each row's largest absolute value.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from featcal_fast.checkpoints.reader import Checkpoint
+from featcal_fast.checkpoints.shards import TensorInfo, is_finite
+from featcal_fast.errors import CheckpointError, UnsupportedModelError
+
+STATE = ".quant_state.bitsandbytes__"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def halves(codes: Tensor) -> Tensor:
+    """4-bit codes of any dtype of storage: `[2 * bytes]` uint8, the high half of a byte first."""
+    codes = codes.reshape(-1).view(torch.uint8)
+    return torch.stack([codes >> 4, codes & 15], dim=1).reshape(-1)
+
+
+def dequantise(codes: Tensor, quant_map: Tensor, absmax: Tensor, blocksize: int) -> Tensor:
+    """`quant_map[codes] * absmax` in runs of `blocksize`: `[n]` float32.
+
+    Not bitsandbytes' own: its CPU kernel (0.50) is wrong where a run does not end with a row of the matrix.
+    """
+    values = quant_map[codes.int()]
+    return values.mul_(absmax.repeat_interleave(blocksize)[: len(values)])
+
+
+class Packed(Protocol):
+    """A quantised weight: what it is made of on disk, and what it is."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def info(self) -> TensorInfo: ...
+
+    @property
+    def parts(self) -> tuple[str, ...]: ...  # tensors of the file
+
+    def unpack(self, parts: dict[str, Tensor]) -> Tensor:
+        """The weight, in `info`'s form."""
+        ...
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """An NF4 or FP4 weight."""
+
+    name: str
+    info: TensorInfo
+    parts: tuple[str, ...]
+    blocksize: int
+    nested_blocksize: int | None
+    nested_offset: float
+
+    def unpack(self, parts: dict[str, Tensor]) -> Tensor:
+        absmax = parts[f"{self.name}.absmax"]
+        if self.nested_blocksize is not None:
+            nested = parts[f"{self.name}.nested_quant_map"], parts[f"{self.name}.nested_absmax"]
+            absmax = dequantise(absmax, *nested, self.nested_blocksize) + self.nested_offset
+        codes = halves(parts[self.name])[: torch.Size(self.info.shape).numel()]
+        values = dequantise(codes, parts[f"{self.name}.quant_map"], absmax, self.blocksize)
+        return values.to(self.info.dtype).reshape(self.info.shape)
+
+
+@dataclass(frozen=True)
+class EightBit:
+    """An LLM.int8 weight."""
+
+    name: str
+    info: TensorInfo
+    parts: tuple[str, ...]
+
+    def unpack(self, parts: dict[str, Tensor]) -> Tensor:
+        codes, largest = (parts[name] for name in self.parts)
+        return (codes.float() * (largest / 127)[:, None]).to(self.info.dtype)
+
+
+class BitsAndBytesCheckpoint(Checkpoint):
+    """A checkpoint quantised by bitsandbytes; its tensors are the dequantised ones.
+
+    4-bit weights take the dtype that they had when they were quantised, 8-bit ones that of `config.json`.
+
+    Raises:
+        CheckpointError: besides those of `Checkpoint`, a part of a quantised weight is missing or misshapen.
+        UnsupportedModelError: besides those of `Checkpoint`, a layout that is not documented.
+    """
+
+    quantisation = "bitsandbytes"
+
+    def __init__(self, path: Path, label: str) -> None:
+        super().__init__(path, label)
+        self.packed: dict[str, Packed] = {}
+        described = set()  # tensors that only say how others are to be read
+        for name in self.shards.headers:
+            if STATE in name:
+                described.add(name)
+                self._add(self._four_bit(name))
+            elif name.endswith(".SCB"):
+                described.add(f"{name.removesuffix('SCB')}weight_format")
+                self._add(self._eight_bit(name))
+        self.shards.bytes_read = 0  # what was read is form, not weights
+        described.update(part for packed in self.packed.values() for part in packed.parts)
+        self.tensors = {name: info for name, info in self.shards.tensors.items() if name not in described}
+        for name, info in self.tensors.items():
+            if name.endswith("weight") and not info.dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{label}: {self.shards.where(name)} has dtype {info.dtype}, but nothing beside it says how it is "
+                    f"quantised; expected {name}{STATE}nf4 or {name.removesuffix('weight')}SCB"
+                )
+        self.tensors |= {packed.name: packed.info for packed in self.packed.values()}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, dequantised one at a time, on the CPU, checked to be finite.
+
+        Raises:
+            CheckpointError: names file and tensor.
+        """
+        found: dict[str, Tensor] = {}
+        for name in names:
+            if name not in self.packed:
+                found |= self.shards.read([name])
+                continue
+            packed = self.packed[name]
+            found[name] = packed.unpack(self.shards.read(packed.parts, packed=True))
+            if not is_finite(found[name]):
+                raise CheckpointError(
+                    f"{self.label}: {self.shards.where(name)} is not finite once dequantised; download or quantise "
+                    "this model again"
+                )
+        return found
+
+    def stored_bytes(self, names: Iterable[str]) -> int:
+        """What `read(names)` takes from files."""
+        parts = [part for name in names for part in (self.packed[name].parts if name in self.packed else (name,))]
+        return sum(self.shards.tensors[part].nbytes for part in parts)
+
+    def _add(self, packed: Packed) -> None:
+        self.packed[packed.name] = packed
+
+    def _four_bit(self, state: str) -> FourBit:
+        name, _, kind = state.partition(STATE)
+        values = self._state(state)
+        shape, dtype = tuple(values["shape"]), DTYPES.get(values["dtype"])
+        nested = values.get("nested_blocksize")
+        if kind not in ("nf4", "fp4") or dtype is None or values.get("nested_dtype", "float32") != "float32":
+            raise self._unknown(state, f"{kind} of {values['dtype']}")
+        blocks = -(-torch.Size(shape).numel() // values["blocksize"])
+        sizes = {name: -(-torch.Size(shape).numel() // 2), f"{name}.quant_map": 16, f"{name}.absmax": blocks}
+        if nested:
+            sizes |= {f"{name}.nested_quant_map": 256, f"{name}.nested_absmax": -(-blocks // nested)}
+        for part, size in sizes.items():
+            self._check_size(name, part, size, in_bytes=part == name)
+        info = TensorInfo(self.shards.headers[name].file, shape, dtype)
+        return FourBit(name, info, tuple(sizes), values["blocksize"], nested, values.get("nested_offset", 0.0))
+
+    def _eight_bit(self, scales: str) -> EightBit:
+        name = f"{scales.removesuffix('SCB')}weight"
+        layout = f"{name}_format"
+        if layout in self.shards.headers and self.shards.read([layout], packed=True)[layout].any():
+            raise self._unknown(layout, "LLM.int8 in tiles")
+        dtype = DTYPES.get(str(self.json.get("dtype", self.json.get("torch_dtype", "float16"))))
+        stored = self.shards.tensors.get(name)
+        if dtype is None or (stored is not None and (stored.dtype != torch.int8 or len(stored.shape) != 2)):
+            raise self._unknown(name, f"LLM.int8 of {self.json.get('dtype')}, stored as {stored}")
+        self._check_size(name, name, None)
+        assert stored is not None
+        self._check_size(name, scales, stored.shape[0])
+        return EightBit(name, TensorInfo(stored.file, stored.shape, dtype), (name, scales))
+
+    def _state(self, name: str) -> dict[str, Any]:
+        try:
+            text = self.shards.read([name], packed=True)[name].numpy().tobytes().decode()
+            values = json.loads(text)
+            sizes = [values["blocksize"], values.get("nested_blocksize", 1), *values["shape"]]
+            if any(not isinstance(size, int) or size < 1 for size in sizes):
+                raise ValueError(f"found the sizes {sizes}")
+            return {**values, "dtype": str(values["dtype"]), "nested_offset": float(values.get("nested_offset", 0))}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.label}: {self.shards.where(name)} does not describe a quantised weight: {error!r}"
+            ) from error
+
+    def _check_size(self, weight: str, part: str, size: int | None, in_bytes: bool = False) -> None:
+        stored = self.shards.tensors.get(part)
+        if stored is None:
+            raise CheckpointError(
+                f"{self.label}: {self.path}: tensor {part} is missing, a part of the quantised weight {weight}; the "
+                "download is incomplete"
+            )
+        found = stored.nbytes if in_bytes else torch.Size(stored.shape).numel()
+        if size is not None and found != size:
+            raise CheckpointError(
+                f"{self.label}: {self.shards.where(part)} has {found} {'bytes' if in_bytes else 'values'}, expected "
+                f"{size}; weight and description do not belong together"
+            )
+
+    def _unknown(self, name: str, found: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self.label}: {self.shards.where(name)}: found {found}, expected NF4, FP4 or row-wise LLM.int8 of "
+            f"{', '.join(DTYPES)}; dequantise this model first"
+        )

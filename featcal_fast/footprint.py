@@ -1,0 +1,310 @@
+"""What the engine's own code needs for one layer: run on tensors without storage, while allocations are counted."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from featcal_kernels.naive import BLOCK
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from featcal_fast.activations import Stream
+from featcal_fast.calibrate import see_expert, see_student
+from featcal_fast.checkpoints import TensorInfo, TensorSource
+from featcal_fast.features import Layout, find_layout
+from featcal_fast.models.stepping import BatchCalls, move
+from featcal_fast.models.structure import Layer
+from featcal_fast.moments import Anchor, LayerSystem, TaskMoments
+from featcal_fast.settings import Settings
+from featcal_fast.solve import solve_dtype
+from featcal_fast.sources import CheckpointSource
+from featcal_fast.tokens import Tokens
+
+META = torch.device("meta")
+HOST = torch.device("cpu")
+
+
+class Phantom:
+    """A source whose tensors have a form but no memory, and whose reads are only noted."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self.source, self.label = source, source.label
+        self.reads: list[str] = []
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return self.source.tensors
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        return self.source.names
+
+    @property
+    def config(self) -> Any:
+        return self.source.config
+
+    @property
+    def bytes_read(self) -> int:
+        return self.source.stored_bytes(self.reads)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Zeros, one value for all of a tensor."""
+        infos = {name: self.tensors[name] for name in names}
+        self.reads += infos
+        return {name: torch.zeros((), dtype=info.dtype).expand(info.shape) for name, info in infos.items()}
+
+    def stored_bytes(self, names: Iterable[str]) -> int:
+        return self.source.stored_bytes(names)
+
+    def side_files(self) -> list[Path]:
+        return self.source.side_files()
+
+
+class Meter:
+    """Counts, within its context, the bytes of meta tensors alive and the floating-point operations of products.
+
+    Attention is taken as fused: it allocates its output only.
+
+    Args:
+        present: whatever holds tensors that were there before, which do not count.
+    """
+
+    def __init__(self, *present: Any) -> None:
+        self.live = self.peak = 0
+        self.flops = 0.0
+        self._known = {leaf.untyped_storage()._cdata for leaf in tree_leaves(present) if isinstance(leaf, Tensor)}
+        self._modes = (_Dispatch(self), _Attention(self))
+
+    def __enter__(self) -> Meter:
+        for mode in self._modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*error)
+
+    def lap(self) -> tuple[int, float]:
+        """The highest number of bytes above those alive now, and the operations, since the last lap."""
+        found = self.peak, self.flops
+        self.peak, self.flops = self.live, 0.0
+        return found
+
+    def note(self, tensor: Tensor) -> None:
+        if tensor.device.type != "meta":
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+class _Dispatch(TorchDispatchMode):
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self.meter = meter
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in ("mm", "bmm", "addmm", "baddbmm"):
+            a, b = args[-2:] if name in ("mm", "bmm") else args[1:3]
+            self.meter.flops += 2.0 * a.numel() * b.shape[-1]
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.meter.note(leaf)
+        return result
+
+
+class _Attention(TorchFunctionMode):
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self.meter = meter
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            query, key, value = args[:3] if len(args) >= 3 else (kwargs[name] for name in ("query", "key", "value"))
+            self.meter.flops += 2.0 * query.numel() * key.shape[-2] * (1 + value.shape[-1] / query.shape[-1])
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        if func is getattr(torch, "_grouped_mm", None):  # of routed experts; on meta it takes bfloat16 only
+            rows, matrices = args[:2]
+            self.meter.flops += 2.0 * rows.numel() * matrices.shape[-1]
+            return rows.new_empty(rows.shape[0], matrices.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class FirstStates:
+    """What enters a stage of one model for one batch.
+
+    Attributes:
+        hidden: the states that enter its first block, `[batch, tokens, width]` on the meta device.
+        calls: of its blocks, on the meta device.
+        call_bytes: of their tensors.
+        tokens: of the batch.
+    """
+
+    hidden: Tensor
+    calls: BatchCalls
+    call_bytes: int
+    tokens: Tokens
+
+    @classmethod
+    def of(
+        cls, source: CheckpointSource, example: Mapping[str, Tensor], stage: int, before: FirstStates | None
+    ) -> FirstStates:
+        previous = None if before is None else torch.zeros((), dtype=before.hidden.dtype).expand(before.hidden.shape)
+        with torch.no_grad():
+            hidden, calls = source.first_hidden(example, stage, previous)
+        storages = {
+            leaf.untyped_storage()._cdata: leaf.untyped_storage().nbytes()
+            for leaf in tree_leaves([calls.args, calls.kwargs])
+            if isinstance(leaf, Tensor)
+        }
+        mask = source.structure.family.stages[stage].mask(example)
+        tokens = Tokens(mask, (hidden.shape[0], hidden.shape[1]), META, None if before is None else before.tokens)
+        return cls(move(hidden, META), move(calls, META), sum(storages.values()), tokens)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One layer, one batch: bytes and floating-point operations.
+
+    Attributes:
+        layout: what there is to calibrate.
+        kept: linear weights that keep their merged values, by name in the block, each with the reason.
+        system: bytes of A and R.
+        scratch: bytes of S and T, and means.
+        working: bytes beyond these, at most, while a batch passes or a task is folded.
+        solving: the same while the layer is solved.
+        expert, student, moments: operations a batch; `student` stops at the last captured input.
+        fold: operations a task.
+        solve: operations a layer.
+    """
+
+    layout: Layout
+    kept: dict[str, str]
+    system: int
+    scratch: int
+    working: int
+    solving: int
+    expert: float
+    student: float
+    moments: float
+    fold: float
+    solve: float
+
+
+class _MetaStream:
+    """Stands in for a `Stream`: one batch, on the meta device."""
+
+    def __init__(self, states: FirstStates) -> None:
+        self.states = states
+
+    def load(self, batch: int) -> tuple[Tensor, BatchCalls]:
+        return self.states.hidden, self.states.calls
+
+    def advance(self, number: int, block: nn.Module, batch: int) -> Tensor:
+        return self.states.calls.run(number, block, self.states.hidden)
+
+
+@torch.no_grad()
+def measure_layer(
+    student: CheckpointSource,
+    expert: CheckpointSource,
+    layer: Layer,
+    states: tuple[FirstStates, FirstStates],
+    positions: int,
+    tasks: int,
+    settings: Settings,
+) -> Footprint:
+    """Run the engine's steps for a layer on the meta device.
+
+    Args:
+        student, expert: the models.
+        layer: of theirs.
+        states: the student's and the expert's in the layer's stage, for one batch.
+        positions: tokens of the largest task.
+        tasks: how many there are.
+    """
+    # The config is shared, not copied: blocks only read it.
+    block, teacher = (
+        copy.deepcopy(each.structure.blocks[layer.index], {id(each.model.config): each.model.config}).to(META)
+        for each in (student, expert)
+    )
+    own, others = (cast(Stream, _MetaStream(each)) for each in states)
+    tokens = states[0].tokens
+    present = [(each.hidden, each.calls.args, each.calls.kwargs) for each in states]
+    with Meter(present, block.state_dict(), teacher.state_dict()) as meter:
+        layout = find_layout(block, layer, *own.load(0), tokens, settings)
+        start = meter.live
+        system = LayerSystem(layout, Anchor(block, block, settings.anchor_rho), settings, META)
+        system_bytes = meter.live - start
+        moments = TaskMoments(layout, block, positions, settings, META)
+        scratch = meter.live - start - system_bytes
+        full = meter.live
+        meter.lap()
+        seen = see_expert(teacher, layer.number, others, 0, layout, moments)
+        expert_peak, expert_flops = meter.lap()
+        see_student(block, layer.number, own, 0, layout, moments, seen, tokens)
+        del seen
+        student_peak, both = meter.lap()
+        system.fold(moments, teacher, "task")
+        fold_peak, fold = meter.lap()
+        moment_flops = _moment_flops(moments, tokens)
+    return Footprint(
+        layout=layout,
+        kept={name.removeprefix(f"{layer.path}."): reason for name, reason in layout.kept.items()},
+        system=system_bytes,
+        scratch=scratch,
+        working=max(expert_peak, student_peak, fold_peak) - full,
+        solving=_solving(layout, solve_dtype(settings, tasks)),
+        expert=expert_flops,
+        student=both - moment_flops,
+        moments=moment_flops,
+        fold=fold,
+        solve=sum(_solve_flops(group.in_features, sum(group.out_features)) for group in layout.groups),
+    )
+
+
+def _moment_flops(moments: TaskMoments, tokens: Tokens) -> float:
+    """A triangle of S in blocks of rows, and T, a token."""
+    total = 0.0
+    for group in moments.groups.values():
+        of = tokens.memory if group.group.memory and tokens.memory is not None else tokens
+        size = group.group.in_features
+        rows = sum((size - start) * min(BLOCK, size - start) for start in range(0, size, BLOCK))
+        total += 2.0 * of.count * (rows + group.t.numel())
+    return total
+
+
+def _solve_flops(size: int, out: int) -> float:
+    """Cholesky, and two triangular solves."""
+    return size**3 / 3 + 2.0 * size * size * out
+
+
+def _solving(layout: Layout, dtype: torch.dtype) -> int:
+    """Bytes beyond system and scratch: the solver's copies of one system, or in float64 of both sides twice."""
+    sizes = [(group.in_features, sum(group.out_features)) for group in layout.groups]
+    copies = 1 if dtype == torch.float32 else 2
+    return max((copies * dtype.itemsize * size * (size + out) for size, out in sizes), default=0)

@@ -1,0 +1,34 @@
+"""T5 and FLAN-T5: the encoder's blocks, then the decoder's, teacher-forced on the targets given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from featcal_fast.models.family import Family, Stage
+
+
+def target_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """The decoder's tokens that count: not masked, and with a target where there are `labels` (-100 is none)."""
+    mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    if labels is None:
+        return mask
+    given = labels != -100
+    return given if mask is None else given & (mask != 0)
+
+
+T5 = Family(
+    name="T5",
+    models="T5, T5 v1.1, FLAN-T5",
+    roots=("",),
+    marks=("shared",),
+    stages=(
+        Stage(("encoder.block",)),
+        Stage(("decoder.block",), mask=target_mask, memory=("EncDecAttention.k", "EncDecAttention.v")),
+    ),
+    forward_kwargs={"use_cache": False},
+    needs=(("labels", "decoder_input_ids"), "the decoder is calibrated on given targets"),
+    relays=2,
+    note="encoder, then decoder on given `labels` or `decoder_input_ids`; position biases and RMSNorms keep theirs",
+)

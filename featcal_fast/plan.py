@@ -1,0 +1,202 @@
+"""What a job will need, before anything runs: memory, disk, bytes read, arithmetic, and which weights will change."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rich.table import Table
+
+from featcal_fast.errors import MemoryBudgetError
+from featcal_fast.features import Layout
+
+GIB = 2**30
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: what is solved for, and what that takes.
+
+    Attributes:
+        layout: its input groups and LayerNorms.
+        kept: linear weights of it that keep their merged values, each with the reason.
+        system: bytes of the running ridge systems.
+        scratch: bytes of one task's moments.
+        working: bytes beyond these, at most: features, attention, copies.
+        flops: forward, moments, fold and solve, all tasks.
+    """
+
+    index: int
+    layout: Layout
+    kept: dict[str, str]
+    system: int
+    scratch: int
+    working: int
+    flops: dict[str, float]
+
+    @property
+    def modules(self) -> list[str]:
+        return [name for group in self.layout.groups for name in group.modules]
+
+
+@dataclass
+class Plan:
+    """What a recipe will need.
+
+    Attributes:
+        device: where it would compute.
+        tokens: positions a task, padding included.
+        exact: whether these are the data's; otherwise texts are taken to be as long as they may be.
+        layers: one entry a layer.
+        kept: weights that keep their merged values, layers folded to `*`, each with the reason.
+        host, device_items: what memory holds when most of it is in use, by item, bytes; on a CPU all is `host`.
+        disk: bytes written to disk that must be free, by item.
+        bytes_read: of tensors, by model.
+        bytes_written: of tensors.
+        host_budget, device_budget: what there is, or what was allowed.
+        problems: why it will not fit, each with the key that would make it fit; empty when it does.
+    """
+
+    device: str
+    tokens: dict[str, int]
+    exact: bool
+    layers: list[LayerPlan] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+    device_items: dict[str, int] = field(default_factory=dict)
+    disk: dict[str, int] = field(default_factory=dict)
+    bytes_read: dict[str, int] = field(default_factory=dict)
+    bytes_written: dict[str, int] = field(default_factory=dict)
+    host_budget: int = 0
+    device_budget: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device_items.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(self.disk.values())
+
+    @property
+    def calibrated(self) -> int:
+        """Number of linear weights that will be calibrated."""
+        return sum(len(layer.modules) for layer in self.layers)
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """Floating-point operations by kind of work."""
+        total: Counter[str] = Counter()
+        for layer in self.layers:
+            total.update(layer.flops)
+        return dict(total)
+
+    def seconds(self, rate: float) -> float:
+        """Time for the arithmetic alone at `rate` operations a second, a rate that was measured."""
+        return sum(self.flops.values()) / rate
+
+    def check(self) -> None:
+        """Raises:
+        MemoryBudgetError: it does not fit; with the key that would make it fit."""
+        if self.problems:
+            raise MemoryBudgetError("; ".join(self.problems))
+
+    def tables(self) -> list[Table]:
+        """For a terminal: layers, weights that stay, memory."""
+        layers = Table(title="Layers", caption="layers that are alike share a row")
+        for name in ("layer", "calibrated, by shared input", "in x out"):
+            layers.add_column(name)
+        for name in ("systems", "moments", "features", "TFLOP"):
+            layers.add_column(name, justify="right")
+        for first, last in _runs(self.layers):
+            groups = first.layout.groups
+            span = str(first.index) if first is last else f"{first.index} - {last.index}"
+            names = "\n".join(", ".join(_last_part(name) for name in group.modules) for group in groups)
+            sizes = "\n".join(f"{group.in_features} x {sum(group.out_features)}" for group in groups)
+            cells = [format_bytes(size) for size in (first.system, first.scratch, first.working)]
+            layers.add_row(span, names, sizes, *cells, f"{sum(first.flops.values()) / 1e12:.3g}")
+        kept = Table(title="Weights that keep their merged values")
+        for name in ("weights", "why"):
+            kept.add_column(name)
+        for reason in dict.fromkeys(self.kept.values()):
+            kept.add_row("\n".join(name for name, why in self.kept.items() if why == reason), reason)
+        needs = Table(title=f"Needs on {self.device}")
+        needs.add_column("what")
+        needs.add_column("bytes", justify="right")
+        for title, items in (("device memory", self.device_items), ("host memory", self.host), ("disk", self.disk)):
+            for name, size in items.items():
+                needs.add_row(f"{title}: {name}", format_bytes(size))
+        for name, size in self.bytes_read.items():
+            needs.add_row(f"read: {name}", format_bytes(size))
+        for name, size in self.bytes_written.items():
+            needs.add_row(f"written: {name}", format_bytes(size))
+        return [layers, *([kept] if self.kept else []), needs]
+
+    def summary(self, rate: float | None = None) -> str:
+        """A few lines: peaks, arithmetic, and the time it takes where a rate is known."""
+        bound = "" if self.exact else ", at most: padding counts, and texts as max_length tokens"
+        parts = ", ".join(f"{kind} {flops / 1e12:.3g}" for kind, flops in self.flops.items())
+        device = f"device {format_bytes(self.device_bytes)}, " if self.device_items else ""
+        lines = [
+            f"{self.calibrated} linear weights in {len(self.layers)} layers, "
+            f"{sum(self.tokens.values()):,} tokens{bound}",
+            f"peaks: {device}host {format_bytes(self.host_bytes)}, disk {format_bytes(self.disk_bytes)}; "
+            f"read {format_bytes(sum(self.bytes_read.values()))}",
+            f"arithmetic: {sum(self.flops.values()) / 1e12:.3g} TFLOP ({parts})",
+        ]
+        if rate is not None:
+            lines.append(f"time: {self.seconds(rate):,.0f} s at {rate / 1e12:g} TFLOP/s, if reading keeps up")
+        return "\n".join(lines)
+
+
+def format_bytes(size: float) -> str:
+    """For example `512 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1000 or unit == "TiB":
+            return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.3g} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def parse_bytes(text: str) -> int:
+    """`24GB` or `22.5 GiB` as a number of bytes.
+
+    Raises:
+        MemoryBudgetError: not a number with a unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]I?)B?\s*", text.upper())
+    if match is None:
+        raise MemoryBudgetError(f"memory: found {text!r}, expected a number and a unit, for example 24GB or 22.5GiB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def folded(names: Mapping[str, str]) -> dict[str, str]:
+    """Weights and reasons with layer numbers replaced by `*`."""
+    return {re.sub(r"\.\d+\.", ".*.", name): reason for name, reason in names.items()}
+
+
+def _runs(layers: list[LayerPlan]) -> list[tuple[LayerPlan, LayerPlan]]:
+    """First and last of each run of layers that need the same."""
+    runs: list[tuple[LayerPlan, LayerPlan]] = []
+    for layer in layers:
+        if runs and _need(runs[-1][0]) == _need(layer):
+            runs[-1] = runs[-1][0], layer
+        else:
+            runs.append((layer, layer))
+    return runs
+
+
+def _need(layer: LayerPlan) -> tuple[object, ...]:
+    return layer.layout, layer.system, layer.scratch, layer.working, tuple(layer.flops.values())
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,381 @@
+"""How a plan is made: the engine's own first forward and layers, on tensors without storage (see `footprint.py`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from featcal_fast.activations import Place
+from featcal_fast.checkpoints import BitsAndBytesCheckpoint, HostedExpert, LoraExpert, TensorSource, canonical
+from featcal_fast.checkpoints import kept_bytes as kept_in_host
+from featcal_fast.drift import PROBE_SAMPLES
+from featcal_fast.errors import DataError, FeatCalError
+from featcal_fast.footprint import FirstStates, Footprint, Phantom, measure_layer
+from featcal_fast.inputs import Models, TaskData, describe_data, output_folder
+from featcal_fast.machine import available_device_bytes, available_host_bytes, resident_bytes, return_large_blocks
+from featcal_fast.merge import MergedCheckpoint
+from featcal_fast.models.structure import Layer
+from featcal_fast.plan import LayerPlan, Plan, folded, format_bytes
+from featcal_fast.recipe import Recipe, RecipeLike
+from featcal_fast.sources import CheckpointSource, check_same_architecture
+
+HOST = torch.device("cpu")
+States = dict[str, tuple[FirstStates, FirstStates]]  # the student's and the expert's, by task
+# Measured by bench/memory.py: what libraries take once they compute (threads, their buffers, code paged in).
+RUNTIME = 40 * 2**20
+
+
+def plan(
+    recipe: RecipeLike,
+    *,
+    device: torch.device | str | None = None,
+    device_memory: int | None = None,
+    host_memory: int | None = None,
+) -> Plan:
+    """What a recipe will need, from headers and configs alone; nothing is computed or written.
+
+    Args:
+        recipe: a `Recipe`, a mapping, or the path of a YAML file.
+        device: where it would compute; by default the first GPU, or the CPU.
+        device_memory: bytes of it that may be used; by default what is free.
+        host_memory: the same of host memory.
+
+    Raises:
+        FeatCalError: the recipe, a model, the data or the output folder is not usable. A job that only does not fit
+            is no error: see `Plan.problems`.
+    """
+    recipe = Recipe.load(recipe)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return_large_blocks()
+    models = Models(recipe)
+    if recipe.out is not None:
+        output_folder(recipe, models)
+    return Planner(recipe, models, device).plan(describe_data(recipe, models), device_memory, host_memory)
+
+
+class Planner:
+    """Plans one job, for any size of data.
+
+    Args:
+        recipe: the job.
+        models: its models.
+        device: where it would compute.
+        place: where hidden states wait between layers.
+    """
+
+    def __init__(self, recipe: Recipe, models: Models, device: torch.device, place: Place = HOST) -> None:
+        self.recipe, self.models, self.device, self.place = recipe, models, device, place
+        self.student = CheckpointSource(Phantom(models.merged), HOST)
+        self.base = CheckpointSource(Phantom(models.base), HOST)
+        self.experts = {task: CheckpointSource(Phantom(each), HOST) for task, each in models.experts.items()}
+        self.layers = self.student.structure.layers
+        check_same_architecture(self.student, {"base": self.base, **self.experts})
+
+    def plan(
+        self, data: Mapping[str, TaskData], device_memory: int | None = None, host_memory: int | None = None
+    ) -> Plan:
+        """The plan for data of this size."""
+        plan = self._measure(data)
+        held = resident_bytes()
+        plan.host_budget = held + available_host_bytes() if host_memory is None else host_memory
+        if self.device.type == "cuda":
+            free = available_device_bytes(self.device) if device_memory is None else device_memory
+            plan.device_budget = free
+        plan.problems = self._problems(plan, data)
+        return plan
+
+    def _measure(self, data: Mapping[str, TaskData]) -> Plan:
+        states, loaded = self._first_states(data)
+        counts = [
+            {task: round(data[task].batches * pair[0].hidden.shape[:2].numel()) for task, pair in stage.items()}
+            for stage in states
+        ]
+        tokens = {task: sum(count[task] for count in counts) for task in self.experts}
+        plan = Plan(str(self.device), tokens, all(each.exact for each in data.values()))
+        seen: dict[Any, Footprint] = {}
+        for layer in self.layers:
+            positions = max(counts[layer.stage].values())
+            plan.layers.append(self._layer(layer, data, states[layer.stage], positions, seen))
+        plan.kept = folded(self._kept(plan))
+        self._count_bytes(plan)
+        self._count_memory(plan, data, states, loaded)
+        return plan
+
+    def _first_states(self, data: Mapping[str, TaskData]) -> tuple[list[States], int]:
+        """What enters each stage, the student's and the expert's by task; and the parameters this loads, bytes."""
+        states: list[States] = []
+        largest = 0
+        sources = (self.student, *self.experts.values())
+        for source in sources:
+            _phantom(source).reads.clear()
+        for stage in range(len(self.student.structure.paths)):
+            before = [len(_phantom(source).reads) for source in sources]
+            states.append({})
+            for task, expert in self.experts.items():
+                previous = states[-2][task] if stage else (None, None)
+                pair = (self._enter(self.student, task, data[task], stage, previous[0]),)
+                states[-1][task] = *pair, self._enter(expert, task, data[task], stage, previous[1])
+            loaded = sum(
+                source.checkpoint.tensors[name].nbytes
+                for source, start in zip(sources, before, strict=True)
+                for name in _phantom(source).reads[start:]
+            )
+            largest = max(largest, loaded)
+            for source in sources:
+                source.end_first_hidden()
+        return states, largest
+
+    def _enter(
+        self, source: CheckpointSource, task: str, data: TaskData, stage: int, before: FirstStates | None
+    ) -> FirstStates:
+        try:
+            return FirstStates.of(source, data.example, stage, before)
+        except FeatCalError:
+            raise
+        except Exception as error:  # whatever a model makes of inputs that are not its own
+            found = ", ".join(f"{name} {tuple(value.shape)}" for name, value in data.example.items())
+            raise DataError(f"task {task}: the {source.label} cannot take the inputs {found}: {error}") from error
+
+    def _layer(
+        self,
+        layer: Layer,
+        data: Mapping[str, TaskData],
+        states: States,
+        positions: int,
+        seen: dict[Any, Footprint],
+    ) -> LayerPlan:
+        """Layers that are called alike with weights of one form are measured once."""
+        chosen = self.recipe.settings.include is not None or self.recipe.settings.exclude is not None
+        forward = moments = fold = 0.0
+        found: list[Footprint] = []
+        for task, expert in self.experts.items():
+            calls = states[task][0].calls
+            key = (
+                _form(self.student.structure.blocks[layer.index].state_dict()),
+                _form(expert.structure.blocks[layer.index].state_dict()),
+                _form([states[task][0].hidden, calls.args[layer.number], calls.kwargs[layer.number]]),
+                (layer.token_weights, layer.stage, layer.path if chosen else None),
+            )
+            if key not in seen:
+                seen[key] = measure_layer(
+                    self.student, expert, layer, states[task], positions, len(self.experts), self.recipe.settings
+                )
+            found.append(seen[key])
+            # The student's second pass, through the calibrated layer, is as the expert's; the last layer needs none.
+            passes = 1 if layer is self.layers[-1] else 2
+            forward += data[task].batches * (found[-1].student + passes * found[-1].expert)
+            moments += data[task].batches * found[-1].moments
+            fold += found[-1].fold
+        worst = max(found, key=lambda each: each.working)
+        # An expert's block is gone when the layer is solved.
+        working = max(worst.working, worst.solving - self._largest_block(layer.index))
+        flops = {"forward": forward, "moments": moments, "fold": fold, "solve": worst.solve}
+        return LayerPlan(layer.index, worst.layout, worst.kept, worst.system, worst.scratch, working, flops)
+
+    def _largest_block(self, index: int) -> int:
+        return max(_nbytes(expert, index) for expert in self.experts.values())
+
+    def _kept(self, plan: Plan) -> dict[str, str]:
+        """Every tensor of the merged model that will not change, and why."""
+        changed = self._changed(plan)
+        reasons = dict.fromkeys(self.models.merged.tensors, "outside of the layers")
+        for layer, planned in zip(self.layers, plan.layers, strict=True):
+            state = self.student.structure.blocks[layer.index].state_dict()
+            own_names = {own: name for name in state for own in self.student.tensors_of(layer.index, name)}
+            for own, name in own_names.items():
+                module, _, part = name.rpartition(".")
+                if module in planned.kept or name in planned.kept:
+                    reasons[own] = planned.kept.get(module) or planned.kept[name]
+                elif part == "bias":
+                    reasons[own] = "biases and LayerNorms are left out by settings"
+                elif len(self.models.merged.tensors[own].shape) >= 2:
+                    reasons[own] = "not a linear weight"
+                elif f"{module}.bias" in own_names.values():
+                    reasons[own] = "biases and LayerNorms are left out by settings"
+                else:
+                    reasons[own] = "RMSNorm has no closed-form update"
+        return {name: reason for name, reason in reasons.items() if name not in changed}
+
+    def _changed(self, plan: Plan) -> set[str]:
+        """The merged model's names of what will be solved for."""
+        settings, changed = self.recipe.settings, set()
+        for layer in plan.layers:
+            own = dict(self.student.structure.blocks[layer.index].named_parameters())
+            names = [f"{module}.weight" for module in layer.modules]
+            if settings.calibrate_bias:
+                names += [f"{module}.bias" for module in layer.modules if own.get(f"{module}.bias") is not None]
+            names += [f"{norm}.{part}" for norm in layer.layout.norms for part in ("weight", "bias")]
+            changed |= {self.student.tensor_name(layer.index, name) for name in names}
+        return changed
+
+    def _count_bytes(self, plan: Plan) -> None:
+        """What each model's files will be read for: the first forward, the blocks, and what is copied at the end."""
+        changed = self._changed(plan)
+        rest = [name for name in self.models.merged.tensors if name not in changed]
+        student = [*_phantom(self.student).reads, *_block_reads(self.student), *rest]
+        reads: dict[str, list[str]] = {
+            source.label: [*_phantom(own).reads, *_block_reads(own)]
+            for source, own in zip(self.models.experts.values(), self.experts.values(), strict=True)
+        }
+        reads[self.models.base.label] = _block_reads(self.base)
+        merged: dict[str, list[str]] = {source.label: [] for source in self.models.files}
+        if isinstance(self.models.merged, MergedCheckpoint):
+            for name in student:
+                merged[self.models.base.label].append(name)
+                if self.models.merged.tensors[name].dtype.is_floating_point:
+                    for expert in self.models.experts.values():
+                        merged[expert.label].append(expert.names[canonical(name)])
+        else:
+            reads[self.models.merged.label] = student
+        plan.bytes_read = {
+            source.label: _from_files(source, merged[source.label], reads[source.label]) for source in self.models.files
+        }
+        plan.bytes_written = {"calibrated model": self.models.nbytes}
+        plan.disk = {"calibrated model": self.models.nbytes}
+
+    def _count_memory(self, plan: Plan, data: Mapping[str, TaskData], stages: list[States], loaded: int) -> None:
+        """The sum of what is there all the time and of the worst moment: a first forward, a layer, or the end."""
+        on_device, host, device = self.device.type != "cpu", Counter[str](), Counter[str]()
+        hidden = calls = probe = batch = 0.0
+        for states in stages:
+            every = [(data[task].batches, state) for task, pair in states.items() for state in pair]
+            hidden = max(hidden, sum(count * state.hidden.nbytes for count, state in every))
+            calls = max(calls, sum(count * state.call_bytes for count, state in every))
+            batch = max(batch, *(state.hidden.nbytes + state.call_bytes for _, state in every))
+            probe = max(probe, 1.5 * sum(_of_a_probe(state) for _, state in every))  # student's twice, expert's once
+        host["interpreter and libraries"] = resident_bytes() - self._loaded(data) + RUNTIME
+        host["calibration data"] = round(sum(each.nbytes for each in data.values()))
+        host["masks and positions"] = round(calls)
+        host["drift probe"] = round(probe)
+        if isinstance(self.place, Path):
+            plan.disk["hidden states"] = round(hidden)
+        else:
+            (device if on_device and self.place != HOST else host)["hidden states"] = round(hidden)
+        if self.recipe.expert_storage != "disk":
+            host["experts kept"] = sum(
+                kept_in_host(source.tensors[name], self.recipe.expert_storage)
+                for source, own in zip(self.models.experts.values(), self.experts.values(), strict=True)
+                for name in {*_phantom(own).reads, *_block_reads(own)}
+            )
+        reading = max(_unpacking(source) for source in (self.models.merged, *self.models.experts.values()))
+        largest = max(info.nbytes for info in self.models.merged.tensors.values())
+        moments = [Counter({"embeddings": loaded, "a batch": round(4 * batch)})]
+        for layer in plan.layers:
+            moments.append(
+                Counter(
+                    {
+                        "blocks: student, base, expert, the next": _nbytes(self.student, layer.index)
+                        + _nbytes(self.base, layer.index)
+                        + 2 * self._largest_block(layer.index),
+                        "ridge systems": layer.system,
+                        "moments of a task": layer.scratch,
+                        "features and workspace": layer.working,
+                    }
+                )
+            )
+        worst = max(moments, key=_total)
+        if on_device:
+            device["a batch"] = round(batch)
+            plan.device_items = dict(device + worst)
+            block = max(self._largest_block(layer.index) for layer in plan.layers)
+            host["a block on its way"] = max(block + reading, largest)
+        else:
+            host.update(max(worst + Counter({"reading": reading}), Counter({"the rest": largest}), key=_total))
+        plan.host = {name: size for name, size in host.items() if size}
+
+    def _loaded(self, data: Mapping[str, TaskData]) -> int:
+        """Calibration data that this process holds already."""
+        return round(sum(each.nbytes for each in data.values() if each.loaded))
+
+    def _problems(self, plan: Plan, data: Mapping[str, TaskData]) -> list[str]:
+        problems = []
+        for kind, flag in (("host", "--host-memory"), ("device", "--device-memory")):
+            need, budget = getattr(plan, f"{kind}_bytes"), getattr(plan, f"{kind}_budget")
+            if need > budget:
+                problems.append(
+                    f"{kind} memory: the job needs {format_bytes(need)}, but {format_bytes(budget)} may be used "
+                    f"({flag}); {self._remedy(kind, budget, data)}"
+                )
+        return problems
+
+    def _remedy(self, kind: str, budget: int, data: Mapping[str, TaskData]) -> str:
+        """The first single key of the recipe, and its largest halving, with which the job fits."""
+        starts = {"batch_size": self.recipe.batch_size, "samples": self.recipe.samples}
+        starts |= {"max_length": self.recipe.max_length} if any("input_ids" in d.example for d in data.values()) else {}
+        smallest = None
+        for key, start in starts.items():
+            value = start // 2
+            while value >= (32 if key == "max_length" else 1):
+                smaller = {task: each.resized(**{key: value}) for task, each in data.items()}
+                need = getattr(self._measure(smaller), f"{kind}_bytes")
+                if need <= budget:
+                    return f"{key}: {value} would fit"
+                smallest = need if smallest is None else min(smallest, need)
+                value //= 2
+        least = "" if smallest is None else f" (the least is {format_bytes(smallest)})"
+        return f"no smaller batch_size, samples or max_length alone would fit{least}: it takes a larger machine"
+
+
+def _phantom(source: CheckpointSource) -> Phantom:
+    assert isinstance(source.checkpoint, Phantom)
+    return source.checkpoint
+
+
+def _block_reads(source: CheckpointSource) -> list[str]:
+    return [name for layer in source.structure.layers for name in source.block_tensors(layer.index)]
+
+
+def _from_files(source: TensorSource, merging: list[str], own: list[str]) -> int:
+    """Bytes read for a merge on the fly and for the model itself; kept in host memory, one read serves all."""
+    if not isinstance(source, HostedExpert):
+        return source.stored_bytes([*merging, *own])
+    # A merge reads what is kept compressed again, to be exact.
+    again = [
+        name for name in merging if kept_in_host(source.tensors[name], source.storage) < source.tensors[name].nbytes
+    ]
+    repeated = (Counter(again) - Counter(set(again))).elements()
+    return source.stored_bytes([*dict.fromkeys([*merging, *own]), *repeated])
+
+
+def _unpacking(source: TensorSource) -> int:
+    """Memory that reading one tensor takes besides the tensor itself."""
+    if isinstance(source, HostedExpert):
+        return _unpacking(source.source)
+    if isinstance(source, MergedCheckpoint):
+        largest = max(torch.Size(info.shape).numel() for info in source.tensors.values())
+        return 12 * largest + max(_unpacking(expert) for expert in source.experts.values())
+    if isinstance(source, LoraExpert):
+        return 8 * max((torch.Size(source.tensors[name].shape).numel() for name in source.low_rank), default=0)
+    if isinstance(source, BitsAndBytesCheckpoint):
+        return max((source.stored_bytes([name]) for name in source.packed), default=0) + 64 * 2**20
+    return 0
+
+
+def _nbytes(source: CheckpointSource, index: int) -> int:
+    """Of a block."""
+    return sum(tensor.nbytes for tensor in source.structure.blocks[index].state_dict().values())
+
+
+def _of_a_probe(state: FirstStates) -> float:
+    rows = state.hidden.shape[0]
+    return min(PROBE_SAMPLES, rows) / rows * (state.hidden.nbytes + state.call_bytes)
+
+
+def _total(items: Mapping[str, int]) -> int:
+    return sum(items.values())
+
+
+def _form(value: Any) -> Any:
+    """Shapes and types of whatever holds tensors, to be compared."""
+    if isinstance(value, Mapping):
+        names = tuple(value)
+        return names, _form(list(value.values()))
+    return tuple(
+        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else str(leaf) for leaf in tree_leaves(value)
+    )

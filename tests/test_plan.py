@@ -1,0 +1,217 @@
+"""What a job will need, said beforehand: against hand calculation, and against what runs really read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pico
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+import featcal_fast as ff
+from featcal_fast.inputs import TaskData
+from featcal_fast.plan import format_bytes, parse_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTH, INNER, KEYS, LAYERS, VOCABULARY = 64, 160, 32, 3, 100  # of the pico Llama
+ROWS, TOKENS, BATCH = 20, 20, 4
+GIB = 2**30
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> dict:
+    return pico.save(pico.job("llama", 2), tmp_path)
+
+
+def test_a_pico_llama_by_hand(recipe: dict) -> None:
+    plan = ff.plan(recipe, device="cpu", host_memory=GIB * 64)
+    assert plan.problems == []
+    assert plan.tokens == {"task0": ROWS * TOKENS, "task1": ROWS * TOKENS}
+    assert plan.calibrated == 7 * LAYERS
+    for layer in plan.layers:
+        groups = {group.modules: (group.in_features, sum(group.out_features)) for group in layer.layout.groups}
+        attention = tuple(f"self_attn.{name}_proj" for name in "qkv")
+        assert groups == {
+            attention: (WIDTH, WIDTH + 2 * KEYS),
+            ("self_attn.o_proj",): (WIDTH, WIDTH),
+            ("mlp.gate_proj", "mlp.up_proj"): (WIDTH, 2 * INNER),
+            ("mlp.down_proj",): (INNER, WIDTH),
+        }
+        a = sum(width * width for width, _ in groups.values())
+        r = sum(width * out for width, out in groups.values())
+        # q, k, v and gate, up in input space; o and down in output space; means of the inputs in float64, twice.
+        t = 2 * WIDTH * WIDTH + WIDTH * WIDTH + INNER * WIDTH
+        means = 2 * 8 * sum(width for width, _ in groups.values())
+        assert layer.system == 4 * (a + r)
+        assert layer.scratch == 4 * (a + t) + means
+
+    parameters = 2 * WIDTH * WIDTH + 2 * WIDTH * KEYS + 3 * WIDTH * INNER
+    block = 4 * (parameters + 2 * WIDTH)
+    assert plan.host["blocks: student, base, expert, the next"] == 4 * block
+    assert plan.host["hidden states"] == 2 * 2 * ROWS * TOKENS * WIDTH * 4
+    assert plan.host["calibration data"] == 2 * 2 * ROWS * TOKENS * 8
+
+    embedding = 4 * VOCABULARY * WIDTH
+    model = LAYERS * block + 2 * embedding + 4 * WIDTH
+    kept = embedding * 2 + 4 * WIDTH + LAYERS * 2 * 4 * WIDTH
+    assert plan.bytes_read == {
+        "merged model": embedding + LAYERS * block + kept,
+        "base model": LAYERS * block,
+        "expert task0": embedding + LAYERS * block,
+        "expert task1": embedding + LAYERS * block,
+    }
+    assert plan.bytes_written == {"calibrated model": model}
+    assert plan.disk_bytes == model
+
+
+def test_arithmetic_by_hand(recipe: dict) -> None:
+    flops = ff.plan(recipe, device="cpu").flops
+    positions, counted = 2 * ROWS * TOKENS, 2 * (ROWS // BATCH) * (BATCH * TOKENS - 1)  # one is taken to be padding
+    attention = 2 * WIDTH * WIDTH + 2 * WIDTH * KEYS
+    scores = 2 * TOKENS * WIDTH
+    expert = 2 * (attention + 3 * WIDTH * INNER + scores)
+    student = expert - 2 * WIDTH * INNER  # stops before down_proj
+    assert flops["forward"] == positions * (LAYERS * (expert + student) + (LAYERS - 1) * expert)
+
+    triangle = INNER * 128 + (INNER - 128) * (INNER - 128)
+    moments = 2 * (3 * WIDTH * WIDTH + triangle) + 2 * (3 * WIDTH * WIDTH + INNER * WIDTH)
+    assert flops["moments"] == counted * LAYERS * moments
+
+    q_and_gate = WIDTH + 2 * KEYS + 2 * INNER  # two products each, in input space; o and down one, in output space
+    fold = 2 * (2 * WIDTH * WIDTH * q_and_gate + WIDTH * WIDTH * WIDTH + INNER * INNER * WIDTH)
+    assert flops["fold"] == 2 * LAYERS * fold
+
+    sizes = ((WIDTH, WIDTH + 2 * KEYS), (WIDTH, WIDTH), (WIDTH, 2 * INNER), (INNER, WIDTH))
+    assert flops["solve"] == pytest.approx(LAYERS * sum(n**3 / 3 + 2 * n * n * out for n, out in sizes))
+
+
+@pytest.mark.parametrize("storage", ["disk", "host", "host-nf4"])
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "clip", "t5"])
+def test_a_run_reads_and_changes_what_was_planned(kind: str, merge: bool, storage: str, tmp_path: Path) -> None:
+    recipe = {**pico.save(pico.job(kind, 2), tmp_path), "expert_storage": storage}
+    if merge:
+        del recipe["merged_model"]
+        recipe["merge"] = {"method": "task_arithmetic"}
+    plan = ff.plan(recipe)
+    report = ff.calibrate(recipe)
+    assert plan.bytes_read == report.bytes_read
+    assert plan.bytes_written == report.bytes_written
+    assert plan.calibrated == report.calibrated
+    assert all(plan.tokens[task] >= count for task, count in report.tokens.items())
+
+
+def test_weights_that_stay_are_listed_with_reasons(recipe: dict) -> None:
+    kept = ff.plan({**recipe, "settings": {"exclude": ["down_proj"]}}).kept
+    assert kept["model.embed_tokens.weight"] == "outside of the layers"
+    assert kept["model.layers.*.input_layernorm.weight"] == "RMSNorm has no closed-form update"
+    assert "exclude" in kept["model.layers.*.mlp.down_proj.weight"]
+    assert "model.layers.*.mlp.up_proj.weight" not in kept
+
+
+def test_texts_count_as_long_as_they_may_be(recipe: dict, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n{"text": "c"}\n')
+    for expert in recipe["experts"].values():
+        expert["data"] = str(tmp_path / "texts.jsonl")
+    plan = ff.plan({**recipe, "max_length": 50, "samples": 2})
+    assert plan.tokens == {"task0": 100, "task1": 100}
+    assert not plan.exact
+    assert "at most" in plan.summary()
+
+
+@pytest.mark.parametrize(
+    ("key", "saved"),
+    [("batch_size", "features and workspace"), ("samples", "hidden states"), ("max_length", "hidden states")],
+)
+def test_what_does_not_fit_names_the_key_that_would_help(key: str, saved: str, recipe: dict) -> None:
+    large = {"batch_size": 16, "samples": 256, "max_length": 64}
+    for expert in recipe["experts"].values():
+        rows = large["samples"]
+        save_file({"input_ids": torch.ones(rows, large["max_length"], dtype=torch.long)}, Path(expert["data"]))
+    job = {**recipe, **large}
+    enough = ff.plan(job, device="cpu", host_memory=64 * GIB)
+    smaller = {"batch_size": 8, "samples": 128, "max_length": 32}[key]
+    if key == "max_length":  # the only one left
+        job |= {"batch_size": 1, "samples": 1}
+        enough = ff.plan(job, device="cpu", host_memory=64 * GIB)
+    assert enough.host[saved] > 0
+    plan = ff.plan(job, device="cpu", host_memory=1 << 20)
+    assert len(plan.problems) == 1
+    assert plan.problems[0].startswith("host memory: the job needs")
+    assert "--host-memory" in plan.problems[0]
+    assert "no smaller batch_size, samples or max_length alone would fit" in plan.problems[0]
+    assert smaller < large[key]
+
+
+def test_the_first_key_that_fits_is_named(recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a fixed baseline, so that this process's own size plays no part."""
+    monkeypatch.setattr("featcal_fast.planner.resident_bytes", lambda: 0)
+    job = {**recipe, "batch_size": 16}
+    whole = ff.plan(job, device="cpu", host_memory=64 * GIB)
+    halved = ff.plan({**job, "batch_size": 8}, device="cpu", host_memory=64 * GIB)
+    assert halved.host_bytes < whole.host_bytes
+    plan = ff.plan(job, device="cpu", host_memory=halved.host_bytes)
+    assert plan.problems[0].endswith("batch_size: 8 would fit")
+    with pytest.raises(ff.FeatCalError, match="batch_size: 8 would fit"):
+        plan.check()
+
+
+def test_calibrate_checks_first_and_writes_nothing(recipe: dict, tmp_path: Path) -> None:
+    with pytest.raises(ff.FeatCalError, match="host memory: the job needs .* but 1 MiB may be used"):
+        ff.calibrate(recipe, device="cpu", host_memory=1 << 20)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_reads_no_weights(recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featcal_fast.checkpoints.Shards.read", lambda *_, **__: pytest.fail("read"), raising=False)
+    monkeypatch.setattr("featcal_fast.checkpoints.shards.Shards.read", lambda *_, **__: pytest.fail("read"))
+    ff.plan(recipe)
+
+
+def test_sizes_of_loaded_data() -> None:
+    batches = [{"input_ids": torch.zeros(4, width, dtype=torch.long)} for width in (5, 10, 10)]
+    data = TaskData.of(batches)
+    assert (data.batches, data.rows, data.nbytes) == (2.5, 12, 8 * 100)
+    assert data.resized(batch_size=2).batches == 5
+    assert data.resized(batch_size=2).nbytes == data.nbytes
+    assert data.resized(samples=6).nbytes == data.nbytes / 2
+    assert data.resized(max_length=5).nbytes == data.nbytes / 2
+
+
+def test_bytes_are_read_and_said_with_units() -> None:
+    assert parse_bytes("24GB") == 24 * 10**9
+    assert parse_bytes("22.5 GiB") == 22.5 * GIB
+    assert parse_bytes("512mib") == 512 * 2**20
+    for text in ("24", "24 apples", "", "-1GB"):
+        with pytest.raises(ff.FeatCalError, match="expected a number and a unit"):
+            parse_bytes(text)
+    assert [format_bytes(size) for size in (12, 2048, 3 * 2**20, 1.5 * GIB)] == ["12 B", "2 KiB", "3 MiB", "1.5 GiB"]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+    code = [sys.executable, "-m", "featcal_fast.cli", "plan", *arguments]
+    return subprocess.run(code, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_command_says_it_all_and_its_exit_code_whether_it_fits(recipe: dict, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    good = command(str(path), "--device", "cpu", "--rate", "2")
+    assert good.returncode == 0, good.stderr
+    for text in ("q_proj, k_proj, v_proj", "RMSNorm has no closed-form update", "peaks: host", "at 2 TFLOP/s"):
+        assert text in good.stdout
+    assert "time:" not in command(str(path), "--device", "cpu").stdout
+    small = command(str(path), "--device", "cpu", "--host-memory", "10MiB")
+    assert small.returncode == 1
+    assert "host memory: the job needs" in small.stderr
+    (tmp_path / "task1" / "model.safetensors").unlink()
+    broken = command(str(path), "--device", "cpu")
+    assert broken.returncode == 1
+    assert "expert task1" in broken.stderr
