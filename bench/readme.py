@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from featcal_fast.models import families_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
@@ -34,7 +36,7 @@ def demo() -> str:
 
 def parity() -> str:
     """Ours and the official demo on the same inputs."""
-    head = ["workload", "", "seconds", "peak memory", "weights", "biases", "LayerNorm"]
+    head = ["workload", "", "seconds", "peak memory", "error: weights", "biases", "LayerNorm"]
     lines = [_row(head), _row(["---", "---", *["---:"] * 5])]
     for name in ("clip-b32-64", "clip-b32-shallow"):
         if not (RESULTS / f"compare-{name}.json").exists():
@@ -47,7 +49,12 @@ def parity() -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "parity": parity}
+def families() -> str:
+    """What can be calibrated, from the registry."""
+    return families_table().strip()
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "families": families, "parity": parity}
 
 
 def filled(text: str) -> str:

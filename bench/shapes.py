@@ -48,6 +48,7 @@ class Shape:
     targets: int = 0  # of its target
     dtype: str = "float32"
     batch_size: int = 16
+    lora: int = 0  # rank of the experts' adapters on q and v; 0 for whole checkpoints
     toy: dict[str, Any] = field(default_factory=dict)
 
 
@@ -71,6 +72,7 @@ SHAPES = {
         "flan-t5",
         tokens=128,
         targets=8,
+        lora=16,
         toy={"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4},
     ),
     "llama-3.2-1b": Shape(
@@ -131,16 +133,19 @@ def write(shape: Shape, folder: Path) -> None:
         torch.manual_seed(0)
         base = cls(cls.config_class(**shape.config)).eval().to(getattr(torch, shape.dtype))
     base.save_pretrained(folder / "base")
-    origin = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    origin = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
     experts = {}
     for k in range(shape.tasks):
         task, generator = f"task{k}", torch.Generator().manual_seed(k)
-        with torch.no_grad():
-            for name, parameter in base.named_parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                scale = 0.2 * (float(origin[name].float().std()) if parameter.numel() > 1 else 0.0) + 0.004
-                parameter.copy_(origin[name].float() + scale * noise)
-        base.save_pretrained(folder / task)
+        if shape.lora:
+            write_adapter(shape, origin, folder / task, generator)
+        else:
+            with torch.no_grad():
+                for name, parameter in base.named_parameters():
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    scale = 0.2 * (float(origin[name].float().std()) if parameter.numel() > 1 else 0.0) + 0.004
+                    parameter.copy_(origin[name].float() + scale * noise)
+            base.save_pretrained(folder / task)
         save_file(inputs(shape, generator), folder / f"{task}.safetensors")
         experts[task] = {"model": str(folder / task), "data": str(folder / f"{task}.safetensors")}
     recipe = {
@@ -152,6 +157,22 @@ def write(shape: Shape, folder: Path) -> None:
         "batch_size": shape.batch_size,
     }
     (folder / "recipe.json").write_text(json.dumps(recipe))
+
+
+def write_adapter(shape: Shape, base: dict[str, torch.Tensor], folder: Path, generator: torch.Generator) -> None:
+    """A LoRA expert: random factors for every q and v."""
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": shape.lora, "lora_alpha": 2 * shape.lora, "target_modules": ["q", "v"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    factors = {}
+    for name, weight in base.items():
+        module = name.removesuffix(".weight")
+        if module.endswith((".q", ".v")):
+            out, size = weight.shape
+            a = torch.randn(shape.lora, size, generator=generator) / size**0.5
+            b = 0.05 * float(weight.float().std()) * torch.randn(out, shape.lora, generator=generator)
+            factors |= {f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b}
+    save_file(factors, folder / "adapter_model.safetensors")
 
 
 def inputs(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -217,7 +238,7 @@ def _headers(folder: Path) -> dict[str, tuple[list[int], str]]:
 
 
 def _described(shape: Shape) -> dict[str, Any]:
-    keys = ("model", "dtype", "tasks", "samples", "tokens", "targets", "batch_size", "preset")
+    keys = ("model", "dtype", "tasks", "samples", "tokens", "targets", "batch_size", "lora", "preset")
     return {("text_tokens" if key == "tokens" else key): getattr(shape, key) for key in keys}
 
 

@@ -15,6 +15,7 @@ from featcal_fast.models.stepping import BatchCalls, move
 from featcal_fast.sources import Source
 
 Place = torch.device | Path  # of hidden states: a device's memory, or a folder for scratch files
+HOST = torch.device("cpu")
 
 
 class Stream:
@@ -38,7 +39,7 @@ class Stream:
         task: str,
         batches: Sequence[Mapping[str, Tensor]],
         device: torch.device,
-        place: Place = torch.device("cpu"),  # noqa: B008 (immutable)
+        place: Place = HOST,
     ) -> None:
         self.device = device
         self._source, self._task, self._batches, self._place = source, task, batches, place

@@ -16,7 +16,7 @@ from contextlib import closing
 import torch
 from torch import Tensor, nn
 
-from featcal_fast.activations import Place, Stream
+from featcal_fast.activations import HOST, Place, Stream
 from featcal_fast.drift import Probe
 from featcal_fast.errors import DataError
 from featcal_fast.experts import BlockReader
@@ -98,7 +98,7 @@ def calibrate_source(
     device: torch.device,
     write: Callable[[int, dict[str, Tensor]], None],
     progress: Progress,
-    place: Place = torch.device("cpu"),  # noqa: B008 (immutable)
+    place: Place = HOST,
 ) -> Report:
     """Calibrate a model whose blocks arrive one at a time, each being read while the one before it is in use.
 
@@ -116,7 +116,7 @@ def calibrate_source(
     probe = Probe(student, experts, batches, device)
     tokens: dict[str, list[Tokens]] = {task: [] for task in experts}
     report = Report(settings, structure.family.name, str(device), dict.fromkeys(experts, 0))
-    report.kept |= structure.outside()
+    report.kept |= structure.outside
 
     order = ((source, layer.index) for layer in structure.layers for source in (student, base, *experts.values()))
     with closing(progress), BlockReader(order) as blocks:

@@ -50,6 +50,10 @@ DeviceMemory = Annotated[
 HostMemory = Annotated[
     str | None, typer.Option(help="Host memory that may be used, for example 60GB. Default: what is free.")
 ]
+Scratch = Annotated[
+    Path | None,
+    typer.Option(help="Folder on a fast disk for hidden states between layers. Default: they stay in host memory."),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -66,6 +70,7 @@ def calibrate(
     device: Device = None,
     device_memory: DeviceMemory = None,
     host_memory: HostMemory = None,
+    scratch: Scratch = None,
 ) -> None:
     """Calibrate the model that RECIPE.yaml describes and write it, with report.json, to a new folder.
 
@@ -83,9 +88,10 @@ def calibrate(
         progress=BarProgress(console),
         device_memory=_bytes(device_memory),
         host_memory=_bytes(host_memory),
+        scratch=scratch,
     )
     console.print(report.table())
-    console.print(report.summary())
+    console.print(report.summary(), soft_wrap=True, highlight=False)
     console.print(f"Wrote {report.out}", soft_wrap=True, highlight=False)
 
 
@@ -95,6 +101,7 @@ def plan(
     device: Device = None,
     device_memory: DeviceMemory = None,
     host_memory: HostMemory = None,
+    scratch: Scratch = None,
     rate: Annotated[float | None, typer.Option(help="Measured TFLOP/s, for an estimate of the time.")] = None,
 ) -> None:
     """Say what RECIPE.yaml will need (memory, disk, bytes read, arithmetic) and calibrate; nothing runs.
@@ -108,7 +115,13 @@ def plan(
     from featcal_fast.planner import plan as make
 
     console = Console()
-    found = make(recipe, device=device, device_memory=_bytes(device_memory), host_memory=_bytes(host_memory))
+    found = make(
+        recipe,
+        device=device,
+        device_memory=_bytes(device_memory),
+        host_memory=_bytes(host_memory),
+        scratch=scratch,
+    )
     for table in found.tables():
         console.print(table)
     console.print(found.summary(None if rate is None else rate * 1e12), highlight=False)

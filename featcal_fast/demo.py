@@ -94,8 +94,6 @@ class Config:
     expert_steps: int = 300
     batch_size: int = 32
     learning_rate: float = 1e-3
-    held_out: int = 500
-    validation: int = 250
 
 
 def run(
@@ -125,7 +123,7 @@ def run(
     folder, console = Path(folder), console or Console()
     _claim(folder)
     with _one_thread(), _no_loading_bars():
-        digits = Digits(config)
+        digits = Digits()
         seconds = make_models(folder, config, digits, console)
         models = {"base": folder / "base"} | {f"expert {task}": folder / "experts" / task for task in VIEWS}
 
@@ -144,7 +142,8 @@ def run(
         reports["FeatCal 256"].plot(folder / "drift.png")
 
         heads = load_file(folder / "heads.safetensors")
-        accuracy = {name: evaluate(path, heads, digits, "held-out") for name, path in models.items()}
+        with console.status("reading held-out digits"):
+            accuracy = {name: evaluate(path, heads, digits, "held-out") for name, path in models.items()}
     results = _compare(accuracy) | {"seconds": seconds, "config": asdict(config)}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     _print(results, folder, console)
@@ -154,17 +153,15 @@ def run(
 class Digits:
     """scikit-learn's 1,797 scans of 8x8 pixels, dealt into three parts."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self) -> None:
         from sklearn.datasets import load_digits
 
         pixels, labels = load_digits(return_X_y=True)
         self.images = torch.tensor(pixels, dtype=torch.float32).view(-1, 8, 8) / 8 - 1
         self.labels = torch.tensor(labels, dtype=torch.int64)
-        deal = torch.randperm(len(labels), generator=_random(config, "parts"))
-        sizes = [config.held_out, config.validation, len(labels) - config.held_out - config.validation]
-        self.parts: dict[str, Tensor] = dict(
-            zip(("held-out", "validation", "training"), deal.split(sizes), strict=True)
-        )
+        # One deal for all seeds: what is held out from one run is held out from all.
+        deal = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        self.parts = {"held-out": deal[:500], "validation": deal[500:750], "training": deal[750:]}
 
     def see(self, task: str, part: str) -> tuple[Tensor, Tensor]:
         """A part's images `[n, 1, 8, 8]` as the task sees them, and their labels."""
@@ -249,7 +246,9 @@ def _train(
     generator = _random(config, name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.05, fused=True)
     model.train()
-    for step in track(range(steps), name, console=console, transient=True, disable=not console.is_terminal):
+    for step in track(
+        range(steps), f"training {name}", console=console, transient=True, disable=not console.is_terminal
+    ):
         for group in optimizer.param_groups:  # 20 steps of warm-up, and half a cosine
             group["lr"] = config.learning_rate * min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
         rows = torch.randint(len(labels), (config.batch_size,), generator=generator)
@@ -350,10 +349,11 @@ def _print(results: dict[str, Any], folder: Path, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "own expert: each task by the expert trained on it. FeatCal 256: calibrated with 256 unlabelled\n"
-        "images a task. The gap is the one between task arithmetic and the experts.\n\n"
-        f"{folder / 'drift.png'}: drift from the experts' features, layer by layer, before and after\n"
-        f"{folder / 'recipe.yaml'}: the job; to run it yourself:\n"
+        "own expert: each task read by the expert that was trained on it.\n"
+        "FeatCal 256: task arithmetic, repaired with 256 unlabelled images of each task.\n"
+        "gap closed: of the way from task arithmetic up to the experts.\n\n"
+        f"Drift from the experts' features, layer by layer: {folder / 'drift.png'}\n"
+        f"The job, to read and to run yourself: {folder / 'recipe.yaml'}\n"
         f"    featcal-fast calibrate {folder / 'recipe.yaml'} --out {folder / 'mine'}",
         highlight=False,
         markup=False,

@@ -29,7 +29,6 @@ from featcal_fast.sources import CheckpointSource
 from featcal_fast.tokens import Tokens
 
 META = torch.device("meta")
-HOST = torch.device("cpu")
 
 
 class Phantom:

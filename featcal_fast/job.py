@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from featcal_fast.activations import HOST
 from featcal_fast.calibrate import calibrate_source
 from featcal_fast.checkpoints import CheckpointWriter
 from featcal_fast.errors import RecipeError
@@ -28,6 +29,7 @@ def calibrate(
     progress: Progress | None = None,
     device_memory: int | None = None,
     host_memory: int | None = None,
+    scratch: str | Path | None = None,
 ) -> Report:
     """Calibrate the model that a recipe describes and write it to a new folder, `report.json` beside the weights.
 
@@ -40,6 +42,7 @@ def calibrate(
         progress: told how the run goes.
         device_memory: bytes of it that may be used; by default what is free.
         host_memory: the same of host memory.
+        scratch: a folder for hidden states between layers, as unnamed files; by default they wait in host memory.
 
     Returns:
         What happened, layer by layer.
@@ -59,14 +62,15 @@ def calibrate(
     experts = {task: CheckpointSource(expert, device) for task, expert in models.experts.items()}
     batches = load_data(recipe, models)
     sizes = {task: TaskData.of(items) for task, items in batches.items()}
-    Planner(recipe, models, device).plan(sizes, device_memory, host_memory).check()
+    place = HOST if scratch is None else Path(scratch)
+    Planner(recipe, models, device, place).plan(sizes, device_memory, host_memory).check()
     with CheckpointWriter(folder, models.merged) as writer:
 
         def write(index: int, parameters: dict[str, Tensor]) -> None:
             writer.write({student.tensor_name(index, name): value for name, value in parameters.items()})
 
         report = calibrate_source(
-            student, base, experts, batches, recipe.settings, device, write, progress or Progress()
+            student, base, experts, batches, recipe.settings, device, write, progress or Progress(), place
         )
         writer.copy_rest()
         report.recipe, report.out = recipe.to_dict(), str(folder)

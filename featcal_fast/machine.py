@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-
 
 LARGE = 2**20
 
@@ -18,10 +18,8 @@ def return_large_blocks() -> None:
     glibc otherwise learns to keep blocks of up to 32 MiB for itself, in a heap a thread, and a run would hold on to a
     fifth more memory than it uses.
     """
-    try:
+    with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(-3, LARGE)  # M_MMAP_THRESHOLD, which also ends the learning
-    except (OSError, AttributeError, TypeError):
-        pass
 
 
 def resident_bytes() -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from featcal_fast.activations import Place
+from featcal_fast.activations import HOST, Place
 from featcal_fast.checkpoints import BitsAndBytesCheckpoint, HostedExpert, LoraExpert, TensorSource, canonical
 from featcal_fast.checkpoints import kept_bytes as kept_in_host
 from featcal_fast.drift import PROBE_SAMPLES
@@ -25,7 +25,6 @@ from featcal_fast.plan import LayerPlan, Plan, folded, format_bytes
 from featcal_fast.recipe import Recipe, RecipeLike
 from featcal_fast.sources import CheckpointSource, check_same_architecture
 
-HOST = torch.device("cpu")
 States = dict[str, tuple[FirstStates, FirstStates]]  # the student's and the expert's, by task
 # Measured by bench/memory.py: what libraries take once they compute (threads, their buffers, code paged in).
 RUNTIME = 40 * 2**20
@@ -37,6 +36,7 @@ def plan(
     device: torch.device | str | None = None,
     device_memory: int | None = None,
     host_memory: int | None = None,
+    scratch: str | Path | None = None,
 ) -> Plan:
     """What a recipe will need, from headers and configs alone; nothing is computed or written.
 
@@ -45,6 +45,7 @@ def plan(
         device: where it would compute; by default the first GPU, or the CPU.
         device_memory: bytes of it that may be used; by default what is free.
         host_memory: the same of host memory.
+        scratch: a folder for hidden states; by default they wait in host memory.
 
     Raises:
         FeatCalError: the recipe, a model, the data or the output folder is not usable. A job that only does not fit
@@ -56,7 +57,8 @@ def plan(
     models = Models(recipe)
     if recipe.out is not None:
         output_folder(recipe, models)
-    return Planner(recipe, models, device).plan(describe_data(recipe, models), device_memory, host_memory)
+    place = HOST if scratch is None else Path(scratch)
+    return Planner(recipe, models, device, place).plan(describe_data(recipe, models), device_memory, host_memory)
 
 
 class Planner:
@@ -300,12 +302,14 @@ class Planner:
             if need > budget:
                 problems.append(
                     f"{kind} memory: the job needs {format_bytes(need)}, but {format_bytes(budget)} may be used "
-                    f"({flag}); {self._remedy(kind, budget, data)}"
+                    f"({flag}); {self._remedy(kind, budget, data, plan)}"
                 )
         return problems
 
-    def _remedy(self, kind: str, budget: int, data: Mapping[str, TaskData]) -> str:
-        """The first single key of the recipe, and its largest halving, with which the job fits."""
+    def _remedy(self, kind: str, budget: int, data: Mapping[str, TaskData], plan: Plan) -> str:
+        """The flag, or else the first single key of the recipe and its largest halving, with which the job fits."""
+        if kind == "host" and plan.host_bytes - plan.host.get("hidden states", 0) <= budget:
+            return "--scratch DIR, a folder on a fast disk for hidden states, would fit"
         starts = {"batch_size": self.recipe.batch_size, "samples": self.recipe.samples}
         starts |= {"max_length": self.recipe.max_length} if any("input_ids" in d.example for d in data.values()) else {}
         smallest = None
@@ -345,8 +349,9 @@ def _from_files(source: TensorSource, merging: list[str], own: list[str]) -> int
 
 def _unpacking(source: TensorSource) -> int:
     """Memory that reading one tensor takes besides the tensor itself."""
-    if isinstance(source, HostedExpert):
-        return _unpacking(source.source)
+    if isinstance(source, HostedExpert):  # to compress, restore and compare
+        numel = max(torch.Size(info.shape).numel() for info in source.tensors.values())
+        return _unpacking(source.source) + (12 * numel if source.storage != "host" else 0)
     if isinstance(source, MergedCheckpoint):
         largest = max(torch.Size(info.shape).numel() for info in source.tensors.values())
         return 12 * largest + max(_unpacking(expert) for expert in source.experts.values())

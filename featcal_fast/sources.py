@@ -18,6 +18,8 @@ from featcal_fast.models import Structure, find_structure
 from featcal_fast.models.stepping import BatchCalls, first_hidden, move
 from featcal_fast.models.stored import StoredNames
 
+STEPPING = Lock()  # while a model's forward is recorded its blocks are not themselves, and nobody copies one
+
 
 class Source(Protocol):
     """What the loop needs of a model."""
@@ -49,13 +51,12 @@ class ModuleSource:
     def __init__(self, model: nn.Module, label: str, device: torch.device) -> None:
         self.model, self.label, self.device = model, label, device
         self.structure = find_structure(model, label)
-        self._lock = Lock()  # a block is not copied while its forward is replaced
 
     def first_hidden(
         self, batch: Mapping[str, Tensor], stage: int = 0, previous: Tensor | None = None
     ) -> tuple[Tensor, BatchCalls]:
         home = next(self.model.parameters()).device
-        with self._lock, _eval_mode(self.model):
+        with STEPPING, _eval_mode(self.model):
             hidden, calls = first_hidden(self.structure, move(dict(batch), home), stage, move(previous, home))
         return move(hidden, self.device), move(calls, self.device)
 
@@ -63,7 +64,7 @@ class ModuleSource:
         pass
 
     def block(self, index: int) -> nn.Module:
-        with self._lock:
+        with STEPPING:
             block = copy.deepcopy(self.structure.blocks[index])
         block = block.to(self.device).eval().requires_grad_(False)
         for name, parameter in block.named_parameters():
@@ -93,7 +94,6 @@ class CheckpointSource:
         self.structure = find_structure(self.model, self.label)
         self._tied = _tied_names(self.model, self._stored)
         self._check_blocks()
-        self._lock = Lock()
         self._loaded: list[nn.Module] = []
         self._openers: dict[int, nn.Module] = {}
         for name, module in self.model.named_modules():
@@ -118,7 +118,7 @@ class CheckpointSource:
         if self.structure.family.relays and stage not in self._openers:
             first = next(layer.index for layer in self.structure.layers if layer.stage == stage)
             self._openers[stage] = self.block(first)
-        with self._lock:
+        with STEPPING:
             return first_hidden(
                 self.structure, move(dict(batch), self.device), stage, previous, self._openers.get(stage)
             )
@@ -131,7 +131,7 @@ class CheckpointSource:
         self._loaded.clear()
 
     def block(self, index: int) -> nn.Module:
-        with self._lock:
+        with STEPPING:
             # The config is shared, not copied: blocks only read it.
             config = self.model.config
             block = copy.deepcopy(self.structure.blocks[index], {id(config): config})

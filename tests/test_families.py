@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pico
@@ -110,12 +112,13 @@ def test_every_linear_weight_is_calibrated_or_listed(kind: str) -> None:
 def test_folders_give_the_same_bits_and_load(kind: str, tmp_path: Path) -> None:
     job = pico.job(kind, 2)
     recipe = pico.save(job, tmp_path)
-    ff.calibrate(recipe)
+    written = ff.calibrate(recipe)
     batches = {
         task: load_batches(expert["data"], folders=[], batch_size=recipe["batch_size"])
         for task, expert in recipe["experts"].items()
     }
-    ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches=batches)
+    report = ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches=batches)
+    assert (written.calibrated, written.kept) == (report.calibrated, report.kept)
     found, info = type(job.merged).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -237,6 +240,31 @@ def test_wo_in_float32_inside_of_a_bfloat16_t5(tmp_path: Path) -> None:
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert {value.dtype for name, value in written.items() if name.endswith(".wo.weight")} == {torch.float32}
     assert {value.dtype for name, value in written.items() if not name.endswith(".wo.weight")} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("kind", "targets"), [("flan-t5", (".q", ".v", ".wo")), ("gpt2", (".c_attn",))])
+def test_lora_experts_are_the_experts_merged_beforehand(kind: str, targets: tuple[str, ...], tmp_path: Path) -> None:
+    job, generator = pico.job(kind, 1), torch.Generator().manual_seed(0)
+    expert, factors, transposed = copy.deepcopy(job.base), {}, kind == "gpt2"
+    for name, weight in expert.named_parameters():
+        module = name.removesuffix(".weight")
+        if module.endswith(targets) and name != module:
+            out, size = reversed(weight.shape) if transposed else weight.shape
+            a, b = torch.randn(4, size, generator=generator), 0.1 * torch.randn(out, 4, generator=generator)
+            factors |= {f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b}
+            weight.data += (2 * b @ a).mT if transposed else 2 * b @ a
+    job.experts = {"task0": expert}
+    recipe = pico.save(job, tmp_path)
+    ff.calibrate({**recipe, "out": str(tmp_path / "whole")})
+    shutil.rmtree(tmp_path / "task0")
+    (tmp_path / "task0").mkdir()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "fan_in_fan_out": transposed}
+    (tmp_path / "task0" / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["any"]}))
+    save_file(factors, tmp_path / "task0" / "adapter_model.safetensors")
+    ff.calibrate(recipe)
+    a, b = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "out"))
+    assert factors
+    assert all((value - b[name]).norm() <= 1e-5 * value.norm() for name, value in a.items())
 
 
 # Names on disk that are not the model's.

@@ -364,3 +364,14 @@ def test_a_recipe_file_is_read_relative_to_itself(
 
 def _tree(root: Path) -> dict[str, int]:
     return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+
+
+def test_hidden_states_on_disk_change_nothing(llama_recipe: dict, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    ff.calibrate(llama_recipe)
+    ff.calibrate(llama_recipe, out=tmp_path / "other", scratch=tmp_path / "scratch")
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "other"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert list((tmp_path / "scratch").iterdir()) == []
+    with pytest.raises(ff.FeatCalError, match=r"scratch: .*nowhere cannot hold hidden states"):
+        ff.calibrate(llama_recipe, out=tmp_path / "third", scratch=tmp_path / "nowhere")

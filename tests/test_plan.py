@@ -11,7 +11,6 @@ import pico
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
 
 import featcal_fast as ff
 from featcal_fast.inputs import TaskData
@@ -124,28 +123,12 @@ def test_texts_count_as_long_as_they_may_be(recipe: dict, tmp_path: Path) -> Non
     assert "at most" in plan.summary()
 
 
-@pytest.mark.parametrize(
-    ("key", "saved"),
-    [("batch_size", "features and workspace"), ("samples", "hidden states"), ("max_length", "hidden states")],
-)
-def test_what_does_not_fit_names_the_key_that_would_help(key: str, saved: str, recipe: dict) -> None:
-    large = {"batch_size": 16, "samples": 256, "max_length": 64}
-    for expert in recipe["experts"].values():
-        rows = large["samples"]
-        save_file({"input_ids": torch.ones(rows, large["max_length"], dtype=torch.long)}, Path(expert["data"]))
-    job = {**recipe, **large}
-    enough = ff.plan(job, device="cpu", host_memory=64 * GIB)
-    smaller = {"batch_size": 8, "samples": 128, "max_length": 32}[key]
-    if key == "max_length":  # the only one left
-        job |= {"batch_size": 1, "samples": 1}
-        enough = ff.plan(job, device="cpu", host_memory=64 * GIB)
-    assert enough.host[saved] > 0
-    plan = ff.plan(job, device="cpu", host_memory=1 << 20)
+def test_what_no_key_can_make_fit_says_so(recipe: dict) -> None:
+    plan = ff.plan({**recipe, "samples": 4}, device="cpu", host_memory=1 << 20)
     assert len(plan.problems) == 1
     assert plan.problems[0].startswith("host memory: the job needs")
-    assert "--host-memory" in plan.problems[0]
-    assert "no smaller batch_size, samples or max_length alone would fit" in plan.problems[0]
-    assert smaller < large[key]
+    assert "but 1 MiB may be used (--host-memory)" in plan.problems[0]
+    assert "no smaller batch_size, samples or max_length alone would fit (the least is" in plan.problems[0]
 
 
 def test_the_first_key_that_fits_is_named(recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,13 +145,12 @@ def test_the_first_key_that_fits_is_named(recipe: dict, monkeypatch: pytest.Monk
 
 
 def test_calibrate_checks_first_and_writes_nothing(recipe: dict, tmp_path: Path) -> None:
-    with pytest.raises(ff.FeatCalError, match="host memory: the job needs .* but 1 MiB may be used"):
+    with pytest.raises(ff.FeatCalError, match=r"host memory: the job needs .* but 1 MiB may be used"):
         ff.calibrate(recipe, device="cpu", host_memory=1 << 20)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_plan_reads_no_weights(recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featcal_fast.checkpoints.Shards.read", lambda *_, **__: pytest.fail("read"), raising=False)
     monkeypatch.setattr("featcal_fast.checkpoints.shards.Shards.read", lambda *_, **__: pytest.fail("read"))
     ff.plan(recipe)
 

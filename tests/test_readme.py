@@ -36,3 +36,9 @@ def test_the_recipe_is_valid() -> None:
     recipe = ff.Recipe.load(yaml.safe_load(text))
     assert recipe.experts["code"].samples == 128
     assert recipe.settings.anchor_rho == 1.5
+
+
+def test_tables_are_the_ones_that_results_and_registry_give() -> None:
+    from bench.readme import filled
+
+    assert filled(README) == README

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featcal_fast.checkpoints.quantised import dequantise, halves
+from featcal_fast.checkpoints.quantised import dequantise
 from featcal_fast.checkpoints.reader import TensorSource
 from featcal_fast.checkpoints.shards import TensorInfo
 
@@ -108,7 +108,7 @@ class _Kept:
 
     def __init__(self, tensor: Tensor, storage: str) -> None:
         self.exact = not _compressed(tuple(tensor.shape), tensor.dtype, storage)
-        self._tensor, self._shape, self._dtype, self._bits = tensor, tensor.shape, tensor.dtype, BITS.get(storage)
+        self._tensor, self._shape, self._dtype, self._bits = tensor, tensor.shape, tensor.dtype, BITS.get(storage, 0)
         if not self.exact:
             from bitsandbytes import functional
 
@@ -123,8 +123,7 @@ class _Kept:
         """The tensor in its own dtype, in memory of the caller's own."""
         if self.exact:
             return self._tensor.clone()
-        codes = halves(self._tensor)[: self._shape.numel()] if self._bits == 4 else self._tensor.reshape(-1)
-        return dequantise(codes, *self._scales).to(self._dtype).reshape(self._shape)
+        return dequantise(self._tensor, self._bits, *self._scales, tuple(self._shape), self._dtype)
 
 
 def _compressed(shape: tuple[int, ...], dtype: torch.dtype, storage: str) -> bool:

@@ -31,19 +31,39 @@ STATE = ".quant_state.bitsandbytes__"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def halves(codes: Tensor) -> Tensor:
-    """4-bit codes of any dtype of storage: `[2 * bytes]` uint8, the high half of a byte first."""
-    codes = codes.reshape(-1).view(torch.uint8)
-    return torch.stack([codes >> 4, codes & 15], dim=1).reshape(-1)
+PIECE = 2**22  # values unpacked at a time, so that what it takes does not grow with the weight
 
 
-def dequantise(codes: Tensor, quant_map: Tensor, absmax: Tensor, blocksize: int) -> Tensor:
-    """`quant_map[codes] * absmax` in runs of `blocksize`: `[n]` float32.
+def dequantise(
+    codes: Tensor,
+    bits: int,
+    quant_map: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """`quant_map[codes] * absmax`, a scale for each run of `blocksize` values.
 
     Not bitsandbytes' own: its CPU kernel (0.50) is wrong where a run does not end with a row of the matrix.
+
+    Args:
+        codes: of any dtype of storage; 4-bit ones two to a byte, the first in the high half.
+        bits: of a code, 4 or 8.
+        quant_map: float32, what each code stands for.
+        absmax: float32, the scales.
+        shape, dtype: of the result.
     """
-    values = quant_map[codes.int()]
-    return values.mul_(absmax.repeat_interleave(blocksize)[: len(values)])
+    found = torch.empty(torch.Size(shape).numel(), dtype=dtype)
+    codes, step = codes.reshape(-1).view(torch.uint8), 2 * blocksize * max(1, PIECE // (2 * blocksize))
+    for start in range(0, len(found), step):
+        piece = found[start : start + step]
+        part = codes[start * bits // 8 : (start + step) * bits // 8]
+        if bits == 4:
+            part = torch.stack([part >> 4, part & 15], dim=1).reshape(-1)[: len(piece)]
+        scales = absmax[start // blocksize : (start + step) // blocksize].repeat_interleave(blocksize)
+        piece.copy_(quant_map[part.int()].mul_(scales[: len(piece)]))
+    return found.reshape(shape)
 
 
 class Packed(Protocol):
@@ -78,10 +98,10 @@ class FourBit:
         absmax = parts[f"{self.name}.absmax"]
         if self.nested_blocksize is not None:
             nested = parts[f"{self.name}.nested_quant_map"], parts[f"{self.name}.nested_absmax"]
-            absmax = dequantise(absmax, *nested, self.nested_blocksize) + self.nested_offset
-        codes = halves(parts[self.name])[: torch.Size(self.info.shape).numel()]
-        values = dequantise(codes, parts[f"{self.name}.quant_map"], absmax, self.blocksize)
-        return values.to(self.info.dtype).reshape(self.info.shape)
+            absmax = dequantise(absmax, 8, *nested, self.nested_blocksize, tuple(absmax.shape), torch.float32)
+            absmax += self.nested_offset
+        quant_map = parts[f"{self.name}.quant_map"]
+        return dequantise(parts[self.name], 4, quant_map, absmax, self.blocksize, self.info.shape, self.info.dtype)
 
 
 @dataclass(frozen=True)
@@ -94,7 +114,11 @@ class EightBit:
 
     def unpack(self, parts: dict[str, Tensor]) -> Tensor:
         codes, largest = (parts[name] for name in self.parts)
-        return (codes.float() * (largest / 127)[:, None]).to(self.info.dtype)
+        found, rows = torch.empty(self.info.shape, dtype=self.info.dtype), max(1, PIECE // self.info.shape[1])
+        for start in range(0, len(found), rows):
+            part = slice(start, start + rows)
+            found[part] = codes[part] * (largest[part] / 127)[:, None]
+        return found
 
 
 class BitsAndBytesCheckpoint(Checkpoint):

@@ -10,6 +10,6 @@ CLIP_VISION = Family(
     stages=(Stage(("encoder.layers",)),),
     calls_root=True,
     last_layer=LastLayerWeights(rest=0.01, except_modules=("k_proj", "v_proj")),
-    outside={"text_model.": "the text tower keeps its merged values", "": "a projection outside of the layers"},
+    outside={"text_model.": "the text tower keeps its merged values"},
     note="last layer: CLS token 1, others 0.01, as published; text tower and projections keep their merged values",
 )

@@ -47,6 +47,10 @@ class Structure:
         model: parameters may be on the meta device.
         family: that it is of.
         root: where, as `family.root` found it.
+
+    Attributes:
+        paths: of the lists of blocks, one a stage.
+        outside: linear modules that belong to no block, with the reason that they keep their merged values.
     """
 
     def __init__(self, model: nn.Module, family: Family, root: str) -> None:
@@ -54,7 +58,8 @@ class Structure:
         node = model.get_submodule(root)
         self.entry = node if family.calls_root else model
         prefix = f"{root}." if root else ""
-        self.paths = [f"{prefix}{stage.path(node)}" for stage in family.stages]  # of the block lists
+        self.paths = [f"{prefix}{stage.path(node)}" for stage in family.stages]
+        self.outside = self._outside()  # now: a head may no longer be tied once parameters were loaded
 
     @cached_property
     def layers(self) -> list[Layer]:
@@ -83,8 +88,7 @@ class Structure:
         """Whether a module or parameter of this name belongs to a block."""
         return name.startswith(tuple(f"{path}." for path in self.paths))
 
-    def outside(self) -> dict[str, str]:
-        """Linear modules that belong to no block, with the reason that they keep their merged values."""
+    def _outside(self) -> dict[str, str]:
         embeddings = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)}
         kept = {}
         for name, module in self.model.named_modules():
