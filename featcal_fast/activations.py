@@ -67,7 +67,7 @@ class Stream:
                 ) from error
             self._shapes.append((hidden.shape[0], hidden.shape[1]))
             self._states.store(number, hidden)
-            self._calls.append(move(calls, torch.device("cpu")))
+            self._calls.append(move(calls, HOST if isinstance(self._place, Path) else self._place))
 
     def __len__(self) -> int:
         return len(self._shapes)

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from featcal_fast.errors import FeatCalError
+from featcal_fast.machine import return_large_blocks
 from featcal_fast.plan import parse_bytes
 from featcal_fast.progress import Progress
 from featcal_fast.report import LayerReport
@@ -52,7 +53,7 @@ HostMemory = Annotated[
 ]
 Scratch = Annotated[
     Path | None,
-    typer.Option(help="Folder on a fast disk for hidden states between layers. Default: they stay in host memory."),
+    typer.Option(help="Folder on a fast disk for hidden states between layers. Default: GPU or host memory."),
 ]
 
 
@@ -80,6 +81,7 @@ def calibrate(
     """
     from featcal_fast.job import calibrate as run
 
+    return_large_blocks()
     console = Console()
     report = run(
         recipe,
@@ -114,6 +116,7 @@ def plan(
     """
     from featcal_fast.planner import plan as make
 
+    return_large_blocks()
     console = Console()
     found = make(
         recipe,

@@ -8,13 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from featcal_fast.activations import HOST
 from featcal_fast.calibrate import calibrate_source
 from featcal_fast.checkpoints import CheckpointWriter
 from featcal_fast.errors import RecipeError
 from featcal_fast.inputs import Models, TaskData, load_data, output_folder
-from featcal_fast.machine import return_large_blocks
-from featcal_fast.planner import Planner
+from featcal_fast.planner import choose_place
 from featcal_fast.progress import Progress
 from featcal_fast.recipe import Recipe, RecipeLike
 from featcal_fast.report import Report
@@ -42,7 +40,8 @@ def calibrate(
         progress: told how the run goes.
         device_memory: bytes of it that may be used; by default what is free.
         host_memory: the same of host memory.
-        scratch: a folder for hidden states between layers, as unnamed files; by default they wait in host memory.
+        scratch: a folder for hidden states between layers, as unnamed files; by default they wait on a GPU if they
+            fit there, else in host memory.
 
     Returns:
         What happened, layer by layer.
@@ -54,7 +53,6 @@ def calibrate(
     """
     recipe = _with_out(recipe, out)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return_large_blocks()
     models = Models(recipe)
     folder = output_folder(recipe, models)
     student = CheckpointSource(models.merged, device)
@@ -62,8 +60,8 @@ def calibrate(
     experts = {task: CheckpointSource(expert, device) for task, expert in models.experts.items()}
     batches = load_data(recipe, models)
     sizes = {task: TaskData.of(items) for task, items in batches.items()}
-    place = HOST if scratch is None else Path(scratch)
-    Planner(recipe, models, device, place).plan(sizes, device_memory, host_memory).check()
+    plan, place = choose_place(recipe, models, device, sizes, device_memory, host_memory, scratch)
+    plan.check()
     with CheckpointWriter(folder, models.merged) as writer:
 
         def write(index: int, parameters: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ def return_large_blocks() -> None:
     """Have the C library hand back every freed block of a MiB or more at once, where it can be told to.
 
     glibc otherwise learns to keep blocks of up to 32 MiB for itself, in a heap a thread, and a run would hold on to a
-    fifth more memory than it uses.
+    fifth more memory than it uses. It concerns the whole process, so only programs call it, no library function.
     """
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(-3, LARGE)  # M_MMAP_THRESHOLD, which also ends the learning

@@ -18,7 +18,7 @@ from featcal_fast.drift import PROBE_SAMPLES
 from featcal_fast.errors import DataError, FeatCalError
 from featcal_fast.footprint import FirstStates, Footprint, Phantom, measure_layer
 from featcal_fast.inputs import Models, TaskData, describe_data, output_folder
-from featcal_fast.machine import available_device_bytes, available_host_bytes, resident_bytes, return_large_blocks
+from featcal_fast.machine import available_device_bytes, available_host_bytes, resident_bytes
 from featcal_fast.merge import MergedCheckpoint
 from featcal_fast.models.structure import Layer
 from featcal_fast.plan import LayerPlan, Plan, folded, format_bytes
@@ -53,12 +53,31 @@ def plan(
     """
     recipe = Recipe.load(recipe)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return_large_blocks()
     models = Models(recipe)
     if recipe.out is not None:
         output_folder(recipe, models)
-    place = HOST if scratch is None else Path(scratch)
-    return Planner(recipe, models, device, place).plan(describe_data(recipe, models), device_memory, host_memory)
+    return choose_place(recipe, models, device, describe_data(recipe, models), device_memory, host_memory, scratch)[0]
+
+
+def choose_place(
+    recipe: Recipe,
+    models: Models,
+    device: torch.device,
+    data: Mapping[str, TaskData],
+    device_memory: int | None,
+    host_memory: int | None,
+    scratch: str | Path | None,
+) -> tuple[Plan, Place]:
+    """The plan, and where hidden states wait: in `scratch` if given, on a GPU if they fit there, or on the host."""
+    if scratch is not None:
+        places: list[Place] = [Path(scratch)]
+    else:
+        places = [device, HOST] if device.type == "cuda" else [HOST]
+    for place in places:
+        plan = Planner(recipe, models, device, place).plan(data, device_memory, host_memory)
+        if not plan.problems:
+            break
+    return plan, place
 
 
 class Planner:
@@ -253,12 +272,12 @@ class Planner:
             probe = max(probe, 1.5 * sum(_of_a_probe(state) for _, state in every))  # student's twice, expert's once
         host["interpreter and libraries"] = resident_bytes() - self._loaded(data) + RUNTIME
         host["calibration data"] = round(sum(each.nbytes for each in data.values()))
-        host["masks and positions"] = round(calls)
+        (device if on_device and self.place == self.device else host)["masks and positions"] = round(calls)
         host["drift probe"] = round(probe)
         if isinstance(self.place, Path):
             plan.disk["hidden states"] = round(hidden)
         else:
-            (device if on_device and self.place != HOST else host)["hidden states"] = round(hidden)
+            (device if on_device and self.place == self.device else host)["hidden states"] = round(hidden)
         if self.recipe.expert_storage != "disk":
             host["experts kept"] = sum(
                 kept_in_host(source.tensors[name], self.recipe.expert_storage)

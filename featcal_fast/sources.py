@@ -66,13 +66,12 @@ class ModuleSource:
     def block(self, index: int) -> nn.Module:
         with STEPPING:
             block = copy.deepcopy(self.structure.blocks[index])
-        block = block.to(self.device).eval().requires_grad_(False)
         for name, parameter in block.named_parameters():
             if not is_finite(parameter):
                 raise ModelMismatchError(
                     f"{self.label}: block {index}, {name} holds NaN or Inf; expected finite weights"
                 )
-        return block
+        return block.to(self.device).eval().requires_grad_(False)
 
 
 class CheckpointSource:

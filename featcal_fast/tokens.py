@@ -28,6 +28,7 @@ class Tokens:
         self._index = None if valid is None else valid.nonzero()[:, 0]
         self._index_on_device = None if self._index is None else self._index.to(device)
         self._device = device
+        self._weights: dict[LastLayerWeights, tuple[Tensor, float]] = {}
 
     @property
     def count(self) -> int:
@@ -49,8 +50,10 @@ class Tokens:
         """The diagonal of D as `[count]` float32 on the device, None where it is all ones, and its sum."""
         if rule is None:
             return None, float(self.count)
-        weights = torch.full(self.shape, rule.rest, dtype=torch.float32)
-        weights[:, 0] = 1.0
-        flat = weights.reshape(-1)
-        flat = flat if self._index is None else flat[self._index]
-        return flat.to(self._device), float(flat.double().sum())
+        if rule not in self._weights:
+            weights = torch.full(self.shape, rule.rest, dtype=torch.float32)
+            weights[:, 0] = 1.0
+            flat = weights.reshape(-1)
+            flat = flat if self._index is None else flat[self._index]
+            self._weights[rule] = flat.to(self._device), float(flat.double().sum())
+        return self._weights[rule]

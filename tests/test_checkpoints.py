@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pico
@@ -66,3 +67,39 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ff.FeatCalError, match="already holds something"):
         check_output(tmp_path / "out", [], nbytes=1)
     assert (tmp_path / "out").read_text() == "a file"
+
+
+def _header(change) -> bytes:
+    header = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metadata__": {"format": "pt"}}
+    header |= {"b": {"dtype": "F16", "shape": [2, 2], "data_offsets": [8, 16]}}
+    change(header)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(16)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"short",
+        (10**12).to_bytes(8, "little") + bytes(100),
+        (4).to_bytes(8, "little") + b"null",
+        _header(lambda h: h.pop("b")),
+        _header(lambda h: h["b"].update(data_offsets=[0, 8])),
+        _header(lambda h: h["b"].update(data_offsets=[9, 17])),
+        _header(lambda h: h["b"].update(data_offsets=[16, 8])),
+        _header(lambda h: h["b"].update(shape=[2, 3])),
+        _header(lambda h: h["b"].update(shape=[-2, -2])),
+        _header(lambda h: h["b"].update(shape="22")),
+        _header(lambda h: h["b"].pop("dtype")),
+        _header(lambda h: None) + b"more",
+        _header(lambda h: None)[:-1],
+    ],
+)
+def test_broken_files_are_refused_when_they_are_opened(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(_header(lambda h: None))
+    assert set(Checkpoint(tmp_path, "model").tensors) == {"a", "b"}
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(ff.FeatCalError, match=r"model: .*model.safetensors is not a complete safetensors file"):
+        Checkpoint(tmp_path, "model")

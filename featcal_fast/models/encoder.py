@@ -4,7 +4,7 @@ from featcal_fast.models.family import Family, Stage
 
 VIT = Family(
     name="ViT",
-    models="ViT, DeiT, DINOv2",
+    models="ViT, DINOv2",
     roots=("", "vit", "deit", "dinov2"),
     marks=("embeddings.cls_token", "embeddings.patch_embeddings", "layernorm"),
     stages=(Stage(("layers", "encoder.layer", "encoder.layers")),),
@@ -13,7 +13,7 @@ VIT = Family(
 
 BERT = Family(
     name="BERT",
-    models="BERT, RoBERTa, XLM-RoBERTa and sentence encoders on them",
+    models="BERT, RoBERTa and sentence encoders on them",
     roots=("", "bert", "roberta"),
     marks=("embeddings.word_embeddings", "embeddings.token_type_embeddings"),
     stages=(Stage(("encoder.layer", "layers")),),

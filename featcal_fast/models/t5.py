@@ -30,5 +30,5 @@ T5 = Family(
     forward_kwargs={"use_cache": False},
     needs=(("labels", "decoder_input_ids"), "the decoder is calibrated on given targets"),
     relays=2,
-    note="encoder, then decoder on given `labels` or `decoder_input_ids`; position biases and RMSNorms keep theirs",
+    note="encoder, then decoder on given `labels` or `decoder_input_ids`; biases of position and RMSNorms are kept",
 )
