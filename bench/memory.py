@@ -99,6 +99,8 @@ def _data(shape: Shape) -> dict[str, torch.Tensor]:
 PLAN = """
 import json, sys
 import featcal_fast as ff
+from featcal_fast.machine import return_large_blocks
+return_large_blocks()  # as the command does
 recipe = json.loads(sys.argv[1])
 plan = ff.plan(recipe, device=sys.argv[2])
 items = {"host": plan.host, "device": plan.device_items, "read": plan.bytes_read}
@@ -108,7 +110,8 @@ RUN = """
 import json, sys, time
 import torch
 import featcal_fast as ff
-from featcal_fast.machine import peak_resident_bytes
+from featcal_fast.machine import peak_resident_bytes, return_large_blocks
+return_large_blocks()  # as the command does
 recipe = json.loads(sys.argv[1])
 began = time.perf_counter()
 report = ff.calibrate(recipe, device=sys.argv[2])

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 
+from featcal_fast.checkpoints import is_finite
 from featcal_fast.errors import DataError
 
 # The keys of a text sample; of a dataset with more columns than that, the first kind it has.
@@ -47,6 +48,7 @@ def load_batches(
     seed: int = 0,
     max_positions: int | None = None,
     vocab_size: int | None = None,
+    targets: bool = False,
 ) -> list[dict[str, torch.Tensor]]:
     """Draw `samples` samples of `source` and make batches of model keyword arguments of them.
 
@@ -67,12 +69,14 @@ def load_batches(
         seed: of the draw; the same seed and data give the same batches.
         max_positions: the longest sequence that the model takes, if it has a limit.
         vocab_size: rows of the model's embedding, if known.
+        targets: the model is an encoder-decoder: texts must be `prompt` and `completion`, the prompt becomes
+            `input_ids`, the completion `labels`.
 
     Returns:
         Batches on the CPU. Texts: `input_ids` and `attention_mask`, `[rows, longest of the batch]`, int64,
-        padded on the right, shorter sequences first. Images: `pixel_values`, `[rows, channels, height,
-        width]`, in the image processor's dtype. Ready inputs: every tensor of the file, `[rows, ...]`, rows
-        in drawn order; floating tensors keep their dtype, all others become int64.
+        padded on the right, shorter sequences first; `labels` are padded with -100. Images: `pixel_values`,
+        `[rows, channels, height, width]`, in the image processor's dtype. Ready inputs: every tensor of the
+        file, `[rows, ...]`, rows in drawn order; floating tensors keep their dtype, all others become int64.
 
     Raises:
         DataError: the source is missing, empty, unreadable or of an unknown kind; a sample is malformed,
@@ -88,7 +92,7 @@ def load_batches(
                 f"positions; lower max_length to {max_positions}"
             )
         tokenizer = _load_tokenizer(source, folders, chat="messages" in drawn[0].values)
-        drawn = [_tokenize(sample, tokenizer, max_length) for sample in drawn]
+        drawn = [_tokenize(sample, tokenizer, max_length, targets) for sample in drawn]
         # Padding is embedded too, so a pad token added beyond the model's vocabulary will not do.
         if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < (vocab_size or float("inf")):
             padding = tokenizer.pad_token_id
@@ -228,8 +232,15 @@ def _tokens(sample: Sample) -> Sample:
 # Texts and images -> tensors
 
 
-def _tokenize(sample: Sample, tokenizer: Any, max_length: int) -> Sample:
+def _tokenize(sample: Sample, tokenizer: Any, max_length: int, targets: bool) -> Sample:
     where, values = sample
+    if targets:
+        if "completion" not in values:
+            raise DataError(f"{where}: found {_list(values)}; expected prompt and completion, for the model's decoder")
+        prompt, completion = (Sample(where, {"text": values[key]}) for key in ("prompt", "completion"))
+        given = _tokenize(prompt, tokenizer, max_length, targets=False)
+        labels = _tokenize(completion, tokenizer, max_length, targets=False).values["input_ids"]
+        return Sample(given.where, {**given.values, "labels": labels})
     chat = "messages" in values
     text = _render(sample, tokenizer) if chat else _join(sample)
     # A chat template writes the special tokens itself.
@@ -321,6 +332,10 @@ def _check(sample: Sample, max_positions: int | None, vocab_size: int | None) ->
         where = f"{sample.where}, {name}"
         if name.endswith("input_ids"):
             _check_token_ids(value, where, max_positions, vocab_size)
+        elif name == "labels" and value.ndim == 1 and not value.is_floating_point():
+            if not (value != -100).any():
+                raise DataError(f"{where}: found no target, expected at least one token; remove this sample")
+            _check_token_ids(value[value != -100], where, max_positions, vocab_size)
         elif name.endswith("attention_mask"):
             ids = sample.values.get(name.replace("attention_mask", "input_ids"), value)
             if value.shape != ids.shape:
@@ -329,7 +344,7 @@ def _check(sample: Sample, max_positions: int | None, vocab_size: int | None) ->
                 raise DataError(f"{where}: found only zeros, expected 1 for at least one token; remove this sample")
             if not ((value == 0) | (value == 1)).all():
                 raise DataError(f"{where}: found other values than 0 and 1; expected 1 for tokens, 0 for padding")
-        elif value.is_floating_point() and not value.isfinite().all():
+        elif value.is_floating_point() and not is_finite(value):
             raise DataError(f"{where}: found values that are not finite; remove this sample")
 
 
@@ -352,8 +367,9 @@ def _collate(samples: Sequence[Sample], padding: int) -> dict[str, torch.Tensor]
         odd = next((sample for sample in samples if sample.values[name].shape != first.shape), None)
         if odd is None:
             batch[name] = torch.stack(rows)
-        elif name in ("input_ids", "attention_mask"):
-            batch[name] = pad_sequence(rows, batch_first=True, padding_value=padding if name == "input_ids" else 0)
+        elif name in ("input_ids", "attention_mask", "labels"):
+            value = {"input_ids": padding, "attention_mask": 0, "labels": -100}[name]
+            batch[name] = pad_sequence(rows, batch_first=True, padding_value=value)
         else:
             found, expected = [*odd.values[name].shape], [*first.shape]
             raise DataError(

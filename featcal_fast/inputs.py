@@ -109,6 +109,7 @@ def load_data(recipe: Recipe, models: Models) -> dict[str, Batches]:
             seed=recipe.seed,
             max_positions=getattr(config, "max_position_embeddings", None),
             vocab_size=min(vocabularies, default=None),
+            targets=bool(getattr(config, "is_encoder_decoder", False)),
         )
     return batches
 
@@ -188,7 +189,8 @@ Forms = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 def _forms(path: Path | str, config: Any, max_length: int) -> tuple[Forms, int | None]:
     """A sample's tensors, and how many samples there are, where that can be had cheaply."""
-    text: Forms = dict.fromkeys(("input_ids", "attention_mask"), ((max_length,), torch.int64))
+    names = ["input_ids", "attention_mask"] + ["labels"] * bool(getattr(config, "is_encoder_decoder", False))
+    text: Forms = dict.fromkeys(names, ((max_length,), torch.int64))
     side = getattr(config, "image_size", None)
     images: Forms = {} if side is None else {"pixel_values": ((3, side, side), torch.float32)}
     if isinstance(path, str):

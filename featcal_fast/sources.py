@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from threading import Lock
 from typing import Any, Protocol
 
@@ -238,8 +239,7 @@ def _meta_model(checkpoint: TensorSource, device: torch.device) -> tuple[nn.Modu
             f"{checkpoint.label}: config.json names the architectures {names}, expected one that transformers "
             f"{transformers.__version__} has; models with code of their own cannot be calibrated"
         )
-    with _parameters_on_meta():
-        model = cls(config).eval().requires_grad_(False)
+    model = copy.deepcopy(_empty_model(cls, _Config(config)))
     stored = StoredNames((canonical(name) for name in model.state_dict()), checkpoint.names)
     for names in _tied(model):
         for name in names[1:]:
@@ -256,6 +256,26 @@ def _meta_model(checkpoint: TensorSource, device: torch.device) -> tuple[nn.Modu
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
     return model, stored
+
+
+class _Config:
+    """A config as a cache's key: by its contents."""
+
+    def __init__(self, config: Any) -> None:
+        self.config, self._text = config, config.to_json_string(use_diff=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Config) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+
+@lru_cache(maxsize=2)
+def _empty_model(cls: type[nn.Module], config: _Config) -> nn.Module:
+    """A model without parameters' storage; copied for each checkpoint of a merge, since building one takes a while."""
+    with _parameters_on_meta():
+        return cls(config.config).eval().requires_grad_(False)
 
 
 def _tied_names(model: nn.Module, stored: StoredNames) -> dict[str, str]:

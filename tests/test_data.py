@@ -128,6 +128,16 @@ def test_prompt_and_completion_are_one_text(write, bare):
     assert rows(load_batches(path, folders=[bare])) == [ids("a b c d")]
 
 
+def test_for_an_encoder_decoder_the_completion_is_the_labels(write, plain):
+    path = write({"prompt": "a b c", "completion": "d"}, {"prompt": "a", "completion": "e f"})
+    (batch,) = load_batches(path, folders=[plain], targets=True)
+    assert batch["input_ids"].tolist() == [ids("<s> a </s> <pad> <pad>"), ids("<s> a b c </s>")]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [ids("<s> e f </s>"), [*ids("<s> d </s>"), -100]]
+    with pytest.raises(DataError, match="line 1: found text; expected prompt and completion"):
+        load_batches(write({"text": "a"}), folders=[plain], targets=True)
+
+
 def test_messages_go_through_the_template_with_one_bos(write, chat):
     messages = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
     batches = load_batches(write({"messages": messages}), folders=[chat])

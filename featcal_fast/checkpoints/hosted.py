@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class HostedExpert:
     def __init__(self, source: TensorSource, storage: str) -> None:
         self.source, self.storage, self.label = source, storage, source.label
         self._kept: dict[str, _Kept] = {}
+        self._reading = Lock()  # two threads that want a tensor read it once
         self._difference = self._energy = 0.0
 
     @property
@@ -70,21 +72,23 @@ class HostedExpert:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors as they are kept, in memory of their own."""
         found = {}
-        for name in names:
-            if name not in self._kept:
-                self._keep(name, self.source.read([name])[name])
-            found[name] = self._kept[name].value()
+        with self._reading:
+            for name in names:
+                if name not in self._kept:
+                    self._keep(name, self.source.read([name])[name])
+                found[name] = self._kept[name].value()
         return found
 
     def read_exactly(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors without compression, for a merge; they are kept all the same."""
         found = {}
-        for name in names:
-            if name in self._kept and self._kept[name].exact:
-                found[name] = self._kept[name].value()
-            else:
-                found |= self.source.read([name])
-                self._keep(name, found[name].clone())
+        with self._reading:
+            for name in names:
+                if name in self._kept and self._kept[name].exact:
+                    found[name] = self._kept[name].value()
+                else:
+                    found |= self.source.read([name])
+                    self._keep(name, found[name].clone())
         return found
 
     def stored_bytes(self, names: Iterable[str]) -> int:
