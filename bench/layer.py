@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from featcal_fast.features import Kept, Layout, find_layout, tapped
+from featcal_fast.models import find_structure
 from featcal_fast.models.stepping import BatchCalls, first_hidden
 from featcal_fast.moments import Anchor, LayerSystem, TaskMoments, output_space
 from featcal_fast.settings import Settings
@@ -73,8 +74,9 @@ class Workload:
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).to(device, torch.bfloat16).eval().requires_grad_(False)
         ids = torch.randint(0, 128, (self.samples, self.length), device=device)
-        _, self.calls = first_hidden(model, model.model.layers, {"input_ids": ids}, {"use_cache": False})
-        self.merged = model.model.layers[0]
+        structure = find_structure(model, "model")
+        _, self.calls = first_hidden(structure, {"input_ids": ids}, 0)
+        self.layer, self.merged = structure.layers[0], structure.blocks[0]
         self.base, self.expert = copy.deepcopy(self.merged), copy.deepcopy(self.merged)
         for block in (self.base, self.expert):
             for parameter in block.parameters():
@@ -83,6 +85,10 @@ class Workload:
         self.student_hidden = torch.randn(shape, device=device, dtype=torch.bfloat16)
         self.expert_hidden = self.student_hidden + 0.1 * torch.randn_like(self.student_hidden)
         self.device, self.config = device, config
+
+    def layout(self, block: nn.Module) -> Layout:
+        tokens = Tokens(None, (self.samples, self.length), self.device)
+        return find_layout(block, self.layer, self.student_hidden[0], self.calls, tokens, SETTINGS)
 
     @property
     def tokens(self) -> int:
@@ -94,8 +100,8 @@ class Workload:
 def engine(work: Workload, clock: Clock) -> Layout:
     """The layer as `featcal_fast.calibrate` runs it. Phases: forward, moments, fold, solve, advance."""
     block, device = copy.deepcopy(work.merged), work.device
-    layout = find_layout(block, 0, work.student_hidden[0], work.calls, None)
-    tokens = Tokens({}, (work.samples, work.length), device)
+    layout = work.layout(block)
+    tokens = Tokens(None, (work.samples, work.length), device)
     system = LayerSystem(layout, Anchor(block, work.base, SETTINGS.anchor_rho), SETTINGS, device)
     moments = TaskMoments(layout, block, work.tokens, SETTINGS, device)
     leaders = [group.leader for group in layout.groups]
@@ -138,7 +144,7 @@ def official(work: Workload, clock: Clock) -> None:
 @torch.no_grad()
 def fusioneval(work: Workload, clock: Clock) -> None:
     """FusionEval's schedule: modules of one input together, batch 1, chunks of 256 tokens."""
-    layout = find_layout(work.merged, 0, work.student_hidden[0], work.calls, None)
+    layout = work.layout(work.merged)
     chunk = min(256, work.length)
     cos, sin = work.calls.kwargs[0]["position_embeddings"]
     kwargs = {**work.calls.kwargs[0], "attention_mask": None, "position_embeddings": (cos[:, :chunk], sin[:, :chunk])}

@@ -173,7 +173,7 @@ def test_a_quantised_expert_is_the_expert_dequantised_beforehand(form: str, reci
 @pytest.mark.parametrize("form", FORMS)
 def test_dequantising_is_what_bitsandbytes_does(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Bit for bit in 4-bit formats, in every dtype, on sizes that leave a last block and a last nibble over."""
-    pico.llama(hidden_size=52, intermediate_size=77).to(dtype).save_pretrained(tmp_path / "model")
+    pico.llama(hidden_size=56, intermediate_size=77).to(dtype).save_pretrained(tmp_path / "model")
     folder = quantised(tmp_path / "model", tmp_path / "quantised", FORMS[form], tmp_path / "before")
     expert = find_expert(str(folder), tmp_path, "expert", None)
     expected = load_file(tmp_path / "before" / "model.safetensors")
