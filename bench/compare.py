@@ -1,12 +1,21 @@
-"""The official demo and featcal_fast on the same folders: seconds, peak memory, and how far their weights differ.
+"""featcal_fast beside the reference implementations: same folders, one run; seconds, peak memory, differences.
 
+    python -m bench.compare                                  # a small CLIP and a small Llama, a few minutes
     git clone https://github.com/egangu/featcal
     python -m venv old && old/bin/pip install torch 'transformers==5.5.0' datasets pillow
-    python -m bench.compare --official featcal --official-python old/bin/python --workload clip-b32-64
+    python -m bench.compare clip-b32-64 --official featcal --official-python old/bin/python
 
-Each run is a process of its own; runs are interleaved; medians are reported. Ours includes reading the models from
-disk and writing the result, which the official figure leaves out. `--judge` adds how far either is from the plain
-reference in float64, which takes long at full depth: use `clip-b32-shallow`.
+What runs, each time in a process of its own, one after the other, `--runs` times over:
+
+- `featcal_fast`, from folders to a folder, as the command does it, without Python's imports; and the same with
+  `forward_dtype: bfloat16`;
+- `official`, the demo's own `calibrate` from a checkout (CLIP only), without reading models and writing the result;
+- `fusioneval`, a baseline in that benchmark's schedule (language models only; `bench/workers/fusioneval.py`);
+- `reference`, our plain torch in float32 (with `--reference`).
+
+`--judge` adds the reference in float64 and how far everything is from it, `||W - W64|| / ||W64 - W_merged||`, the
+largest of any parameter of a kind. It takes long for deep models. Without it the differences are from `official`, or
+else from `featcal_fast`.
 """
 
 from __future__ import annotations
@@ -14,78 +23,116 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from safetensors.torch import load_file
 
-from bench.workloads import WORKLOADS, write
+import featcal_fast as ff
+from bench.machine import machine
+from bench.workloads import TEXT, VISION, WORKLOADS, write
 
 ROOT = Path(__file__).resolve().parent.parent
+OURS, LOWER = "featcal_fast", "featcal_fast bfloat16"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--official", required=True, type=Path, help="checkout of github egangu/featcal")
+    parser.add_argument("workloads", nargs="*", default=["clip-small", "llama-small"], metavar="WORKLOAD")
+    parser.add_argument("--official", type=Path, help="checkout of github egangu/featcal")
     parser.add_argument("--official-python", default=sys.executable, help="a Python with transformers 5.5 or older")
-    parser.add_argument("--workload", default="clip-small", choices=WORKLOADS)
-    parser.add_argument("--batch-size", type=int, default=16, help="images a forward pass, for both")
-    parser.add_argument("--judge", action="store_true", help="also compare both with the float64 reference")
+    parser.add_argument("--reference", action="store_true", help="also run the plain reference in float32")
+    parser.add_argument("--judge", action="store_true", help="also run it in float64, and measure errors by it")
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--toy", action="store_true", help="tiny models; nothing is kept in bench/results")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "featcal-bench")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    for name in args.workloads:
+        if name not in WORKLOADS or WORKLOADS[name].model not in (VISION, TEXT):
+            known = ", ".join(name for name, work in WORKLOADS.items() if work.model in (VISION, TEXT))
+            parser.error(f"unknown workload {name!r}; expected one of {known}")
+    console = Console()
+    for name in args.workloads:
+        report = compare(name, args)
+        console.print(table(name, report))
+        path = (args.folder if args.toy else ROOT / "bench" / "results") / f"compare-{name}.json"
+        path.write_text(json.dumps(report, indent=2) + "\n")
+        console.print(f"Wrote {path}", soft_wrap=True)
 
-    folder = args.folder / args.workload
-    write(WORKLOADS[args.workload], folder)
-    results: dict[str, list[dict[str, float]]] = {"official": [], "featcal_fast": []}
-    out = args.folder / f"{args.workload}-out"
-    out.mkdir(exist_ok=True)
+
+def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """All ways through one workload."""
+    work = WORKLOADS[name].small if args.toy else WORKLOADS[name]
+    folder = args.folder / (f"toy-{name}" if args.toy else name)
+    recipe = write(work, folder)
+    if not (folder / "merged").exists():
+        ff.merge(recipe, out=folder / "merged")
+    out = args.folder / f"{folder.name}-out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    workers = {OURS: ["ours", "{}"]}
+    if work.dtype == "float32":
+        workers[LOWER] = ["ours", '{"forward_dtype": "bfloat16"}']
+    if work.model == TEXT:
+        workers["fusioneval"] = ["fusioneval"]
+    elif args.official:
+        workers["official"] = ["official", str(args.official)]
+    if args.reference:
+        workers["reference"] = ["reference", "float32"]
+
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in workers}
+    weights = {way: out / way.replace(" ", "-") for way in workers}
     for _ in range(args.runs):
-        shutil.rmtree(out / "ours", ignore_errors=True)
-        worker = ["-m", "bench.workers.ours", str(folder), str(out / "ours"), str(args.batch_size)]
-        results["featcal_fast"].append(_run(sys.executable, worker))
-        worker = [str(args.official), str(folder), str(out / "official.safetensors"), str(args.batch_size)]
-        results["official"].append(_run(args.official_python, ["-m", "bench.workers.official", *worker]))
-
-    summary = {
-        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()
-    }
-    report = {
-        "workload": args.workload,
-        "batch_size": args.batch_size,
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "torch": torch.__version__},
-        "runs": results,
-        "median": summary,
-        "speedup": summary["official"]["seconds"] / summary["featcal_fast"]["seconds"],
-        "memory_share": summary["featcal_fast"]["peak_gib"] / summary["official"]["peak_gib"],
-        "difference": difference(out / "ours/model.safetensors", out / "official.safetensors", folder),
-    }
+        for way, (worker, *options) in workers.items():
+            shutil.rmtree(weights[way], ignore_errors=True)
+            python = args.official_python if way == "official" else sys.executable
+            runs[way].append(_run(python, worker, folder, weights[way], *options))
+    judge = "official" if "official" in workers else OURS
     if args.judge:
-        _run(sys.executable, ["-m", "bench.workers.judge", str(folder), str(out / "judge.safetensors")])
-        report["error"] = {
-            "official": difference(out / "official.safetensors", out / "judge.safetensors", folder),
-            "featcal_fast": difference(out / "ours/model.safetensors", out / "judge.safetensors", folder),
-        }
-    path = ROOT / "bench" / "results" / f"compare-{args.workload}.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps({key: value for key, value in report.items() if key != "runs"}, indent=2))
-    print(f"Wrote {path}")
+        judge, weights["judge"] = "judge", out / "judge"
+        _run(sys.executable, "reference", folder, weights["judge"], "float64")
+    return {
+        "machine": machine(),
+        "runs": runs,
+        "median": {way: _over(statistics.median, found) for way, found in runs.items()},
+        "spread": {way: _over(lambda values: max(values) - min(values), found) for way, found in runs.items()},
+        "judge": judge,
+        "difference": {
+            way: difference(weights[way], weights[judge], folder / "merged") for way in workers if way != judge
+        },
+    }
 
 
-def difference(found: Path, judge: Path, folder: Path) -> dict[str, float]:
+def table(name: str, report: dict[str, Any]) -> Table:
+    judge = "the float64 reference" if report["judge"] == "judge" else report["judge"]
+    found = Table(title=f"{name}: differences from {judge}, relative to the update")
+    found.add_column("")
+    for column in ("seconds", "times ours", "peak GiB", "weights", "biases", "LayerNorm"):
+        found.add_column(column, justify="right")
+    ours = report["median"][OURS]["seconds"]
+    for way, median in report["median"].items():
+        seconds, errors = median["seconds"], report["difference"].get(way, {})
+        cells = [f"{errors[kind]:.1e}" if errors.get(kind) else "" for kind in ("weight", "bias", "layernorm")]
+        found.add_row(way, f"{seconds:.1f}", f"{seconds / ours:.2f}", f"{median['peak_gib']:.2f}", *cells)
+    return found
+
+
+def difference(found: Path, judge: Path, merged: Path) -> dict[str, float]:
     """`||W - W_judge||_F / ||W_judge - W_merged||_F`, the largest of any parameter of each kind.
 
     Parameters that the judge moves by less than 1e-5 of their size are within rounding and left out.
     """
-    merged, weights, exact = (_weights(path) for path in (folder / "merged" / "model.safetensors", found, judge))
+    start, weights, exact = (_weights(path) for path in (merged, found, judge))
     worst = {"weight": 0.0, "bias": 0.0, "layernorm": 0.0}
-    for name, weight in merged.items():
+    for name, weight in start.items():
         update = (exact[name] - weight).norm()
         if update > 1e-5 * weight.norm():
             kind = "layernorm" if "norm" in name else name.rpartition(".")[2]
@@ -94,24 +141,19 @@ def difference(found: Path, judge: Path, folder: Path) -> dict[str, float]:
 
 
 def _weights(path: Path) -> dict[str, torch.Tensor]:
-    weights = load_file(path)
+    weights = load_file(path / "model.safetensors" if path.is_dir() else path)
     return {name.removeprefix("vision_model."): w.double() for name, w in weights.items() if w.is_floating_point()}
 
 
-def _run(python: str, arguments: list[str]) -> dict[str, float]:
+def _over(summary: Any, runs: list[dict[str, float]]) -> dict[str, float]:
+    return {key: summary([run[key] for run in runs]) for key in runs[0]}
+
+
+def _run(python: str, worker: str, folder: Path, out: Path, *options: str) -> dict[str, float]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    result = subprocess.run(
-        [python, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
+    command = [python, "-m", f"bench.workers.{worker}", str(folder), str(out), *options]
+    result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(result.stdout.splitlines()[-1])
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 if __name__ == "__main__":

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from featcal_fast.features import Kept, Layout, find_layout, tapped
 from featcal_fast.models import find_structure
 from featcal_fast.models.stepping import BatchCalls, first_hidden
-from featcal_fast.moments import Anchor, LayerSystem, TaskMoments, output_space
+from featcal_fast.moments import TaskMoments, output_space
 from featcal_fast.settings import Settings
 from featcal_fast.solve import solve_layer
-from featcal_fast.tokens import Tokens
+from featcal_fast.systems import Anchor, LayerSystem
+from featcal_fast.tokens import TokenCounts, Tokens
 
 SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 TOY = {"hidden_size": 64, "intermediate_size": 224, "num_attention_heads": 4, "num_key_value_heads": 1}
@@ -102,12 +103,14 @@ def engine(work: Workload, clock: Clock) -> Layout:
     block, device = copy.deepcopy(work.merged), work.device
     layout = work.layout(block)
     tokens = Tokens(None, (work.samples, work.length), device)
-    system = LayerSystem(layout, Anchor(block, work.base, SETTINGS.anchor_rho), SETTINGS, device)
-    moments = TaskMoments(layout, block, work.tokens, SETTINGS, device)
+    counts = TokenCounts(work.tokens, work.tasks * work.tokens, work.tasks)
+    system = LayerSystem(layout, Anchor(block, work.base, SETTINGS.anchor_rho), SETTINGS, device, counts)
+    moments = TaskMoments(layout, block, counts, SETTINGS, device)
     leaders = [group.leader for group in layout.groups]
     for _ in range(work.tasks):
         moments.reset()
         for hidden, expert_hidden in zip(work.student_hidden, work.expert_hidden, strict=True):
+            moments.begin_batch()
             inputs, outputs = Kept(), Kept()
             with (
                 clock("forward"),
@@ -117,7 +120,7 @@ def engine(work: Workload, clock: Clock) -> Layout:
 
             def add(name: str, x: Tensor, inputs: Kept = inputs, outputs: Kept = outputs) -> None:
                 with clock("moments"):
-                    moments.add(name, x, inputs, outputs, tokens)
+                    moments.add(name, x, inputs, outputs, tokens, work.samples)
 
             with clock("student"), tapped(block, [*leaders, layout.last], add, stop_at=layout.last):
                 work.calls.run(0, block, hidden)

@@ -1,76 +1,183 @@
-"""Random models and data, written to folders: the same inputs for every implementation that is compared."""
+"""Random models and data in folders: the same inputs for everything that is measured or compared."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+import shutil
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
-from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A CLIP vision job of random weights: `tasks` experts around a base, merged by task arithmetic 0.3."""
+    """A job: one expert a task around a base of random weights, merged by task arithmetic 0.3.
 
-    name: str
-    config: dict[str, int]
+    Attributes:
+        model: its class in transformers.
+        config: of the model.
+        tasks: experts.
+        preset: of the settings.
+        samples: a task.
+        tokens: of a text; 0 for images.
+        targets: tokens of a text's target.
+        dtype: of all weights.
+        padded: whether texts are of different lengths; otherwise they are all `tokens` long.
+        lora: rank of the experts' adapters on q and v; 0 for whole checkpoints.
+        toy: what makes the config tiny.
+    """
+
+    model: str
+    config: dict[str, Any]
     tasks: int
-    samples: int
+    preset: str = "default"
+    samples: int = 64
+    tokens: int = 0
+    targets: int = 0
+    dtype: str = "float32"
+    padded: bool = True
+    lora: int = 0
+    toy: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def small(self) -> Workload:
+        """The same at toy size, to see that everything works."""
+        return replace(self, config={**self.config, **self.toy}, samples=16, tokens=min(self.tokens, 12))
 
 
-B32 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-B32 |= {"image_size": 224, "patch_size": 32}
+CLIP = {"image_size": 224, "patch_size": 32}
+CLIP_TOY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+CLIP_TOY |= {"image_size": 32, "patch_size": 8}
 SMALL = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
 SMALL |= {"image_size": 32, "patch_size": 8}
+B32 = {**CLIP, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+L14 = {**CLIP, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+L14 |= {"patch_size": 14}
+T5_BASE = {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_decoder_layers": 12, "num_heads": 12}
+T5_BASE |= {"feed_forward_proj": "gated-gelu", "vocab_size": 32128, "decoder_start_token_id": 0}
+T5_TOY = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+LLAMA_1B |= {"num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True}
+LLAMA_1B |= {"max_position_embeddings": 131072, "rope_theta": 500000.0}
+LLAMA_8B = {**LLAMA_1B, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}
+LLAMA_8B |= {"tie_word_embeddings": False}
+LLAMA_SMALL = {**LLAMA_1B, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
+LLAMA_SMALL |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 32000}
+LLAMA_TOY = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA_TOY |= {"head_dim": 16, "num_key_value_heads": 2, "vocab_size": 1000}
 
+VISION, TEXT, T5 = "CLIPVisionModel", "LlamaForCausalLM", "T5ForConditionalGeneration"
 WORKLOADS = {
-    "clip-small": Workload("clip-small", SMALL, tasks=3, samples=64),
-    "clip-b32-shallow": Workload("clip-b32-shallow", {**B32, "num_hidden_layers": 2}, tasks=8, samples=64),
-    "clip-b32-64": Workload("clip-b32-64", B32, tasks=8, samples=64),
-    "clip-b32-256": Workload("clip-b32-256", B32, tasks=8, samples=256),
+    "clip-small": Workload(VISION, SMALL, 3, toy=CLIP_TOY),
+    "clip-b32-shallow": Workload(VISION, {**B32, "num_hidden_layers": 2}, 8, toy=CLIP_TOY),
+    "clip-b32-64": Workload(VISION, B32, 8, toy=CLIP_TOY),
+    "clip-b32": Workload(VISION, B32, 8, samples=256, toy=CLIP_TOY),
+    "clip-l14": Workload(VISION, L14, 8, samples=256, toy=CLIP_TOY),
+    "flan-t5-base": Workload(
+        T5, T5_BASE, 8, "flan-t5", samples=256, tokens=128, targets=8, lora=16, toy=T5_TOY | {"vocab_size": 1000}
+    ),
+    "llama-small": Workload(TEXT, LLAMA_SMALL, 3, "llm", samples=32, tokens=256, dtype="bfloat16", toy=LLAMA_TOY),
+    "llama-1b": Workload(TEXT, LLAMA_1B, 3, "llm", samples=256, tokens=256, dtype="bfloat16", toy=LLAMA_TOY),
+    "llama-8b-two-layers": Workload(
+        TEXT,
+        {**LLAMA_8B, "num_hidden_layers": 2},
+        2,
+        "llm",
+        samples=256,
+        tokens=512,
+        dtype="bfloat16",
+        padded=False,  # so that what a plan takes for the longest is what there is
+        toy=LLAMA_TOY,
+    ),
+    "llama-8b": Workload(TEXT, LLAMA_8B, 5, "llm", samples=256, tokens=512, dtype="bfloat16", toy=LLAMA_TOY),
 }
 
 
-def task_names(workload: Workload) -> list[str]:
-    return [f"task{k}" for k in range(workload.tasks)]
+def write(work: Workload, folder: Path) -> dict[str, Any]:
+    """Write `base`, an expert and a data file a task, and `recipe.json`, once; half-written folders are written again.
 
-
-def write(workload: Workload, folder: Path) -> None:
-    """Write `base`, `merged`, one folder an expert, and one `<task>.safetensors` of pixels a task; once."""
-    if (folder / "complete").exists():
-        return
+    Returns:
+        The recipe.
+    """
+    path = folder / "recipe.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    shutil.rmtree(folder, ignore_errors=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        base = CLIPVisionModel(CLIPVisionConfig(**workload.config)).eval()
-        with torch.no_grad():  # a fresh model's biases are all 0, its LayerNorm weights all 1: no trained model's are
-            for parameter in base.parameters():
-                if parameter.ndim == 1:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    merged = copy.deepcopy(base)
+        base = random_model(work)
     base.save_pretrained(folder / "base")
-    side = workload.config["image_size"]
-    for task, expert in _experts(base, workload):
-        with torch.no_grad():
-            for name, parameter in merged.named_parameters():
-                parameter.add_(expert.get_parameter(name) - base.get_parameter(name), alpha=0.3)
-        expert.save_pretrained(folder / task)
-        generator = torch.Generator().manual_seed(1000 + int(task[4:]))
-        pixels = torch.randn(workload.samples, 3, side, side, generator=generator)
-        save_file({"pixel_values": pixels}, folder / f"{task}.safetensors")
-    merged.save_pretrained(folder / "merged")
-    (folder / "complete").touch()
+    origin = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+    experts = {}
+    for k in range(work.tasks):
+        task, generator = f"task{k}", torch.Generator().manual_seed(k)
+        if work.lora:
+            _write_adapter(work, origin, folder / task, generator)
+        else:
+            with torch.no_grad():
+                for name, parameter in base.named_parameters():
+                    spread = float(origin[name].float().std()) if parameter.numel() > 1 else 0.0
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.copy_(origin[name].float() + 0.2 * (spread + 0.02) * noise)
+            base.save_pretrained(folder / task)
+        save_file(_inputs(work, generator), folder / f"{task}.safetensors")
+        experts[task] = {"model": str(folder / task), "data": str(folder / f"{task}.safetensors")}
+    recipe = {
+        "base_model": str(folder / "base"),
+        "merge": {"method": "task_arithmetic", "scaling": 0.3},
+        "experts": experts,
+        "settings": {"preset": work.preset},
+        "samples": work.samples,
+    }
+    path.write_text(json.dumps(recipe))
+    return recipe
 
 
-def _experts(base: PreTrainedModel, workload: Workload) -> Iterator[tuple[str, nn.Module]]:
-    for k, task in enumerate(task_names(workload)):
-        expert, generator = copy.deepcopy(base), torch.Generator().manual_seed(k)
-        with torch.no_grad():
-            for parameter in expert.parameters():
-                spread = float(parameter.std()) if parameter.numel() > 1 else 0.0
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2 * (spread + 0.02))
-        yield task, expert
+def random_model(work: Workload) -> Any:
+    cls = getattr(transformers, work.model)
+    model = cls(cls.config_class(**work.config)).eval()
+    with torch.no_grad():  # a fresh model's biases are all 0, its norms' weights all 1: no trained model's are
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.to(getattr(torch, work.dtype))
+
+
+def _write_adapter(work: Workload, base: dict[str, Tensor], folder: Path, generator: torch.Generator) -> None:
+    """A LoRA expert: random factors for every q and v."""
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": work.lora, "lora_alpha": 2 * work.lora, "target_modules": ["q", "v"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    factors = {}
+    for name, weight in base.items():
+        module = name.removesuffix(".weight")
+        if module.endswith((".q", ".v")):
+            out, size = weight.shape
+            a = torch.randn(work.lora, size, generator=generator) / size**0.5
+            b = 0.05 * float(weight.float().std()) * torch.randn(out, work.lora, generator=generator)
+            factors |= {f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b}
+    save_file(factors, folder / "adapter_model.safetensors")
+
+
+def _inputs(work: Workload, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random samples: images, or texts of a quarter to all of `tokens`, with targets for an encoder-decoder."""
+    if not work.tokens:
+        side = work.config["image_size"]
+        return {"pixel_values": torch.randn(work.samples, 3, side, side, generator=generator)}
+    size = (work.samples, work.tokens)
+    shortest = work.tokens // 4 if work.padded else work.tokens
+    lengths = torch.randint(shortest, work.tokens + 1, (work.samples, 1), generator=generator)
+    found = {
+        "input_ids": torch.randint(3, work.config["vocab_size"], size, generator=generator),
+        "attention_mask": (torch.arange(work.tokens) < lengths).long(),
+    }
+    if work.targets:
+        labels = torch.randint(3, work.config["vocab_size"], (work.samples, work.targets), generator=generator)
+        lengths = torch.randint(1, work.targets + 1, (work.samples, 1), generator=generator)
+        found["labels"] = labels.masked_fill(torch.arange(work.targets) >= lengths, -100)
+    return found

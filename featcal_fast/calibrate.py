@@ -12,25 +12,30 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from featcal_fast.activations import HOST, Place, Stream
+from featcal_fast.chunks import Chunks, memory_errors, whole_float32
 from featcal_fast.drift import Probe
-from featcal_fast.errors import DataError
+from featcal_fast.errors import DataError, UnsupportedModelError
 from featcal_fast.experts import BlockReader
 from featcal_fast.features import Kept, Layout, find_layout, tapped
 from featcal_fast.models import Structure
 from featcal_fast.models.linear import is_linear, oriented
-from featcal_fast.moments import Anchor, LayerSystem, TaskMoments
+from featcal_fast.models.structure import Layer
+from featcal_fast.moments import TaskMoments
 from featcal_fast.progress import Progress
 from featcal_fast.report import GroupReport, LayerReport, Report
 from featcal_fast.selection import check_patterns
 from featcal_fast.settings import Settings
 from featcal_fast.solve import Update, solve_layer
 from featcal_fast.sources import ModuleSource, Source, check_same_architecture
-from featcal_fast.tokens import Tokens
+from featcal_fast.systems import Anchor, LayerSystem
+from featcal_fast.tokens import TokenCounts, Tokens
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -65,6 +70,7 @@ def calibrate_model(
         ModelMismatchError: the models differ in architecture.
         UnsupportedModelError: no family fits.
         SolveError: features that are not finite.
+        MemoryBudgetError: the device's memory will not do, however few samples it takes at a time.
     """
     device = torch.device(device) if device is not None else next(merged.parameters()).device
     student = ModuleSource(merged, "merged model", device)
@@ -74,7 +80,7 @@ def calibrate_model(
         student,
         ModuleSource(base, "base model", device),
         others,
-        {task: list(items) for task, items in batches.items()},
+        batches,
         settings,
         device,
         write=lambda _index, parameters: updates.append(parameters),
@@ -93,63 +99,75 @@ def calibrate_source(
     student: Source,
     base: Source,
     experts: Mapping[str, Source],
-    batches: Mapping[str, Batches],
+    batches: Mapping[str, Iterable[Mapping[str, Tensor]]],
     settings: Settings,
     device: torch.device,
     write: Callable[[int, dict[str, Tensor]], None],
     progress: Progress,
     place: Place = HOST,
+    chunk: int | None = None,
 ) -> Report:
     """Calibrate a model whose blocks arrive one at a time, each being read while the one before it is in use.
 
-    `write` takes each layer's new parameters, in its dtype; `place` is where hidden states wait between layers.
-    Everything else is as in `calibrate_model`.
+    `write` takes each layer's new parameters, in its dtype; `place` is where hidden states wait between layers;
+    `chunk` is how many samples pass a layer at a time, by default a batch. A task's batches are gone through once, and
+    dropped before the next task's are. Everything else is as in `calibrate_model`.
     """
     started = time.perf_counter()
     structure = student.structure
-    _check_tasks(experts, batches, structure)
+    _check_tasks(experts, batches)
     check_same_architecture(student, {"base": base, **experts})
     _check_patterns(structure, settings)
+    _check_dtypes(structure, settings)
 
-    student_streams = {task: Stream(student, task, batches[task], device, place) for task in experts}
-    expert_streams = {task: Stream(expert, task, batches[task], device, place) for task, expert in experts.items()}
-    probe = Probe(student, experts, batches, device)
-    tokens: dict[str, list[Tokens]] = {task: [] for task in experts}
+    student_streams = {task: Stream(student, task, device, place) for task in experts}
+    expert_streams = {task: Stream(expert, task, device, place) for task, expert in experts.items()}
+    chunks = Chunks(device, chunk, settings.forward_dtype)
+    probe = Probe(student, experts, device, chunks)
+    inputs: dict[str, Batches] = {}
+    tokens: dict[str, list[Tokens]] = {}
     report = Report(settings, structure.family.name, str(device), dict.fromkeys(experts, 0))
     report.kept |= structure.outside
 
     order = ((source, layer.index) for layer in structure.layers for source in (student, base, *experts.values()))
-    with closing(progress), BlockReader(order) as blocks:
+    with closing(progress), BlockReader(order, device) as blocks, memory_errors(device), whole_float32():
         for layer in structure.layers:
             if layer.number == 0:  # a stage begins: most models have one, an encoder-decoder two
-                if layer.stage > 0:
-                    for stream in (*student_streams.values(), *expert_streams.values()):
-                        stream.enter(layer.stage)
-                    probe.enter(layer.stage)
-                for source in (student, *experts.values()):
-                    source.end_first_hidden()
-                tokens = _stage_tokens(structure, layer.stage, batches, student_streams, tokens, device)
+                for task, expert in experts.items():
+                    items = inputs[task] if layer.stage else _checked(task, batches[task], structure)
+                    student_streams[task].enter(layer.stage, items)
+                    expert_streams[task].enter(layer.stage, items)
+                    tokens[task] = _tokens_of(task, items, layer, student_streams[task], device, tokens.get(task))
+                    probe.enter(layer.stage, task, items[0])
+                    expert.end_first_hidden()
+                    if len(structure.paths) > 1:  # they are needed again; else one task's data at a time
+                        inputs[task] = items
+                    del items
+                student.end_first_hidden()
                 counts = {task: sum(item.count for item in items) for task, items in tokens.items()}
                 report.tokens = {task: report.tokens[task] + count for task, count in counts.items()}
-                if layer.stage == 0:
-                    progress.start(len(structure.layers), sum(counts.values()))
+                progress.stage(len(structure.layers) - layer.index, sum(counts.values()))
 
             index, number, began = layer.index, layer.number, time.perf_counter()
             block = blocks.next()
             anchor = Anchor(block, blocks.next(), settings.anchor_rho)
             layout = find_layout(block, layer, *probe.sample(next(iter(experts))), settings)
 
-            system = LayerSystem(layout, anchor, settings, device)
-            moments = TaskMoments(layout, block, max(counts.values()), settings, device)
+            system = LayerSystem(layout, anchor, settings, device, TokenCounts.of(counts))
+            moments = TaskMoments(layout, block, TokenCounts.of(counts), settings, device)
             for task in experts:
                 progress.task(index, task)
                 teacher = blocks.next()
                 moments.reset()
-                for i, batch_tokens in enumerate(tokens[task]):
-                    seen = see_expert(teacher, number, expert_streams[task], i, layout, moments)
-                    see_student(block, number, student_streams[task], i, layout, moments, seen, batch_tokens)
-                    del seen  # before the next batch's are made
-                    progress.tokens(batch_tokens.count)
+                for i, counted in enumerate(tokens[task]):
+                    moments.begin_batch()
+                    streams = expert_streams[task], student_streams[task]
+                    # No name for the step: it would keep the blocks and the moments beyond their time.
+                    chunks.each(
+                        counted.shape[0],
+                        partial(see_both, number, (teacher, block), streams, i, layout, moments, counted),
+                    )
+                    progress.tokens(counted.count)
                 system.fold(moments, teacher, task)
                 probe.advance_expert(number, task, teacher)
                 del teacher  # before the next but one is read
@@ -163,7 +181,7 @@ def calibrate_source(
             if index < len(structure.layers) - 1:
                 for stream in student_streams.values():
                     for i in range(len(stream)):
-                        stream.advance(number, block, i)
+                        chunks.each(stream.shape(i)[0], partial(stream.advance, number, block, i))
 
             done = LayerReport(index, *probe.drift(), time.perf_counter() - began, groups, list(moments.norms))
             report.layers.append(done)
@@ -174,15 +192,45 @@ def calibrate_source(
     return report
 
 
+def see_both(
+    number: int,
+    blocks: tuple[nn.Module, nn.Module],
+    streams: tuple[Stream, Stream],
+    batch: int,
+    layout: Layout,
+    moments: TaskMoments,
+    tokens: Tokens,
+    rows: slice,
+) -> None:
+    """Run some samples of a batch through a layer of the expert and of the student; moments grow.
+
+    Nothing is lost when memory runs out in the middle: the expert's hidden states advance last.
+
+    Args:
+        number: the layer's, in its stage.
+        blocks: the expert's and the student's.
+        streams: the expert's and the student's hidden states.
+        batch: which one.
+        layout: of the layer.
+        moments: of the task.
+        tokens: of the batch.
+        rows: the samples.
+    """
+    seen, out = see_expert(blocks[0], number, streams[0], batch, rows, layout, moments)
+    see_student(blocks[1], number, streams[1], batch, rows, layout, moments, seen, tokens)
+    streams[0].store(batch, rows, out)
+
+
 def see_expert(
-    teacher: nn.Module, number: int, stream: Stream, batch: int, layout: Layout, moments: TaskMoments
-) -> tuple[Kept, Kept]:
-    """Advance the expert's hidden states through its layer; keep what its linear modules are given, and made of it."""
+    teacher: nn.Module, number: int, stream: Stream, batch: int, rows: slice, layout: Layout, moments: TaskMoments
+) -> tuple[tuple[Kept, Kept], Tensor]:
+    """What the expert's linear modules are given, and make of it; and the hidden states after its layer."""
     inputs, outputs = Kept(), Kept()
     leaders = [group.leader for group in layout.groups]
+    hidden, calls = stream.load(batch, rows)
     with tapped(teacher, leaders, inputs.__setitem__, moments.outputs, outputs.__setitem__):
-        stream.advance(number, teacher, batch)
-    return inputs, outputs
+        out = calls.run(number, teacher, hidden)
+    return (inputs, outputs), out
 
 
 def see_student(
@@ -190,6 +238,7 @@ def see_student(
     number: int,
     stream: Stream,
     batch: int,
+    rows: slice,
     layout: Layout,
     moments: TaskMoments,
     expert: tuple[Kept, Kept],
@@ -198,12 +247,13 @@ def see_student(
     """Run the student's layer up to its last captured input; moments grow as the forward goes."""
     if layout.last is None:
         return
-    hidden, calls = stream.load(batch)
+    hidden, calls = stream.load(batch, rows)
+    counted = tokens.part(rows)
     taps = [*(group.leader for group in layout.groups), *moments.norms]
     with tapped(
         block,
         {*taps, layout.last},
-        lambda name, x: moments.add(name, x, *expert, tokens),
+        lambda name, x: moments.add(name, x, *expert, counted, rows.stop),
         stop_at=layout.last,
     ):
         calls.run(number, block, hidden)
@@ -224,13 +274,12 @@ def _group_reports(layout: Layout, moments: TaskMoments, update: Update, merged:
         names = [f"{name}.weight" for name in group.modules]
         change = torch.stack([(update.parameters[name] - before[name].float()).norm() for name in names]).norm()
         size = torch.stack([before[name].float().norm() for name in names]).norm().clamp_min(1e-30)
-        space = "output" if moments.groups[group.leader].output_space else "input"
         reports.append(
             GroupReport(
                 modules=list(group.modules),
                 in_features=group.in_features,
                 out_features=sum(group.out_features),
-                space=space,
+                space=moments.groups[group.leader].space,
                 solver=update.solver[group.leader],
                 change=float(change / size),
             )
@@ -238,41 +287,50 @@ def _group_reports(layout: Layout, moments: TaskMoments, update: Update, merged:
     return reports
 
 
-def _stage_tokens(
-    structure: Structure,
-    stage: int,
-    batches: Mapping[str, Batches],
-    streams: Mapping[str, Stream],
-    before: Mapping[str, list[Tokens]],
-    device: torch.device,
-) -> dict[str, list[Tokens]]:
-    """The tokens of every batch in a stage, which know those of the stage before it."""
-    mask = structure.family.stages[stage].mask
-    return {
-        task: [
-            Tokens(mask(batch), stream.shape(i), device, before[task][i] if before[task] else None)
-            for i, batch in enumerate(batches[task])
-        ]
-        for task, stream in streams.items()
-    }
+def _tokens_of(
+    task: str, batches: Batches, layer: Layer, stream: Stream, device: torch.device, before: list[Tokens] | None
+) -> list[Tokens]:
+    """The tokens of every batch in the layer's stage, which know those of the stage before it."""
+    mask = layer.family.stages[layer.stage].mask
+    found: list[Tokens] = []
+    for i, batch in enumerate(batches):
+        try:
+            found.append(Tokens(mask(batch), stream.shape(i), device, before[i] if before else None))
+        except DataError as error:
+            raise DataError(f"task {task}, batch {i}: {error}") from None
+    return found
 
 
-def _check_tasks(experts: Mapping[str, Source], batches: Mapping[str, Batches], structure: Structure) -> None:
+def _check_tasks(experts: Mapping[str, Source], batches: Mapping[str, Any]) -> None:
     if not experts:
         raise DataError("no experts: at least one is needed")
     for task in experts.keys() ^ batches.keys():
         there = "an expert but no batches" if task in experts else "batches but no expert"
         raise DataError(f"task {task}: found {there}; experts and batches must name the same tasks")
-    for task, items in batches.items():
-        if not items:
-            raise DataError(f"task {task}: found no batch, expected at least one")
+
+
+def _checked(task: str, batches: Iterable[Mapping[str, Tensor]], structure: Structure) -> Batches:
+    """A task's batches, read, each with what the family needs."""
+    items = list(batches)
+    if not items:
+        raise DataError(f"task {task}: found no batch, expected at least one")
     if structure.family.needs is not None:
         keys, why = structure.family.needs
-        for task, items in batches.items():
-            for number, batch in enumerate(items):
-                if not any(key in batch for key in keys):
-                    found, wanted = ", ".join(batch), " or ".join(keys)
-                    raise DataError(f"task {task}, batch {number}: found {found}, expected {wanted} too: {why}")
+        for number, batch in enumerate(items):
+            if not any(key in batch for key in keys):
+                found, wanted = ", ".join(batch), " or ".join(keys)
+                raise DataError(f"task {task}, batch {number}: found {found}, expected {wanted} too: {why}")
+    return items
+
+
+def _check_dtypes(structure: Structure, settings: Settings) -> None:
+    dtypes = {parameter.dtype for block in structure.blocks for parameter in block.parameters()}
+    if settings.forward_dtype != "auto" and not dtypes <= {torch.float32, torch.bfloat16}:
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise UnsupportedModelError(
+            f"settings.forward_dtype: found {settings.forward_dtype} for layers of {found}, expected float32 or "
+            "bfloat16 ones; leave it at auto"
+        )
 
 
 def _check_patterns(structure: Structure, settings: Settings) -> None:

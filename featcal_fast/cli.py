@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from featcal_fast.errors import FeatCalError
-from featcal_fast.machine import return_large_blocks
+from featcal_fast.machine import known_rate, remember_rate, use_whole_machine
 from featcal_fast.plan import parse_bytes
 from featcal_fast.progress import Progress
 from featcal_fast.report import LayerReport
@@ -37,6 +38,8 @@ A recipe says what to calibrate, with what, into what:
 
 No data at hand? `featcal-fast demo` makes four small experts from real scans of digits and repairs their merge.
 """
+
+LONG_ENOUGH = 1e11  # operations of a run whose rate says something
 
 app = typer.Typer(
     help=EXAMPLE, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -81,7 +84,7 @@ def calibrate(
     """
     from featcal_fast.job import calibrate as run
 
-    return_large_blocks()
+    use_whole_machine()
     console = Console()
     report = run(
         recipe,
@@ -92,6 +95,8 @@ def calibrate(
         host_memory=_bytes(host_memory),
         scratch=scratch,
     )
+    if report.flops > LONG_ENOUGH:
+        remember_rate(torch.device(report.device), report.rate)
     console.print(report.table())
     console.print(report.summary(), soft_wrap=True, highlight=False)
     console.print(f"Wrote {report.out}", soft_wrap=True, highlight=False)
@@ -104,7 +109,10 @@ def plan(
     device_memory: DeviceMemory = None,
     host_memory: HostMemory = None,
     scratch: Scratch = None,
-    rate: Annotated[float | None, typer.Option(help="Measured TFLOP/s, for an estimate of the time.")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="TFLOP/s, for a rough estimate of the time. Default: the last run's here."),
+    ] = None,
 ) -> None:
     """Say what RECIPE.yaml will need (memory, disk, bytes read, arithmetic) and calibrate; nothing runs.
 
@@ -116,7 +124,7 @@ def plan(
     """
     from featcal_fast.planner import plan as make
 
-    return_large_blocks()
+    use_whole_machine()
     console = Console()
     found = make(
         recipe,
@@ -127,7 +135,8 @@ def plan(
     )
     for table in found.tables():
         console.print(table)
-    console.print(found.summary(None if rate is None else rate * 1e12), highlight=False)
+    known = known_rate(torch.device(found.device)) if rate is None else rate * 1e12
+    console.print(found.summary(known), highlight=False)
     found.check()
 
 
@@ -182,7 +191,10 @@ class BarProgress(Progress):
         self._id = TaskID(0)
         self._layers, self._done, self._started = 0, 0, 0.0
 
-    def start(self, layers: int, tokens: int) -> None:
+    def stage(self, layers: int, tokens: int) -> None:
+        if self._bar:
+            self._bar.update(self._id, total=self._done + layers * tokens)
+            return
         self._layers, self._started = layers, time.perf_counter()
         columns = (
             TextColumn("{task.description}"),

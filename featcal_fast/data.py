@@ -103,7 +103,11 @@ def load_batches(
         _check(sample, max_positions, vocab_size)
     # Neighbours of similar length need little padding. The sort is stable: equal lengths stay as drawn.
     drawn.sort(key=lambda sample: len(sample.values.get("input_ids", ())))
-    return [_collate(drawn[i : i + batch_size], padding) for i in range(0, len(drawn), batch_size)]
+    batches = []
+    while drawn:
+        batches.append(_collate(drawn[:batch_size], padding))
+        del drawn[:batch_size]  # or both would be held twice
+    return batches
 
 
 # Sources -> drawn samples
@@ -208,7 +212,9 @@ def _read_dataset(source: Path | str, split: str, samples: int, seed: int) -> li
     if kind := next((kind for kind in TEXT_KINDS if set(kind) <= set(columns)), None):
         dataset = dataset.select_columns(list(kind))
     elif images:  # not decoded yet, so that a broken image is reported like one in a folder
-        dataset = dataset.select_columns(images).rename_column(images[0], "image")
+        dataset = dataset.select_columns(images)
+        if images != ["image"]:  # `datasets` refuses to rename a column to itself
+            dataset = dataset.rename_column(images[0], "image")
         dataset = dataset.cast_column("image", datasets.Image(decode=False))
     elif "input_ids" in tokens:
         dataset = dataset.select_columns(tokens)

@@ -181,7 +181,7 @@ def _random(config: Config, use: str) -> torch.Generator:
 def make_models(folder: Path, config: Config, digits: Digits, console: Console) -> dict[str, float]:
     """Base, experts, heads and calibration data, unless an earlier run left the same; how long training took."""
     manifest = _read_manifest(folder)
-    if manifest["config"] == asdict(config) and manifest["files"] == _hashes(folder):
+    if manifest.get("config") == asdict(config) and manifest["files"] == _hashes(folder):
         console.print("Models of an earlier run are reused; their times are from then.")
         return manifest["seconds"]
     new = _removed(folder / ".training")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from featcal_fast.activations import Stream
+from featcal_fast.chunks import Chunks
 from featcal_fast.models.stepping import BatchCalls
 from featcal_fast.sources import Source
 from featcal_fast.tokens import Tokens
@@ -23,60 +25,51 @@ class Probe:
     the calibrated one, end to end.
     """
 
-    def __init__(
-        self,
-        student: Source,
-        experts: Mapping[str, Source],
-        batches: Mapping[str, Sequence[Mapping[str, Tensor]]],
-        device: torch.device,
-    ) -> None:
-        self._device, self._masks = device, [stage.mask for stage in student.structure.family.stages]
-        self._batches = {
-            task: {name: tensor[:PROBE_SAMPLES] for name, tensor in items[0].items()} for task, items in batches.items()
-        }
-        begin = {task: [batch] for task, batch in self._batches.items()}
-        self._merged = {task: Stream(student, task, begin[task], device) for task in experts}
-        self._calibrated = {task: Stream(student, task, begin[task], device) for task in experts}
-        self._expert = {task: Stream(expert, task, begin[task], device) for task, expert in experts.items()}
+    def __init__(self, student: Source, experts: Mapping[str, Source], device: torch.device, chunks: Chunks) -> None:
+        self._device, self._chunks = device, chunks
+        self._masks = [stage.mask for stage in student.structure.family.stages]
+        self._merged = {task: Stream(student, task, device) for task in experts}
+        self._calibrated = {task: Stream(student, task, device) for task in experts}
+        self._expert = {task: Stream(expert, task, device) for task, expert in experts.items()}
         self._tokens: dict[str, Tokens] = {}
-        self._see_tokens(0)
 
-    def enter(self, stage: int) -> None:
-        """Go on to the next stage of all three models."""
+    def enter(self, stage: int, task: str, batch: Mapping[str, Tensor]) -> None:
+        """Go on to a stage of all three models with the first samples of `batch`."""
+        samples = {name: tensor[:PROBE_SAMPLES] for name, tensor in batch.items()}
         for streams in (self._merged, self._calibrated, self._expert):
-            for stream in streams.values():
-                stream.enter(stage)
-        self._see_tokens(stage)
-
-    def _see_tokens(self, stage: int) -> None:
-        self._tokens = {
-            task: Tokens(self._masks[stage](self._batches[task]), stream.shape(0), self._device, self._tokens.get(task))
-            for task, stream in self._expert.items()
-        }
+            streams[task].enter(stage, [samples])
+        shape = self._expert[task].shape(0)
+        self._tokens[task] = Tokens(self._masks[stage](samples), shape, self._device, self._tokens.get(task))
 
     def sample(self, task: str) -> tuple[Tensor, BatchCalls, Tokens]:
-        """The merged model's hidden states of a task's samples, as they enter the layer, their calls and tokens."""
-        return *self._merged[task].load(0), self._tokens[task]
+        """The merged model's hidden states of one sample of a task, as they enter the layer, their calls and tokens."""
+        first = slice(0, 1)
+        return *self._merged[task].load(0, first), self._tokens[task].part(first)
 
     def advance_expert(self, number: int, task: str, block: nn.Module) -> None:
-        self._expert[task].advance(number, block, 0)
+        self._advance(self._expert[task], number, block)
 
     def advance_merged(self, number: int, block: nn.Module) -> None:
         for stream in self._merged.values():
-            stream.advance(number, block, 0)
+            self._advance(stream, number, block)
 
     def advance_calibrated(self, number: int, block: nn.Module) -> None:
         for stream in self._calibrated.values():
-            stream.advance(number, block, 0)
+            self._advance(stream, number, block)
 
     def drift(self) -> tuple[float, float]:
         """Drift before and after, once all three models have passed the layer."""
         return self._distance(self._merged), self._distance(self._calibrated)
 
+    def _advance(self, stream: Stream, number: int, block: nn.Module) -> None:
+        self._chunks.each(stream.shape(0)[0], partial(stream.advance, number, block, 0))
+
     def _distance(self, streams: Mapping[str, Stream]) -> float:
         distances = []
         for task, stream in streams.items():
-            expert = self._tokens[task].rows(self._expert[task].load(0)[0]).double()
-            found = self._tokens[task].rows(stream.load(0)[0]).double()
+            expert, found = (
+                self._tokens[task].rows(each.load(0, slice(0, each.shape(0)[0]))[0]).double()
+                for each in (self._expert[task], stream)
+            )
             distances.append(float((found - expert).norm() / expert.norm().clamp_min(1e-30)))
         return sum(distances) / len(distances)

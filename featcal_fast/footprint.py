@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from featcal_kernels.naive import BLOCK
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,14 +19,15 @@ from torch.utils._pytree import tree_leaves
 from featcal_fast.activations import Stream
 from featcal_fast.calibrate import see_expert, see_student
 from featcal_fast.checkpoints import TensorInfo, TensorSource
-from featcal_fast.features import Layout, find_layout
+from featcal_fast.features import InputGroup, Layout, find_layout
 from featcal_fast.models.stepping import BatchCalls, move
 from featcal_fast.models.structure import Layer
-from featcal_fast.moments import Anchor, LayerSystem, TaskMoments
+from featcal_fast.moments import GroupMoments, TaskMoments, token_side
 from featcal_fast.settings import Settings
 from featcal_fast.solve import solve_dtype
 from featcal_fast.sources import CheckpointSource
-from featcal_fast.tokens import Tokens
+from featcal_fast.systems import Anchor, LayerSystem
+from featcal_fast.tokens import TokenCounts, Tokens
 
 META = torch.device("meta")
 
@@ -220,11 +221,8 @@ class _MetaStream:
     def __init__(self, states: FirstStates) -> None:
         self.states = states
 
-    def load(self, batch: int) -> tuple[Tensor, BatchCalls]:
+    def load(self, batch: int, rows: slice) -> tuple[Tensor, BatchCalls]:
         return self.states.hidden, self.states.calls
-
-    def advance(self, number: int, block: nn.Module, batch: int) -> Tensor:
-        return self.states.calls.run(number, block, self.states.hidden)
 
 
 @torch.no_grad()
@@ -233,8 +231,7 @@ def measure_layer(
     expert: CheckpointSource,
     layer: Layer,
     states: tuple[FirstStates, FirstStates],
-    positions: int,
-    tasks: int,
+    counts: TokenCounts,
     settings: Settings,
 ) -> Footprint:
     """Run the engine's steps for a layer on the meta device.
@@ -243,8 +240,7 @@ def measure_layer(
         student, expert: the models.
         layer: of theirs.
         states: the student's and the expert's in the layer's stage, for one batch.
-        positions: tokens of the largest task.
-        tasks: how many there are.
+        counts: tokens of the layer's stage.
     """
     # The config is shared, not copied: blocks only read it.
     block, teacher = (
@@ -253,20 +249,21 @@ def measure_layer(
     )
     own, others = (cast(Stream, _MetaStream(each)) for each in states)
     tokens = states[0].tokens
+    rows = slice(0, tokens.shape[0])
     present = [(each.hidden, each.calls.args, each.calls.kwargs) for each in states]
     with Meter(present, block.state_dict(), teacher.state_dict()) as meter:
-        layout = find_layout(block, layer, *own.load(0), tokens, settings)
+        layout = find_layout(block, layer, *own.load(0, rows), tokens, settings)
         start = meter.live
-        system = LayerSystem(layout, Anchor(block, block, settings.anchor_rho), settings, META)
+        system = LayerSystem(layout, Anchor(block, block, settings.anchor_rho), settings, META, counts)
         system_bytes = meter.live - start
-        moments = TaskMoments(layout, block, positions, settings, META)
+        moments = TaskMoments(layout, block, counts, settings, META)
         scratch = meter.live - start - system_bytes
         full = meter.live
         meter.lap()
-        seen = see_expert(teacher, layer.number, others, 0, layout, moments)
+        seen, out = see_expert(teacher, layer.number, others, 0, rows, layout, moments)
         expert_peak, expert_flops = meter.lap()
-        see_student(block, layer.number, own, 0, layout, moments, seen, tokens)
-        del seen
+        see_student(block, layer.number, own, 0, rows, layout, moments, seen, tokens)
+        del seen, out
         student_peak, both = meter.lap()
         system.fold(moments, teacher, "task")
         fold_peak, fold = meter.lap()
@@ -277,12 +274,12 @@ def measure_layer(
         system=system_bytes,
         scratch=scratch,
         working=max(expert_peak, student_peak, fold_peak) - full,
-        solving=_solving(layout, solve_dtype(settings, tasks)),
+        solving=_solving(layout, solve_dtype(settings, counts.tasks), counts),
         expert=expert_flops,
         student=both - moment_flops,
         moments=moment_flops,
         fold=fold,
-        solve=sum(_solve_flops(group.in_features, sum(group.out_features)) for group in layout.groups),
+        solve=sum(_solve_flops(group, counts) for group in layout.groups),
     )
 
 
@@ -290,6 +287,8 @@ def _moment_flops(moments: TaskMoments, tokens: Tokens) -> float:
     """A triangle of S in blocks of rows, and T, a token."""
     total = 0.0
     for group in moments.groups.values():
+        if not isinstance(group, GroupMoments):
+            continue
         of = tokens.memory if group.group.memory and tokens.memory is not None else tokens
         size = group.group.in_features
         rows = sum((size - start) * min(BLOCK, size - start) for start in range(0, size, BLOCK))
@@ -297,13 +296,22 @@ def _moment_flops(moments: TaskMoments, tokens: Tokens) -> float:
     return total
 
 
-def _solve_flops(size: int, out: int) -> float:
-    """Cholesky, and two triangular solves."""
+def _solve_flops(group: InputGroup, counts: TokenCounts) -> float:
+    """Cholesky, and two triangular solves; from the token side two more products."""
+    size, out, n = group.in_features, sum(group.out_features), counts.total
+    if token_side(group, counts):
+        return 2.0 * n * n * size + n**3 / 3 + 2.0 * n * n * out + 4.0 * n * size * out
     return size**3 / 3 + 2.0 * size * size * out
 
 
-def _solving(layout: Layout, dtype: torch.dtype) -> int:
+def _solving(layout: Layout, dtype: torch.dtype, counts: TokenCounts) -> int:
     """Bytes beyond system and scratch: the solver's copies of one system, or in float64 of both sides twice."""
-    sizes = [(group.in_features, sum(group.out_features)) for group in layout.groups]
     copies = 1 if dtype == torch.float32 else 2
-    return max((copies * dtype.itemsize * size * (size + out) for size, out in sizes), default=0)
+    needs = [0]
+    for group in layout.groups:
+        size, out, n = group.in_features, sum(group.out_features), counts.total
+        if token_side(group, counts):
+            needs.append(dtype.itemsize * (2 * n * n + 3 * n * out + (copies - 1) * n * size))
+        else:
+            needs.append(copies * dtype.itemsize * size * (size + out))
+    return max(needs)

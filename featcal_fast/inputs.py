@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from featcal_fast.checkpoints import (
     find_checkpoint,
     find_expert,
 )
-from featcal_fast.data import IMAGE_SUFFIXES, load_batches
+from featcal_fast.data import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, load_batches
 from featcal_fast.errors import DataError, RecipeError
 from featcal_fast.merge import MergedCheckpoint
 from featcal_fast.recipe import Recipe
 
 Batches = list[dict[str, Tensor]]
+CHUNK_TOKENS = {"cpu": 4096, "cuda": 16384}  # of a forward pass: enough for products to run at full speed
 
 
 class Models:
@@ -89,29 +91,51 @@ def output_folder(recipe: Recipe, models: Models) -> Path:
     return folder
 
 
-def load_data(recipe: Recipe, models: Models) -> dict[str, Batches]:
-    """Every task's batches.
+class LazyBatches:
+    """A task's batches, loaded when they are gone through."""
+
+    def __init__(self, load: Callable[[], Batches]) -> None:
+        self._load = load
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(self._load())
+
+
+def load_data(
+    recipe: Recipe, models: Models, device: torch.device
+) -> tuple[dict[str, Iterable[dict[str, Tensor]]], dict[str, TaskData]]:
+    """Every task's batches and their size; where headers tell the size, as of images, they load when their turn comes.
 
     Raises:
         DataError: a task's data is not usable.
     """
-    batches = {}
-    for task, expert in recipe.experts.items():
-        config, own = models.merged.config, models.experts[task]
-        vocabularies = [c.vocab_size for c in (config, own.config) if getattr(c, "vocab_size", None)]
-        folders = [models.merged.path, own.path, models.base.path]
-        batches[task] = load_batches(
-            _local(recipe, expert.data),
-            folders=list(dict.fromkeys(folders)),
-            samples=expert.samples or recipe.samples,
-            max_length=expert.max_length or recipe.max_length,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            max_positions=getattr(config, "max_position_embeddings", None),
-            vocab_size=min(vocabularies, default=None),
-            targets=bool(getattr(config, "is_encoder_decoder", False)),
-        )
-    return batches
+    batches: dict[str, Iterable[dict[str, Tensor]]] = {}
+    sizes = describe_data(recipe, models, device)
+    for task in recipe.experts:
+        load = partial(_load, recipe, models, task, sizes[task].batch_size)
+        if sizes[task].lazy:
+            batches[task] = LazyBatches(load)
+        else:
+            batches[task] = loaded = load()
+            sizes[task] = TaskData.of(loaded)
+    return batches, sizes
+
+
+def _load(recipe: Recipe, models: Models, task: str, batch_size: int) -> Batches:
+    expert, config, own = recipe.experts[task], models.merged.config, models.experts[task]
+    vocabularies = [c.vocab_size for c in (config, own.config) if getattr(c, "vocab_size", None)]
+    folders = [models.merged.path, own.path, models.base.path]
+    return load_batches(
+        _local(recipe, expert.data),
+        folders=list(dict.fromkeys(folders)),
+        samples=expert.samples or recipe.samples,
+        max_length=expert.max_length or recipe.max_length,
+        batch_size=batch_size,
+        seed=recipe.seed,
+        max_positions=getattr(config, "max_position_embeddings", None),
+        vocab_size=min(vocabularies, default=None),
+        targets=bool(getattr(config, "is_encoder_decoder", False)),
+    )
 
 
 @dataclass(frozen=True)
@@ -123,22 +147,32 @@ class TaskData:
         batches: how many of that batch the data amounts to.
         rows: samples.
         exact: whether this is what will be run; otherwise an upper bound.
+        batch_size: samples of the batch that has most of them.
         loaded: whether it is in this process's memory.
+        entering: how many times as large the batches are that the model's first forward takes.
     """
 
     example: dict[str, Tensor]
     batches: float
     rows: int
     exact: bool
+    batch_size: int
     loaded: bool = False
+    entering: float = 1.0
 
     @classmethod
     def of(cls, batches: Sequence[Mapping[str, Tensor]]) -> TaskData:
         """Of loaded batches."""
         sizes = [next(iter(batch.values())).numel() for batch in batches]
         largest = max(range(len(sizes)), key=sizes.__getitem__)
-        rows = sum(len(next(iter(batch.values()))) for batch in batches)
-        return cls(dict(batches[largest]), sum(sizes) / sizes[largest], rows, exact=True, loaded=True)
+        rows = [len(next(iter(batch.values()))) for batch in batches]
+        batches_of_it = sum(sizes) / sizes[largest]
+        return cls(dict(batches[largest]), batches_of_it, sum(rows), exact=True, batch_size=max(rows), loaded=True)
+
+    @property
+    def lazy(self) -> bool:
+        """Whether it is loaded only when its turn comes."""
+        return self.exact and not self.loaded
 
     @property
     def nbytes(self) -> float:
@@ -149,19 +183,23 @@ class TaskData:
         self, *, batch_size: int | None = None, samples: int | None = None, max_length: int | None = None
     ) -> TaskData:
         """The same task run with other settings."""
-        example, batches, rows = self.example, self.batches, self.rows
+        example, batches, rows, entering = self.example, self.batches, self.rows, self.entering
+        most = self.batch_size
         if samples is not None and samples < rows:
             batches, rows = batches * samples / rows, samples
+            if batches < 1:  # less than one batch as it was
+                example, batches = {name: value[:samples] for name, value in example.items()}, 1.0
         if batch_size is not None:
-            count = len(next(iter(example.values())))
+            here = len(next(iter(example.values())))
             example = {name: value[:batch_size] for name, value in example.items()}
-            batches *= count / len(next(iter(example.values())))
+            share = here / min(here, batch_size)
+            batches, entering, most = batches * share, entering * share, min(most, batch_size)
         if max_length is not None and "input_ids" in example:
             example = {name: value[:, :max_length] for name, value in example.items()}
-        return replace(self, example=example, batches=batches, rows=rows)
+        return replace(self, example=example, batches=batches, rows=rows, batch_size=most, entering=entering)
 
 
-def describe_data(recipe: Recipe, models: Models) -> dict[str, TaskData]:
+def describe_data(recipe: Recipe, models: Models, device: torch.device) -> dict[str, TaskData]:
     """Every task's size from headers, line counts and file names; texts are taken to be `max_length` tokens long.
 
     Raises:
@@ -175,12 +213,13 @@ def describe_data(recipe: Recipe, models: Models) -> dict[str, TaskData]:
         if found == 0:
             raise DataError(f"{path}: found zero samples; expected at least one")
         rows = samples if found is None else min(samples, found)
-        count = min(rows, recipe.batch_size)
-        example = {name: torch.zeros(count, *shape, dtype=dtype) for name, (shape, dtype) in forms.items()}
+        count = min(rows, recipe.batch_size or _full_batch(forms, models.merged.config, device))
+        example = {name: torch.zeros((), dtype=dtype).expand(count, *shape) for name, (shape, dtype) in forms.items()}
         if "attention_mask" in example:
-            example["attention_mask"].fill_(1)[0, -1:] = 0  # padding, for what it takes to leave it out
+            example["attention_mask"] = torch.ones_like(example["attention_mask"])
+            example["attention_mask"][0, -1:] = 0  # padding, for what it takes to leave it out
         exact = found is not None and "attention_mask" not in example
-        described[task] = TaskData(example, rows / count, rows, exact)
+        described[task] = TaskData(example, rows / count, rows, exact, count)
     return described
 
 
@@ -196,11 +235,15 @@ def _forms(path: Path | str, config: Any, max_length: int) -> tuple[Forms, int |
     if isinstance(path, str):
         return images or text, None  # a data set of the hub
     if path.is_dir():
-        count = sum(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*"))
-        return images or text, count or None
+        suffixes = [file.suffix.lower() for file in path.rglob("*")]
+        if not TABLE_SUFFIXES.isdisjoint(suffixes):
+            return images or text, None
+        return images or text, sum(suffix in IMAGE_SUFFIXES for suffix in suffixes) or None
     if path.suffix.lower() == ".jsonl":
         with path.open("rb") as file:
             return text, sum(bool(line.strip()) for line in file)
+    if path.suffix.lower() != ".safetensors":
+        raise DataError(f"{path}: found the unknown file type {path.suffix!r}; expected {SUPPORTED}")
     try:
         with safe_open(path, framework="pt") as file:
             headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -209,8 +252,19 @@ def _forms(path: Path | str, config: Any, max_length: int) -> tuple[Forms, int |
             dtypes = {name: floats.get(header.get_dtype(), torch.int64) for name, header in headers.items()}
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: cannot be read as calibration data: {error}") from error
-    counts = {shape[0] if shape else 0 for shape in shapes.values()}
+    if not all(len(shape) >= 2 and min(shape[1:]) > 0 for shape in shapes.values()):
+        return text, None  # not to be run as it is, which whoever loads it will say
+    counts = {shape[0] for shape in shapes.values()}
     return {name: (shape[1:], dtypes[name]) for name, shape in shapes.items()}, min(counts, default=0)
+
+
+def _full_batch(forms: Forms, config: Any, device: torch.device) -> int:
+    """Samples that make a chunk of full size."""
+    if "pixel_values" in forms:
+        tokens = (getattr(config, "image_size", 0) // getattr(config, "patch_size", 16)) ** 2 + 1
+    else:
+        tokens = max(shape[0] for shape, _ in forms.values())
+    return max(1, CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cuda"]) // tokens)
 
 
 def _local(recipe: Recipe, data: str) -> Path | str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from featcal_fast.calibrate import calibrate_source
 from featcal_fast.checkpoints import CheckpointWriter
 from featcal_fast.errors import RecipeError
-from featcal_fast.inputs import Models, TaskData, load_data, output_folder
+from featcal_fast.inputs import Models, load_data, output_folder
 from featcal_fast.planner import choose_place
 from featcal_fast.progress import Progress
 from featcal_fast.recipe import Recipe, RecipeLike
@@ -58,8 +58,7 @@ def calibrate(
     student = CheckpointSource(models.merged, device)
     base = CheckpointSource(models.base, device)
     experts = {task: CheckpointSource(expert, device) for task, expert in models.experts.items()}
-    batches = load_data(recipe, models)
-    sizes = {task: TaskData.of(items) for task, items in batches.items()}
+    batches, sizes = load_data(recipe, models, device)
     plan, place = choose_place(recipe, models, device, sizes, device_memory, host_memory, scratch)
     plan.check()
     with CheckpointWriter(folder, models.merged) as writer:
@@ -68,9 +67,19 @@ def calibrate(
             writer.write({student.tensor_name(index, name): value for name, value in parameters.items()})
 
         report = calibrate_source(
-            student, base, experts, batches, recipe.settings, device, write, progress or Progress(), place
+            student,
+            base,
+            experts,
+            batches,
+            recipe.settings,
+            device,
+            write,
+            progress or Progress(),
+            place,
+            plan.chunk,
         )
         writer.copy_rest()
+        report.flops = sum(plan.flops.values())
         report.recipe, report.out = recipe.to_dict(), str(folder)
         report.bytes_read, report.bytes_written = models.bytes_read, {"calibrated model": models.nbytes}
         report.storage_error = models.storage_error

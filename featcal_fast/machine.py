@@ -1,25 +1,61 @@
-"""What this machine has: memory free and in use, asked of the operating system and the device."""
+"""What this machine has, asked of the operating system and the device, and how a program makes the most of it."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from featcal_kernels import allow_bf16_units
 
 LARGE = 2**20
 
 
-def return_large_blocks() -> None:
+def use_whole_machine() -> None:
+    """Set this process up for a run. For programs only: it concerns everything that the process does."""
+    _return_large_blocks()
+    allow_bf16_units()
+
+
+def _return_large_blocks() -> None:
     """Have the C library hand back every freed block of a MiB or more at once, where it can be told to.
 
     glibc otherwise learns to keep blocks of up to 32 MiB for itself, in a heap a thread, and a run would hold on to a
-    fifth more memory than it uses. It concerns the whole process, so only programs call it, no library function.
+    fifth more memory than it uses.
     """
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(-3, LARGE)  # M_MMAP_THRESHOLD, which also ends the learning
+
+
+def known_rate(device: torch.device) -> float | None:
+    """Operations a second of the last run on such a device, as `remember_rate` kept it; None if there was none."""
+    try:
+        return float(json.loads(_rates().read_text())[_name(device)])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError):  # the last two: no such device
+        return None
+
+
+def remember_rate(device: torch.device, rate: float) -> None:
+    """Keep the rate of a run for estimates to come, in the user's cache folder; where that cannot be, do nothing."""
+    with suppress(OSError, RuntimeError):
+        path = _rates()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            rates = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            rates = {}
+        path.write_text(json.dumps({**rates, _name(device): rate}, indent=2) + "\n")
+
+
+def _rates() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featcal_fast" / "rates.json"
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def resident_bytes() -> int:

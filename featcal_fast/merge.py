@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,50 @@ from featcal_fast.checkpoints import Checkpoint, HostedExpert, TensorInfo, Tenso
 from featcal_fast.errors import ModelMismatchError
 
 
-def _average(base: Tensor, experts: Iterable[Tensor], scaling: float, count: int) -> Tensor:
-    total = torch.zeros_like(base)
-    for expert in experts:
-        total += expert
-    return total / count
+@dataclass(frozen=True)
+class Method:
+    """A merge of elements: what each expert adds to a sum, and what is made of base and sum; float32."""
+
+    add: Callable[[Tensor, Tensor], Tensor]  # expert, base
+    finish: Callable[[Tensor, Tensor, float, int], Tensor]  # base, sum, scaling, number of experts
 
 
-def _task_arithmetic(base: Tensor, experts: Iterable[Tensor], scaling: float, count: int) -> Tensor:
-    total = torch.zeros_like(base)
-    for expert in experts:
-        total += expert - base
-    return base + scaling * total
-
-
-METHODS: dict[str, Callable[[Tensor, Iterable[Tensor], float, int], Tensor]] = {
-    "average": _average,
-    "task_arithmetic": _task_arithmetic,
+METHODS = {
+    "average": Method(
+        lambda expert, _base: expert,
+        lambda _base, total, _scaling, count: total / count,
+    ),
+    "task_arithmetic": Method(
+        lambda expert, base: expert - base,
+        lambda base, total, scaling, _count: base + scaling * total,
+    ),
 }
+PART = 2**22  # elements at a time
+
+
+def _add(method: Method, total: Tensor, expert: Tensor, base: Tensor) -> None:
+    for sums, own, origin in zip(total.split(PART), expert.split(PART), base.split(PART), strict=True):
+        sums += method.add(own.float(), origin.float())
+
+
+def merge_tensor(method: Method, base: Tensor, experts: Iterable[Tensor], scaling: float, count: int) -> Tensor:
+    """One tensor merged, in the base's dtype; besides base and one expert it takes a float32 sum.
+
+    Args:
+        method: one of `METHODS`.
+        base: of any shape and floating type.
+        experts: the same tensor of each, taken one at a time.
+        scaling: of task arithmetic.
+        count: of experts.
+    """
+    flat, total = base.reshape(-1), torch.zeros(base.numel())
+    for expert in experts:
+        _add(method, total, expert.reshape(-1), flat)
+        del expert  # before the next one is read
+    merged = total if base.dtype == total.dtype else torch.empty_like(flat)
+    for out, sums, origin in zip(merged.split(PART), total.split(PART), flat.split(PART), strict=True):
+        out.copy_(method.finish(origin.float(), sums, scaling, count))
+    return merged.view_as(base)
 
 
 class MergedCheckpoint:
@@ -85,7 +112,7 @@ class MergedCheckpoint:
             base = self.base.read([name])[name]
             if base.is_floating_point():
                 experts = (self._expert_tensor(expert, name) for expert in self.experts.values())
-                base = self.method(base.float(), experts, self.scaling, len(self.experts)).to(base.dtype)
+                base = merge_tensor(self.method, base, experts, self.scaling, len(self.experts))
             merged[name] = base
         return merged
 
@@ -105,7 +132,7 @@ class MergedCheckpoint:
         own = expert.names[canonical(name)]
         # The error of compressed storage stays out of the merged model.
         read = expert.read_exactly if isinstance(expert, HostedExpert) else expert.read
-        return read([own])[own].float()
+        return read([own])[own]
 
     def _check(self, expert: TensorSource, name: str, info: TensorInfo) -> None:
         own = expert.names.get(canonical(name))

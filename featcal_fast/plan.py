@@ -50,6 +50,7 @@ class Plan:
         device: where it would compute.
         tokens: positions a task, padding included.
         exact: whether these are the data's; otherwise texts are taken to be as long as they may be.
+        chunk: samples that pass a layer at a time, at most.
         layers: one entry a layer.
         kept: weights that keep their merged values, layers folded to `*`, each with the reason.
         host, device_items: what memory holds when most of it is in use, by item, bytes; on a CPU all is `host`.
@@ -63,6 +64,7 @@ class Plan:
     device: str
     tokens: dict[str, int]
     exact: bool
+    chunk: int = 1
     layers: list[LayerPlan] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
@@ -102,6 +104,13 @@ class Plan:
     def seconds(self, rate: float) -> float:
         """Time for the arithmetic alone at `rate` operations a second, a rate that was measured."""
         return sum(self.flops.values()) / rate
+
+    @property
+    def fits(self) -> bool:
+        """Whether memory will do."""
+        return self.host_bytes <= self.host_budget and (
+            not self.device_items or self.device_bytes <= self.device_budget
+        )
 
     def check(self) -> None:
         """Raises:
@@ -147,7 +156,7 @@ class Plan:
         device = f"device {format_bytes(self.device_bytes)}, " if self.device_items else ""
         lines = [
             f"{self.calibrated} linear weights in {len(self.layers)} layers, "
-            f"{sum(self.tokens.values()):,} tokens{bound}",
+            f"{sum(self.tokens.values()):,} tokens{bound}; {self.chunk} samples a pass",
             f"peaks: {device}host {format_bytes(self.host_bytes)}, disk {format_bytes(self.disk_bytes)}; "
             f"read {format_bytes(sum(self.bytes_read.values()))}",
             f"arithmetic: {sum(self.flops.values()) / 1e12:.3g} TFLOP ({parts})",

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from featcal_kernels.configs import PANEL_BYTES
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from featcal_fast.activations import HOST, Place
 from featcal_fast.checkpoints import BitsAndBytesCheckpoint, HostedExpert, LoraExpert, TensorSource, canonical
 from featcal_fast.checkpoints import kept_bytes as kept_in_host
+from featcal_fast.checkpoints.adapter import ROWS
 from featcal_fast.drift import PROBE_SAMPLES
 from featcal_fast.errors import DataError, FeatCalError
 from featcal_fast.footprint import FirstStates, Footprint, Phantom, measure_layer
@@ -24,9 +26,10 @@ from featcal_fast.models.structure import Layer
 from featcal_fast.plan import LayerPlan, Plan, folded, format_bytes
 from featcal_fast.recipe import Recipe, RecipeLike
 from featcal_fast.sources import CheckpointSource, check_same_architecture
+from featcal_fast.tokens import TokenCounts
 
 States = dict[str, tuple[FirstStates, FirstStates]]  # the student's and the expert's, by task
-# Measured by bench/memory.py: what libraries take once they compute (threads, their buffers, code paged in).
+# Measured by bench/jobs.py: what libraries take once they compute (threads, their buffers, code paged in).
 RUNTIME = 40 * 2**20
 
 
@@ -56,7 +59,8 @@ def plan(
     models = Models(recipe)
     if recipe.out is not None:
         output_folder(recipe, models)
-    return choose_place(recipe, models, device, describe_data(recipe, models), device_memory, host_memory, scratch)[0]
+    data = describe_data(recipe, models, device)
+    return choose_place(recipe, models, device, data, device_memory, host_memory, scratch)[0]
 
 
 def choose_place(
@@ -68,16 +72,27 @@ def choose_place(
     host_memory: int | None,
     scratch: str | Path | None,
 ) -> tuple[Plan, Place]:
-    """The plan, and where hidden states wait: in `scratch` if given, on a GPU if they fit there, or on the host."""
+    """The plan, and where hidden states wait: in `scratch` if given, on a GPU if they fit there, or on the host.
+
+    Unless the recipe says how many samples pass at a time, they are halved until the job fits.
+    """
     if scratch is not None:
         places: list[Place] = [Path(scratch)]
     else:
         places = [device, HOST] if device.type == "cuda" else [HOST]
-    for place in places:
-        plan = Planner(recipe, models, device, place).plan(data, device_memory, host_memory)
-        if not plan.problems:
-            break
-    return plan, place
+    planners = [Planner(recipe, models, device, place) for place in places]
+    chunk = max(each.batch_size for each in data.values())
+    while True:
+        sizes = {task: each.resized(batch_size=chunk) for task, each in data.items()}
+        for planner in planners:
+            plan = planner.plan(sizes, device_memory, host_memory)
+            if plan.fits:
+                break
+        if plan.fits or chunk == 1 or recipe.batch_size:
+            plan.chunk = chunk
+            plan.problems = planner.problems(plan, sizes)
+            return plan, planner.place
+        chunk //= 2
 
 
 class Planner:
@@ -101,18 +116,17 @@ class Planner:
     def plan(
         self, data: Mapping[str, TaskData], device_memory: int | None = None, host_memory: int | None = None
     ) -> Plan:
-        """The plan for data of this size."""
+        """The plan for data of this size, without a word on whether it fits."""
         plan = self._measure(data)
         held = resident_bytes()
         plan.host_budget = held + available_host_bytes() if host_memory is None else host_memory
         if self.device.type == "cuda":
             free = available_device_bytes(self.device) if device_memory is None else device_memory
             plan.device_budget = free
-        plan.problems = self._problems(plan, data)
         return plan
 
     def _measure(self, data: Mapping[str, TaskData]) -> Plan:
-        states, loaded = self._first_states(data)
+        states, turns = self._first_states(data)
         counts = [
             {task: round(data[task].batches * pair[0].hidden.shape[:2].numel()) for task, pair in stage.items()}
             for stage in states
@@ -121,36 +135,44 @@ class Planner:
         plan = Plan(str(self.device), tokens, all(each.exact for each in data.values()))
         seen: dict[Any, Footprint] = {}
         for layer in self.layers:
-            positions = max(counts[layer.stage].values())
-            plan.layers.append(self._layer(layer, data, states[layer.stage], positions, seen))
+            here = TokenCounts.of(counts[layer.stage])
+            plan.layers.append(self._layer(layer, data, states[layer.stage], here, seen))
         plan.kept = folded(self._kept(plan))
         self._count_bytes(plan)
-        self._count_memory(plan, data, states, loaded)
+        self._count_memory(plan, data, states, turns)
         return plan
 
-    def _first_states(self, data: Mapping[str, TaskData]) -> tuple[list[States], int]:
-        """What enters each stage, the student's and the expert's by task; and the parameters this loads, bytes."""
+    def _first_states(self, data: Mapping[str, TaskData]) -> tuple[list[States], list[Counter[str]]]:
+        """What enters each stage, the student's and the expert's by task; and what each task's turn takes."""
         states: list[States] = []
-        largest = 0
-        sources = (self.student, *self.experts.values())
-        for source in sources:
+        turns: list[Counter[str]] = []
+        entered: dict[Any, FirstStates] = {}
+        student = _phantom(self.student)
+        for source in (self.student, *self.experts.values()):
             _phantom(source).reads.clear()
         for stage in range(len(self.student.structure.paths)):
-            before = [len(_phantom(source).reads) for source in sources]
+            start = len(student.reads)
             states.append({})
             for task, expert in self.experts.items():
+                own = _phantom(expert)
+                before = len(own.reads)
                 previous = states[-2][task] if stage else (None, None)
-                pair = (self._enter(self.student, task, data[task], stage, previous[0]),)
-                states[-1][task] = *pair, self._enter(expert, task, data[task], stage, previous[1])
-            loaded = sum(
-                source.checkpoint.tensors[name].nbytes
-                for source, start in zip(sources, before, strict=True)
-                for name in _phantom(source).reads[start:]
-            )
-            largest = max(largest, loaded)
-            for source in sources:
-                source.end_first_hidden()
-        return states, largest
+                form = _form(data[task].example)
+                if stage or "attention_mask" in data[task].example or form not in entered:  # images are all alike
+                    entered[form] = self._enter(self.student, task, data[task], stage, previous[0])
+                states[-1][task] = entered[form], self._enter(expert, task, data[task], stage, previous[1])
+                expert.end_first_hidden()
+                batch = data[task].entering * max(state.hidden.nbytes + state.call_bytes for state in states[-1][task])
+                reading = _unpacking(student.source, student.reads[start:]), _unpacking(own.source, own.reads[before:])
+                turn = {
+                    "embeddings": _loaded(student, start) + _loaded(own, before),
+                    "a batch": round(4 * batch),
+                    "reading": max(reading),
+                    "calibration data of a task": round(data[task].nbytes) if data[task].lazy else 0,
+                }
+                turns.append(Counter(turn))
+            self.student.end_first_hidden()
+        return states, turns
 
     def _enter(
         self, source: CheckpointSource, task: str, data: TaskData, stage: int, before: FirstStates | None
@@ -168,7 +190,7 @@ class Planner:
         layer: Layer,
         data: Mapping[str, TaskData],
         states: States,
-        positions: int,
+        counts: TokenCounts,
         seen: dict[Any, Footprint],
     ) -> LayerPlan:
         """Layers that are called alike with weights of one form are measured once."""
@@ -184,9 +206,7 @@ class Planner:
                 (layer.token_weights, layer.stage, layer.path if chosen else None),
             )
             if key not in seen:
-                seen[key] = measure_layer(
-                    self.student, expert, layer, states[task], positions, len(self.experts), self.recipe.settings
-                )
+                seen[key] = measure_layer(self.student, expert, layer, states[task], counts, self.recipe.settings)
             found.append(seen[key])
             # The student's second pass, through the calibrated layer, is as the expert's; the last layer needs none.
             passes = 1 if layer is self.layers[-1] else 2
@@ -196,11 +216,19 @@ class Planner:
         worst = max(found, key=lambda each: each.working)
         # An expert's block is gone when the layer is solved.
         working = max(worst.working, worst.solving - self._largest_block(layer.index))
+        if self.recipe.settings.forward_dtype == "bfloat16":  # a copy of a weight at a time
+            sizes = (2 * group.in_features * out for group in worst.layout.groups for out in group.out_features)
+            working += max(sizes, default=0)
         flops = {"forward": forward, "moments": moments, "fold": fold, "solve": worst.solve}
         return LayerPlan(layer.index, worst.layout, worst.kept, worst.system, worst.scratch, working, flops)
 
     def _largest_block(self, index: int) -> int:
         return max(_nbytes(expert, index) for expert in self.experts.values())
+
+    def _largest_pinned(self, index: int) -> int:
+        """Of two blocks in pinned memory."""
+        blocks = [expert.structure.blocks[index] for expert in self.experts.values()]
+        return 2 * max(sum(_pinned(value.nbytes) for value in block.state_dict().values()) for block in blocks)
 
     def _kept(self, plan: Plan) -> dict[str, str]:
         """Every tensor of the merged model that will not change, and why."""
@@ -260,18 +288,32 @@ class Planner:
         plan.bytes_written = {"calibrated model": self.models.nbytes}
         plan.disk = {"calibrated model": self.models.nbytes}
 
-    def _count_memory(self, plan: Plan, data: Mapping[str, TaskData], stages: list[States], loaded: int) -> None:
+    def _count_memory(
+        self, plan: Plan, data: Mapping[str, TaskData], stages: list[States], turns: list[Counter[str]]
+    ) -> None:
         """The sum of what is there all the time and of the worst moment: a first forward, a layer, or the end."""
         on_device, host, device = self.device.type != "cpu", Counter[str](), Counter[str]()
         hidden = calls = probe = batch = 0.0
         for states in stages:
             every = [(data[task].batches, state) for task, pair in states.items() for state in pair]
-            hidden = max(hidden, sum(count * state.hidden.nbytes for count, state in every))
+            pinned = on_device and self.place == HOST
+            hidden = max(
+                hidden, sum(count * (_pinned if pinned else int)(state.hidden.nbytes) for count, state in every)
+            )
             calls = max(calls, sum(count * state.call_bytes for count, state in every))
-            batch = max(batch, *(state.hidden.nbytes + state.call_bytes for _, state in every))
+            batch = max(
+                batch,
+                *(
+                    data[task].entering * (state.hidden.nbytes + state.call_bytes)
+                    for task, pair in states.items()
+                    for state in pair
+                ),
+            )
             probe = max(probe, 1.5 * sum(_of_a_probe(state) for _, state in every))  # student's twice, expert's once
-        host["interpreter and libraries"] = resident_bytes() - self._loaded(data) + RUNTIME
-        host["calibration data"] = round(sum(each.nbytes for each in data.values()))
+        there = round(sum(each.nbytes for each in data.values() if each.loaded))
+        host["interpreter and libraries"] = resident_bytes() - there + RUNTIME
+        stays = len(stages) > 1  # an encoder-decoder's inputs are needed again
+        host["calibration data"] = round(sum(each.nbytes for each in data.values() if stays or not each.lazy))
         (device if on_device and self.place == self.device else host)["masks and positions"] = round(calls)
         host["drift probe"] = round(probe)
         if isinstance(self.place, Path):
@@ -284,37 +326,41 @@ class Planner:
                 for source, own in zip(self.models.experts.values(), self.experts.values(), strict=True)
                 for name in {*_phantom(own).reads, *_block_reads(own)}
             )
-        reading = max(_unpacking(source) for source in (self.models.merged, *self.models.experts.values()))
-        largest = max(info.nbytes for info in self.models.merged.tensors.values())
-        moments = [Counter({"embeddings": loaded, "a batch": round(4 * batch)})]
+        sources = (self.student, *self.experts.values())
+        reading = max(_unpacking(_phantom(source).source, _block_reads(source)) for source in sources)
+        changed = self._changed(plan)
+        rest = [name for name in self.models.merged.tensors if name not in changed]
+        largest = max((self.models.merged.tensors[name].nbytes for name in rest), default=0)
+        largest += _unpacking(self.models.merged, rest)
+        moments = turns
         for layer in plan.layers:
-            moments.append(
-                Counter(
-                    {
-                        "blocks: student, base, expert, the next": _nbytes(self.student, layer.index)
-                        + _nbytes(self.base, layer.index)
-                        + 2 * self._largest_block(layer.index),
-                        "ridge systems": layer.system,
-                        "moments of a task": layer.scratch,
-                        "features and workspace": layer.working,
-                    }
-                )
-            )
-        worst = max(moments, key=_total)
+            blocks = _nbytes(self.student, layer.index) + _nbytes(self.base, layer.index)
+            needs = {
+                "blocks: student, base, expert": blocks + self._largest_block(layer.index),
+                "the next block": self._largest_block(layer.index),
+                "ridge systems": layer.system,
+                "moments of a task": layer.scratch,
+                "features and workspace": layer.working,
+                "reading": reading,
+            }
+            moments.append(Counter(needs))
         if on_device:
             device["a batch"] = round(batch)
-            plan.device_items = dict(device + worst)
-            block = max(self._largest_block(layer.index) for layer in plan.layers)
-            host["a block on its way"] = max(block + reading, largest)
+            device["operands of the kernels"] = PANEL_BYTES
+            # Blocks that come: as read, as pinned, and one that is still being copied.
+            arriving = [max(self._largest_pinned(layer.index) for layer in plan.layers)]
+            arriving[0] += reading + max(self._largest_block(layer.index) for layer in plan.layers)
+            for moment in moments:
+                on_host = [moment.pop(name, 0) for name in ("reading", "calibration data of a task", "the next block")]
+                arriving.append(sum(on_host[:2]))
+            host["what is on its way"] = max(largest, *arriving)
+            plan.device_items = dict(device + max(moments, key=_total))
         else:
-            host.update(max(worst + Counter({"reading": reading}), Counter({"the rest": largest}), key=_total))
+            host.update(max([*moments, Counter({"tensors that stay": largest})], key=_total))
         plan.host = {name: size for name, size in host.items() if size}
 
-    def _loaded(self, data: Mapping[str, TaskData]) -> int:
-        """Calibration data that this process holds already."""
-        return round(sum(each.nbytes for each in data.values() if each.loaded))
-
-    def _problems(self, plan: Plan, data: Mapping[str, TaskData]) -> list[str]:
+    def problems(self, plan: Plan, data: Mapping[str, TaskData]) -> list[str]:
+        """Why a plan does not fit, each with what would."""
         problems = []
         for kind, flag in (("host", "--host-memory"), ("device", "--device-memory")):
             need, budget = getattr(plan, f"{kind}_bytes"), getattr(plan, f"{kind}_budget")
@@ -329,7 +375,9 @@ class Planner:
         """The flag, or else the first single key of the recipe and its largest halving, with which the job fits."""
         if kind == "host" and plan.host_bytes - plan.host.get("hidden states", 0) <= budget:
             return "--scratch DIR, a folder on a fast disk for hidden states, would fit"
-        starts = {"batch_size": self.recipe.batch_size, "samples": self.recipe.samples}
+        starts = {"samples": self.recipe.samples}
+        if self.recipe.batch_size:
+            starts = {"batch_size": self.recipe.batch_size, **starts}
         starts |= {"max_length": self.recipe.max_length} if any("input_ids" in d.example for d in data.values()) else {}
         smallest = None
         for key, start in starts.items():
@@ -342,12 +390,23 @@ class Planner:
                 smallest = need if smallest is None else min(smallest, need)
                 value //= 2
         least = "" if smallest is None else f" (the least is {format_bytes(smallest)})"
-        return f"no smaller batch_size, samples or max_length alone would fit{least}: it takes a larger machine"
+        keys = " or ".join(starts)
+        return f"no smaller {keys} alone would fit{least}: it takes a larger machine"
 
 
 def _phantom(source: CheckpointSource) -> Phantom:
     assert isinstance(source.checkpoint, Phantom)
     return source.checkpoint
+
+
+def _pinned(nbytes: int) -> int:
+    """What torch takes for a pinned tensor: a power of two."""
+    return 1 << (max(nbytes, 1) - 1).bit_length()
+
+
+def _loaded(source: Phantom, start: int) -> int:
+    """Bytes of the parameters that were read since `start`."""
+    return sum(source.tensors[name].nbytes for name in source.reads[start:])
 
 
 def _block_reads(source: CheckpointSource) -> list[str]:
@@ -366,18 +425,25 @@ def _from_files(source: TensorSource, merging: list[str], own: list[str]) -> int
     return source.stored_bytes([*dict.fromkeys([*merging, *own]), *repeated])
 
 
-def _unpacking(source: TensorSource) -> int:
-    """Memory that reading one tensor takes besides the tensor itself."""
+def _unpacking(source: TensorSource, names: Iterable[str]) -> int:
+    """The most memory that reading one of the named tensors takes besides the tensor itself."""
+    return max((_unpacking_one(source, name) for name in dict.fromkeys(names)), default=0)
+
+
+def _unpacking_one(source: TensorSource, name: str) -> int:
+    info = source.tensors[name]
+    numel = torch.Size(info.shape).numel()
     if isinstance(source, HostedExpert):  # to compress, restore and compare
-        numel = max(torch.Size(info.shape).numel() for info in source.tensors.values())
-        return _unpacking(source.source) + (12 * numel if source.storage != "host" else 0)
+        return _unpacking_one(source.source, name) + (12 * numel if source.storage != "host" else 0)
     if isinstance(source, MergedCheckpoint):
-        largest = max(torch.Size(info.shape).numel() for info in source.tensors.values())
-        return 12 * largest + max(_unpacking(expert) for expert in source.experts.values())
+        if not info.dtype.is_floating_point:
+            return 0
+        own = ((expert, expert.names[canonical(name)]) for expert in source.experts.values())
+        return (4 + info.dtype.itemsize) * numel + max(_unpacking_one(*each) for each in own)
     if isinstance(source, LoraExpert):
-        return 8 * max((torch.Size(source.tensors[name].shape).numel() for name in source.low_rank), default=0)
-    if isinstance(source, BitsAndBytesCheckpoint):
-        return max((source.stored_bytes([name]) for name in source.packed), default=0) + 64 * 2**20
+        return 16 * min(numel, ROWS * info.shape[-1]) if name in source.low_rank else 0
+    if isinstance(source, BitsAndBytesCheckpoint) and name in source.packed:
+        return source.stored_bytes([name]) + 64 * 2**20
     return 0
 
 

@@ -8,8 +8,11 @@ from featcal_fast.report import LayerReport
 class Progress:
     """Receives a run's events; this one ignores them. The command line has one that draws."""
 
-    def start(self, layers: int, tokens: int) -> None:
-        """A run begins: so many layers, so many tokens a layer (all tasks, student and expert counted once)."""
+    def stage(self, layers: int, tokens: int) -> None:
+        """The model, or its decoder after its encoder, begins: so many layers are left, so many tokens in each.
+
+        Tokens are all tasks', student and expert counted once.
+        """
 
     def task(self, layer: int, task: str) -> None:
         """A task's turn in a layer begins."""

@@ -23,7 +23,7 @@ class GroupReport:
     Attributes:
         modules: linear modules that shared moments.
         in_features, out_features: of their weights; `out_features` is the sum.
-        space: `input` or `output`, where the right-hand side was accumulated (design 3.4).
+        space: where the right-hand side was accumulated: `input` or `output` (design 3.4), or `tokens` (3.9).
         solver: precision of the solve, and what the ladder had to add to the diagonal.
         change: `||W' - W_merged||_F / ||W_merged||_F` over the group's weights.
     """
@@ -58,6 +58,7 @@ class Report:
         layers: one entry a calibrated layer.
         kept: linear weights that keep their merged values, each with the reason.
         seconds: wall clock of the whole run.
+        flops: floating-point operations of the layers, where there was a plan.
         bytes_read: of tensors, by model, where there was a recipe.
         bytes_written: of tensors.
         storage_error: `||W_kept - W||_F / ||W||_F` of experts kept in host memory, by task (`expert_storage`).
@@ -72,6 +73,7 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    flops: float = 0.0
     bytes_read: dict[str, int] = field(default_factory=dict)
     bytes_written: dict[str, int] = field(default_factory=dict)
     storage_error: dict[str, float] = field(default_factory=dict)
@@ -84,6 +86,11 @@ class Report:
         """Number of linear weights calibrated."""
         return sum(len(group.modules) for layer in self.layers for group in layer.groups)
 
+    @property
+    def rate(self) -> float:
+        """Operations a second within the layers; 0 where they were not counted."""
+        return self.flops / max(sum(layer.seconds for layer in self.layers), 1e-9)
+
     def to_json(self) -> str:
         counts = {"calibrated_weights": self.calibrated, "linear_weights": self.calibrated + len(self.kept)}
         return json.dumps({**asdict(self), **counts}, indent=2) + "\n"
@@ -92,10 +99,10 @@ class Report:
         """One line: how many weights, how long, how much drift is left."""
         last = self.layers[-1]
         total = self.calibrated + len(self.kept)
+        rate = f" ({self.rate / 1e12:.3g} TFLOP/s)" if self.flops else ""
         return (
-            f"{self.calibrated} of {total} linear weights calibrated in {self.seconds:.1f} s; drift after "
-            "the last layer "
-            f"{last.drift_before:.3f} -> {last.drift_after:.3f}"
+            f"{self.calibrated} of {total} linear weights calibrated in {self.seconds:.1f} s{rate}; drift after the "
+            f"last layer {last.drift_before:.3f} -> {last.drift_after:.3f}"
         )
 
     def table(self) -> Table:

@@ -9,6 +9,7 @@ from typing import Any
 
 from featcal_fast.errors import RecipeError
 
+FORWARD_DTYPES = ("auto", "bfloat16")
 MOMENT_DTYPES = ("auto", "float32", "bfloat16")
 SOLVE_DTYPES = ("auto", "float32", "float64")
 Patterns = str | tuple[str, ...]
@@ -38,8 +39,11 @@ class Settings:
         covariance_eps: added to the diagonal, and the floor of the task weights' denominators.
         calibrate_bias: also update the biases of linear modules.
         calibrate_layernorm: also update LayerNorm's weight and bias (RMSNorm keeps its merged value).
+        forward_dtype: `auto` runs the models' layers as they are; `bfloat16` rounds what enters their products,
+            weights and features, to bfloat16, while hidden states, solved weights and the experts' weights in the
+            targets stay as they are. Faster where bfloat16 is, at some cost in accuracy.
         moment_dtype: what features are rounded to before their moments are taken. `auto` takes them as the
-            model computes them. Sums are always float32.
+            model multiplies them. Sums are always float32.
         solve_dtype: arithmetic of the Cholesky solve. `auto` is float32 while the bound on the condition
             number, `(tasks + lambda) / lambda`, allows it, and float64 beyond (design section 3.7).
         include: calibrate only the modules of these names: a string is a regular expression that the full name
@@ -56,6 +60,7 @@ class Settings:
     covariance_eps: float = 1e-8
     calibrate_bias: bool = True
     calibrate_layernorm: bool = True
+    forward_dtype: str = "auto"
     moment_dtype: str = "auto"
     solve_dtype: str = "auto"
     include: Patterns | None = None
@@ -75,6 +80,8 @@ class Settings:
             raise RecipeError(f"settings.teacher_alpha: found {self.teacher_alpha}, expected a value in [0, 1]")
         if self.covariance_eps <= 0:
             raise RecipeError(f"settings.covariance_eps: found {self.covariance_eps}, expected more than 0")
+        if self.forward_dtype not in FORWARD_DTYPES:
+            raise RecipeError(f"settings.forward_dtype: found {self.forward_dtype!r}, expected one of {FORWARD_DTYPES}")
         if self.moment_dtype not in MOMENT_DTYPES:
             raise RecipeError(f"settings.moment_dtype: found {self.moment_dtype!r}, expected one of {MOMENT_DTYPES}")
         if self.solve_dtype not in SOLVE_DTYPES:

@@ -6,10 +6,13 @@ The ladder, a system at a time, when a factorisation fails:
     2. Cholesky in float64, of the same system.
     3. float64 with the diagonal raised, tenfold each time, from 1e-7 of its mean; what was added is reported.
     4. SolveError. A result that is not finite is a SolveError at once: no ladder mends NaN features.
+
+A system that is solved from the token side has steps 1, 2 and 4, and buffers of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +20,18 @@ from torch import Tensor
 
 from featcal_fast.checkpoints import is_finite
 from featcal_fast.errors import SolveError
-from featcal_fast.moments import GroupSystem, LayerSystem, NormSums, TaskMoments
+from featcal_fast.moments import GroupMoments, TaskMoments
 from featcal_fast.settings import Settings
+from featcal_fast.systems import (
+    Anchor,
+    GroupSystem,
+    InputSystem,
+    LayerSystem,
+    NormSums,
+    RowSystem,
+    column_blocks,
+    matvec,
+)
 
 MAX_CONDITION_FLOAT32 = 1e4  # beyond this bound on cond(A), float32's 6e-8 leaves too few digits
 RAISES = (1e-7, 1e-6, 1e-5, 1e-4)  # of the mean of the diagonal
@@ -53,12 +66,17 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
     """
     settings, update = layer.settings, Update()
     dtype = solve_dtype(settings, tasks)
-    backups = {system.group.leader: scratch.groups[system.group.leader].s for system in layer.systems}
-    for system in layer.systems:
+    groups = [system for system in layer.systems if isinstance(system, GroupSystem)]
+    backups = {}
+    for system in groups:
+        moments = scratch.groups[system.group.leader]
+        assert isinstance(moments, GroupMoments)
         system.a.diagonal().add_(settings.ridge_lambda + settings.covariance_eps)
-        backups[system.group.leader].copy_(system.a)
+        backups[system.group.leader] = moments.s.copy_(system.a)
         for name, rows in system.rows().items():
-            system.r[rows].sub_(layer.anchor[f"{name}.weight"], alpha=settings.covariance_eps)
+            for part in column_blocks(system.group.in_features):
+                columns = layer.anchor.columns(f"{name}.weight", part)
+                system.r[rows, part].sub_(columns, alpha=settings.covariance_eps)
 
     infos = {}
     if dtype == torch.float32:
@@ -66,22 +84,27 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
             infos[size] = torch.empty(len(stack), dtype=torch.int32, device=stack.device)
             # Upper triangle of the row-major stack = lower one of its column-major view: factored where it lies.
             torch.linalg.cholesky_ex(stack.mT, out=(stack.mT, infos[size]))
-    failed = _failed(layer, infos)
-    for system in layer.systems:
+    failed = _failed(groups, infos)
+    for system in groups:
         leader = system.group.leader
         if dtype == torch.float64 or leader in failed:
             update.solver[leader] = _solve_float64(system, backups[leader])
         else:
             torch.cholesky_solve(system.r.mT, system.a.mT, out=system.r.mT)
             update.solver[leader] = "float32"
+    for rows_system in layer.systems:
+        if isinstance(rows_system, RowSystem):
+            update.solver[rows_system.group.leader] = _solve_rows(rows_system, layer.anchor, settings, dtype)
 
     _check_finite(layer.systems)
-    for system in layer.systems:
-        for name, rows in system.rows().items():
-            weight = system.r[rows].add_(layer.anchor[f"{name}.weight"])
+    for solved in layer.systems:
+        for name, rows in solved.rows().items():
+            weight = solved.r[rows]
+            for part in column_blocks(solved.group.in_features):
+                weight[:, part] += layer.anchor.columns(f"{name}.weight", part)
             update.parameters[f"{name}.weight"] = weight
-            if name in system.biases:
-                update.parameters[f"{name}.bias"] = _solve_bias(layer, system, name, weight)
+            if name in solved.biases:
+                update.parameters[f"{name}.bias"] = _solve_bias(layer, solved, name, weight)
     for name, sums in layer.norms.items():
         anchor = layer.anchor[f"{name}.weight"].double(), layer.anchor[f"{name}.bias"].double()
         gamma, beta = solve_layernorm(sums, *anchor, settings)
@@ -89,11 +112,11 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
     return update
 
 
-def _failed(layer: LayerSystem, infos: dict[int, Tensor]) -> set[str]:
+def _failed(systems: list[GroupSystem], infos: dict[int, Tensor]) -> set[str]:
     """Leaders of the groups whose factorisation stopped: one read of the device for the whole layer."""
     if not infos:
         return set()
-    order = [system.group.leader for size in infos for system in layer.systems if system.group.in_features == size]
+    order = [system.group.leader for size in infos for system in systems if system.group.in_features == size]
     flags = torch.cat(list(infos.values())).tolist()
     return {leader for leader, info in zip(order, flags, strict=True) if info != 0}
 
@@ -118,7 +141,39 @@ def _solve_float64(system: GroupSystem, backup: Tensor) -> str:
     )
 
 
-def _check_finite(systems: list[GroupSystem]) -> None:
+def _solve_rows(system: RowSystem, anchor: Anchor, settings: Settings, dtype: torch.dtype) -> str:
+    """The change from the token side, into `system.r`; float64 where float32 fails. With mu = lambda + eps,
+
+    `V' = Z' (Z Z' + mu I)^-1 (M + eps/mu Z W_a') - eps/mu W_a'`.
+    """
+    mu = settings.ridge_lambda + settings.covariance_eps
+    share = settings.covariance_eps / mu
+    anchors = [
+        (rows, part, f"{name}.weight")
+        for name, rows in system.rows().items()
+        for part in column_blocks(system.group.in_features)
+    ]
+    for each in dict.fromkeys((dtype, torch.float64)):
+        z, right = system.z.to(each), system.m.to(each, copy=True)
+        for rows, part, name in anchors:
+            right[:, rows].addmm_(z[:, part], anchor.columns(name, part).to(each).mT, alpha=share)
+        k = z @ z.mT
+        k.diagonal().add_(mu)
+        factor, info = torch.linalg.cholesky_ex(k)
+        if int(info) == 0:
+            system.r.copy_(torch.cholesky_solve(right, factor).mT @ z)
+            for rows, part, name in anchors:
+                system.r[rows, part].sub_(anchor.columns(name, part), alpha=share)
+            return f"{str(each).removeprefix('torch.')}, token side"
+    if not is_finite(system.z):
+        raise SolveError(_not_finite(system))
+    raise SolveError(
+        f"{', '.join(system.group.modules)}: the ridge system is not positive definite; use a larger ridge_lambda or "
+        "more samples"
+    )
+
+
+def _check_finite(systems: Sequence[InputSystem]) -> None:
     if not systems:
         return
     sums = torch.stack([system.r.sum() for system in systems]).isfinite().tolist()  # NaN and Inf come through
@@ -127,7 +182,7 @@ def _check_finite(systems: list[GroupSystem]) -> None:
             raise SolveError(_not_finite(system))
 
 
-def _not_finite(system: GroupSystem) -> str:
+def _not_finite(system: InputSystem) -> str:
     return (
         f"{', '.join(system.group.modules)}: the features of these modules are not finite (NaN or Inf), so "
         "no weight can be "
@@ -136,10 +191,10 @@ def _not_finite(system: GroupSystem) -> str:
     )
 
 
-def _solve_bias(layer: LayerSystem, system: GroupSystem, name: str, weight: Tensor) -> Tensor:
+def _solve_bias(layer: LayerSystem, system: InputSystem, name: str, weight: Tensor) -> Tensor:
     """`b = (sum_t w_t (b_t + W_t m_t - W m_s) + lambda b_a) / (sum_t w_t + lambda)`, float64 inside."""
     sums, ridge = system.biases[name], layer.settings.ridge_lambda
-    target = sums.target - weight.double() @ sums.student + ridge * layer.anchor[f"{name}.bias"].double()
+    target = sums.target - matvec(weight, sums.student) + ridge * layer.anchor[f"{name}.bias"].double()
     return (target / (sums.weight + ridge).clamp_min(torch.finfo(torch.float32).eps)).float()
 
 

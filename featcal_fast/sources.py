@@ -42,12 +42,12 @@ class Source(Protocol):
         ...
 
     def block(self, index: int) -> nn.Module:
-        """A block of the caller's own, on the device, in eval mode; it goes when the caller drops it."""
+        """A block of the caller's own, where its weights were, in eval mode; it goes when the caller drops it."""
         ...
 
 
 class ModuleSource:
-    """A model in memory; it is never changed. Its blocks are copied to the device one at a time."""
+    """A model in memory; it is never changed. Its blocks are copied one at a time."""
 
     def __init__(self, model: nn.Module, label: str, device: torch.device) -> None:
         self.model, self.label, self.device = model, label, device
@@ -72,7 +72,7 @@ class ModuleSource:
                 raise ModelMismatchError(
                     f"{self.label}: block {index}, {name} holds NaN or Inf; expected finite weights"
                 )
-        return block.to(self.device).eval().requires_grad_(False)
+        return block.eval().requires_grad_(False)
 
 
 class CheckpointSource:
@@ -80,7 +80,7 @@ class CheckpointSource:
 
     Args:
         checkpoint: a folder in any form, or several merged on the fly.
-        device: where blocks and hidden states go.
+        device: where hidden states go.
 
     Raises:
         UnsupportedModelError: no transformers class or no family fits.
@@ -117,7 +117,7 @@ class CheckpointSource:
     ) -> tuple[Tensor, BatchCalls]:
         if self.structure.family.relays and stage not in self._openers:
             first = next(layer.index for layer in self.structure.layers if layer.stage == stage)
-            self._openers[stage] = self.block(first)
+            self._openers[stage] = self.block(first).to(self.device)
         with STEPPING:
             return first_hidden(
                 self.structure, move(dict(batch), self.device), stage, previous, self._openers.get(stage)
@@ -143,7 +143,7 @@ class CheckpointSource:
             for name, like in block.state_dict().items()
         }
         block.load_state_dict(state, assign=True)
-        return block.to(self.device).requires_grad_(False)
+        return block.requires_grad_(False)
 
     def _load_on_first_use(self, prefix: str):
         def hook(module: nn.Module, _args: Any) -> None:

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from featcal_fast.errors import DataError
 from featcal_fast.models.family import LastLayerWeights
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """How many tokens count, in a stage: of the task with most, of all, and how many tasks there are."""
+
+    largest: int
+    total: int
+    tasks: int
+
+    @classmethod
+    def of(cls, by_task: Mapping[str, int]) -> TokenCounts:
+        return cls(max(by_task.values()), sum(by_task.values()), len(by_task))
 
 
 class Tokens:
@@ -16,19 +33,36 @@ class Tokens:
         shape: `(batch, tokens)` of the hidden states.
         device: where features will be.
         memory: the tokens of the previous stage's final output, for the modules that are given it.
+
+    Raises:
+        DataError: the mask has another shape.
     """
 
     def __init__(
         self, mask: Tensor | None, shape: tuple[int, int], device: torch.device, memory: Tokens | None = None
     ) -> None:
+        if mask is not None and tuple(mask.shape) != shape:
+            raise DataError(
+                f"mask: found shape {tuple(mask.shape)}, expected {shape}, one value a token: 1 where it counts, else 0"
+            )
         self.shape, self.memory = shape, memory
-        valid = None if mask is None else mask.reshape(-1).cpu() != 0
-        if valid is not None and (bool(valid.all()) or valid.numel() != shape[0] * shape[1]):
-            valid = None
-        self._index = None if valid is None else valid.nonzero()[:, 0]
-        self._index_on_device = None if self._index is None else self._index.to(device)
+        valid = None if mask is None else mask.cpu() != 0
+        self._valid = None if valid is None or bool(valid.all()) else valid
+        self._index = None if self._valid is None else self._valid.reshape(-1).nonzero()[:, 0].to(device)
         self._device = device
         self._weights: dict[LastLayerWeights, tuple[Tensor, float]] = {}
+        self._parts: dict[tuple[int, int], Tokens] = {}
+
+    def part(self, rows: slice) -> Tokens:
+        """The tokens of some of the batch's samples."""
+        if rows.stop - rows.start == self.shape[0]:
+            return self
+        key = rows.start, rows.stop
+        if key not in self._parts:
+            memory = None if self.memory is None else self.memory.part(rows)
+            mask = None if self._valid is None else self._valid[rows]
+            self._parts[key] = Tokens(mask, (rows.stop - rows.start, self.shape[1]), self._device, memory)
+        return self._parts[key]
 
     @property
     def count(self) -> int:
@@ -44,7 +78,7 @@ class Tokens:
         if not self.fit(x):
             raise ValueError(f"features of shape {tuple(x.shape)} do not belong to a batch of {self.shape} tokens")
         x = x.reshape(-1, x.shape[-1])
-        return x if self._index_on_device is None else x.index_select(0, self._index_on_device)
+        return x if self._index is None else x.index_select(0, self._index)
 
     def weights(self, rule: LastLayerWeights | None) -> tuple[Tensor | None, float]:
         """The diagonal of D as `[count]` float32 on the device, None where it is all ones, and its sum."""
@@ -54,6 +88,6 @@ class Tokens:
             weights = torch.full(self.shape, rule.rest, dtype=torch.float32)
             weights[:, 0] = 1.0
             flat = weights.reshape(-1)
-            flat = flat if self._index is None else flat[self._index]
+            flat = flat if self._valid is None else flat[self._valid.reshape(-1)]
             self._weights[rule] = flat.to(self._device), float(flat.double().sum())
         return self._weights[rule]

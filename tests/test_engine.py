@@ -234,3 +234,41 @@ def test_a_batch_that_the_model_cannot_take_names_its_task() -> None:
     job.batches["task1"] = [{"input_ids": torch.zeros(2, 3, dtype=torch.long)}]
     with pytest.raises(ff.FeatCalError, match=r"task task1, batch 0: .* cannot take .*input_ids"):
         ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches=job.batches)
+
+
+@pytest.mark.parametrize("kind", ["clip", "llama", "t5"])
+def test_a_bfloat16_forward_costs_some_accuracy_and_touches_nothing_else(kind: str) -> None:
+    job = pico.job(kind, 3)
+    judge = calibrated(reference.calibrate_model, job.double(), ff.Settings())
+    found = calibrated(ff.calibrate_model, job, ff.Settings(forward_dtype="bfloat16"))
+    errors = [error for error, rounding in update_errors(found, judge, job.merged).values() if rounding < 1e-6]
+    assert 1e-5 < max(errors) < 0.1
+    assert {value.dtype for value in found.state_dict().values() if value.is_floating_point()} == {torch.float32}
+
+
+def test_a_bfloat16_forward_is_not_for_float16_layers() -> None:
+    job = pico.job("clip", 1)
+    for model in (job.merged, job.base, *job.experts.values()):
+        model.half()
+    with pytest.raises(ff.FeatCalError, match=r"forward_dtype: found bfloat16 for layers of float16, expected"):
+        ff.calibrate_model(
+            job.merged,
+            base=job.base,
+            experts=job.experts,
+            batches=job.batches,
+            settings=ff.Settings(forward_dtype="bfloat16"),
+        )
+
+
+def test_what_the_process_allows_float32_products_changes_nothing() -> None:
+    job = pico.job("llama", 2)
+    before = torch.get_float32_matmul_precision()
+    exact = calibrated(ff.calibrate_model, job, ff.Settings())
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = calibrated(ff.calibrate_model, job, ff.Settings())
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for name, parameter in exact.named_parameters():
+        assert torch.equal(parameter, found.get_parameter(name)), name

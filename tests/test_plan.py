@@ -11,6 +11,7 @@ import pico
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 import featcal_fast as ff
 from featcal_fast.inputs import TaskData
@@ -51,7 +52,7 @@ def test_a_pico_llama_by_hand(recipe: dict) -> None:
 
     parameters = 2 * WIDTH * WIDTH + 2 * WIDTH * KEYS + 3 * WIDTH * INNER
     block = 4 * (parameters + 2 * WIDTH)
-    assert plan.host["blocks: student, base, expert, the next"] == 4 * block
+    assert plan.host["blocks: student, base, expert"] == 3 * block
     assert plan.host["hidden states"] == 2 * 2 * ROWS * TOKENS * WIDTH * 4
     assert plan.host["calibration data"] == 2 * 2 * ROWS * TOKENS * 8
 
@@ -128,7 +129,7 @@ def test_what_no_key_can_make_fit_says_so(recipe: dict) -> None:
     assert len(plan.problems) == 1
     assert plan.problems[0].startswith("host memory: the job needs")
     assert "but 1 MiB may be used (--host-memory)" in plan.problems[0]
-    assert "no smaller batch_size, samples or max_length alone would fit (the least is" in plan.problems[0]
+    assert "no smaller batch_size or samples or max_length alone would fit (the least is" in plan.problems[0]
 
 
 def test_the_first_key_that_fits_is_named(recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,3 +198,31 @@ def test_the_command_says_it_all_and_its_exit_code_whether_it_fits(recipe: dict,
     broken = command(str(path), "--device", "cpu")
     assert broken.returncode == 1
     assert "expert task1" in broken.stderr
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.txt"])
+def test_a_plan_refuses_what_a_run_would(name: str, recipe: dict, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("a,b\n1,2\n")
+    recipe["experts"]["task0"]["data"] = str(tmp_path / name)
+    for run in (ff.plan, ff.calibrate):
+        with pytest.raises(ff.FeatCalError, match="found the unknown file type"):
+            run(recipe)
+
+
+def test_tensors_that_are_no_model_inputs_are_left_to_the_reader(recipe: dict, tmp_path: Path) -> None:
+    save_file({"input_ids": torch.arange(8)}, tmp_path / "flat.safetensors")
+    recipe["experts"]["task0"]["data"] = str(tmp_path / "flat.safetensors")
+    assert not ff.plan({**recipe, "batch_size": None}).exact
+    with pytest.raises(ff.FeatCalError, match=r"flat.safetensors, sample \d, input_ids: found"):
+        ff.calibrate({**recipe, "batch_size": None})
+
+
+def test_a_picture_beside_tables_is_not_the_data(recipe: dict, tmp_path: Path) -> None:
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    (folder / "banner.png").write_bytes(b"")
+    (folder / "train.parquet").write_bytes(b"")
+    recipe["experts"]["task0"]["data"] = str(folder)
+    plan = ff.plan({**recipe, "samples": 32})
+    assert not plan.exact
+    assert plan.tokens["task0"] == 32 * 512

@@ -10,8 +10,10 @@ from torch import nn
 
 import featcal_fast as ff
 from featcal_fast.features import InputGroup, Layout
-from featcal_fast.moments import Anchor, LayerSystem, TaskMoments
+from featcal_fast.moments import TaskMoments
 from featcal_fast.solve import solve_layer
+from featcal_fast.systems import Anchor, LayerSystem
+from featcal_fast.tokens import TokenCounts
 
 IN, OUT, TOKENS = 48, 20, 400
 
@@ -23,10 +25,13 @@ def layer(settings: ff.Settings, features: torch.Tensor) -> tuple[LayerSystem, T
     expert = nn.ModuleDict({"fc": nn.Linear(IN, OUT)})
     layout = Layout((InputGroup(("fc",), IN, (OUT,), None),), {}, "fc")
     device = torch.device("cpu")
-    moments = TaskMoments(layout, block, len(features), settings, device)
-    system = LayerSystem(layout, Anchor(block, copy.deepcopy(block), settings.anchor_rho), settings, device)
+    counts = TokenCounts(len(features), 8 * len(features), 8)
+    moments = TaskMoments(layout, block, counts, settings, device)
+    system = LayerSystem(layout, Anchor(block, copy.deepcopy(block), settings.anchor_rho), settings, device, counts)
     with torch.no_grad():
-        moments.groups["fc"].add(features, features, [expert.fc(features)], None, len(features))
+        moments.groups["fc"].add(
+            features, features, [expert.fc(features)], None, len(features), lambda _, addition: addition()
+        )
         system.fold(moments, expert, "task")
     return system, moments, block, expert
 

@@ -1,9 +1,9 @@
 """The official demo's own code (github egangu/featcal) on a workload's folder, in a process and environment of its own.
 
-    OFFICIAL_PYTHON -m bench.workers.official CHECKOUT FOLDER OUT BATCH_SIZE
+    OFFICIAL_PYTHON -m bench.workers.official FOLDER OUT CHECKOUT
 
 It runs `CLIPFeatCalibrator.calibrate` as it is; only its data loader is replaced, to serve the workload's tensors in
-batches of the same size. Needs a transformers whose CLIPVisionModel has `.vision_model` (5.5 or older).
+batches of 16, as is its default. Needs a transformers whose CLIPVisionModel has `.vision_model` (5.5 or older).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
-def main(checkout: str, folder: str, out: str, batch_size: str) -> None:
+def main(folder: str, out: str, checkout: str) -> None:
     sys.path.insert(0, str(Path(checkout) / "src"))
     from featcal import featcal as official
 
@@ -29,7 +29,7 @@ def main(checkout: str, folder: str, out: str, batch_size: str) -> None:
     official.load_task_dataset = lambda task, *_args, **_kwargs: task
     official.make_clip_loader = lambda task, *_args, **_kwargs: task
     official.iter_limited_image_batches = lambda task, _count: iter(
-        load_file(Path(folder) / f"{task}.safetensors")["pixel_values"].split(int(batch_size))
+        load_file(Path(folder) / f"{task}.safetensors")["pixel_values"].split(16)
     )
     config = official.FeatCalConfig(lambda_ratio=0.05, anchor_blend_rho=2.0, teacher_interp_alpha=0.3)
     calibrator = official.CLIPFeatCalibrator(config, processor=None, device=torch.device("cpu"))

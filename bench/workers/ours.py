@@ -1,7 +1,4 @@
-"""featcal_fast on a workload's folder, from disk to disk, in a process of its own.
-
-python -m bench.workers.ours FOLDER OUT BATCH_SIZE
-"""
+"""featcal_fast on a workload's folder, from disk to disk: `python -m bench.workers.ours FOLDER OUT SETTINGS`."""
 
 from __future__ import annotations
 
@@ -11,23 +8,21 @@ import sys
 import time
 from pathlib import Path
 
+import transformers
+
 import featcal_fast as ff
+from featcal_fast.machine import use_whole_machine
 
 
-def main(folder: str, out: str, batch_size: str) -> None:
-    root = Path(folder)
-    tasks = sorted(path.stem for path in root.glob("*.safetensors"))
-    recipe = {
-        "base_model": str(root / "base"),
-        "merged_model": str(root / "merged"),
-        "experts": {task: {"model": str(root / task), "data": str(root / f"{task}.safetensors")} for task in tasks},
-        "settings": {"ridge_lambda": 0.05, "anchor_rho": 2.0, "teacher_alpha": 0.3},
-        "batch_size": int(batch_size),
-        "samples": 1 << 30,
-        "out": out,
-    }
+def main(folder: str, out: str, settings: str) -> None:
+    recipe = json.loads((Path(folder) / "recipe.json").read_text())
+    recipe.pop("merge")
+    recipe["merged_model"] = str(Path(folder) / "merged")
+    recipe["settings"] |= json.loads(settings)
+    use_whole_machine()  # as the command does
+    getattr(transformers, json.loads((Path(folder) / "base/config.json").read_text())["architectures"][0])  # imported
     started = time.perf_counter()
-    ff.calibrate(recipe)
+    ff.calibrate(recipe, out=out)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({"seconds": seconds, "peak_gib": peak}))

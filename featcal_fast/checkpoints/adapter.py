@@ -26,6 +26,7 @@ from featcal_fast.errors import CheckpointError, ModelMismatchError, Unsupported
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+ROWS = 2048  # of a weight that its change is formed for at a time
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
 # What makes an adapter something else than W + scale * B A, by its key in adapter_config.json.
 VARIANTS = {
@@ -143,9 +144,13 @@ class LoraExpert:
         return self.base.side_files()
 
     def _add(self, name: str, base: Tensor, low_rank: LowRank) -> Tensor:
+        """`base`, changed in place."""
         factors = self.shards.read([low_rank.a, low_rank.b])
-        change = factors[low_rank.b].float() @ factors[low_rank.a].float()
-        weight = base.float().add_(change.mT if low_rank.transposed else change, alpha=low_rank.scale).to(base.dtype)
+        # In float64: a program may have float32 products of other threads rounded (featcal_kernels.cpu).
+        b, a, weight = factors[low_rank.b].double(), factors[low_rank.a].double(), base
+        left, right = (a.mT, b.mT) if low_rank.transposed else (b, a)
+        for part, factor in zip(weight.split(ROWS), left.split(ROWS), strict=True):
+            part.copy_(part.float().add_((factor @ right).float(), alpha=low_rank.scale))
         if not is_finite(weight):
             raise CheckpointError(
                 f"{self.label}: {self.shards.where(low_rank.b)} makes {name} overflow {base.dtype}; train this adapter "

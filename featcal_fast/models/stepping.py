@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,13 @@ class BatchCalls:
         """`block`, called as the model calls block `number` of the stage: `[batch, tokens, width]` in and out."""
         out = block(hidden, *self.args[number], **self.kwargs[number])
         return out[0] if isinstance(out, tuple) else out
+
+    def part(self, rows: slice, size: int) -> BatchCalls:
+        """The calls for some of the batch's `size` samples: matrices and larger with a row a sample are cut.
+
+        A `[tokens, ...]` tensor of exactly as many tokens as samples would be cut, too; no family here is given one.
+        """
+        return _mapped(self, lambda x: x[rows] if x.ndim >= 2 and len(x) == size else x, {})
 
 
 class _Stop(Exception):
@@ -116,20 +123,36 @@ def _first_hidden(
     return first[0], calls
 
 
-def move(value: Any, device: torch.device, seen: dict[int, Any] | None = None) -> Any:
+def move(value: Any, device: torch.device) -> Any:
     """`value` with its tensors on `device`, in tuples, lists, dicts and calls; what is shared stays shared."""
-    seen = {} if seen is None else seen
+    ordered = device.type == "cuda"  # copies to a GPU stay in order by themselves; the host must wait for those from it
+    return _mapped(value, lambda tensor: tensor.to(device, non_blocking=ordered), {})
+
+
+def pinned(value: Any) -> Any:
+    """`value`, its tensors on the host in pinned memory, where there is some: copies to a GPU then need not wait."""
+
+    def pin(tensor: Tensor) -> Tensor:
+        try:
+            return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
+        except RuntimeError:  # no more of it; ordinary memory will do
+            return tensor
+
+    return _mapped(value, pin, {})
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor], seen: dict[int, Any]) -> Any:
     if id(value) in seen:
         return seen[id(value)]
     if isinstance(value, Tensor):
-        moved: Any = value.to(device)
+        mapped: Any = change(value)
     elif isinstance(value, (tuple, list)):
-        moved = type(value)(move(item, device, seen) for item in value)
+        mapped = type(value)(_mapped(item, change, seen) for item in value)
     elif isinstance(value, dict):
-        moved = {key: move(item, device, seen) for key, item in value.items()}
+        mapped = {key: _mapped(item, change, seen) for key, item in value.items()}
     elif isinstance(value, BatchCalls):
-        moved = BatchCalls(move(value.args, device, seen), move(value.kwargs, device, seen))
+        mapped = BatchCalls(_mapped(value.args, change, seen), _mapped(value.kwargs, change, seen))
     else:
-        moved = value
-    seen[id(value)] = moved
-    return moved
+        mapped = value
+    seen[id(value)] = mapped
+    return mapped

@@ -3,6 +3,7 @@
 Useful to anyone who accumulates `X'X` over chunks of activations; imports nothing of featcal_fast.
 """
 
+from featcal_kernels.cpu import allow_bf16_units
 from featcal_kernels.ops import (
     add_scaled_,
     addmm_,
@@ -13,4 +14,4 @@ from featcal_kernels.ops import (
     symmetrize_,
 )
 
-__all__ = ["add_scaled_", "addmm_", "cross_", "frobenius", "gram_", "gram_cross_", "symmetrize_"]
+__all__ = ["add_scaled_", "addmm_", "allow_bf16_units", "cross_", "frobenius", "gram_", "gram_cross_", "symmetrize_"]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+PANEL_BYTES = 512 * 2**20  # of operands that are copied to be multiplied, at a time
+
 
 @dataclass(frozen=True)
 class Tile:

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton import knobs
 
 from featcal_kernels import blas, schedule
-from featcal_kernels.configs import Arch, Tile, arch_of
+from featcal_kernels.configs import PANEL_BYTES, Arch, Tile, arch_of
 from featcal_kernels.moments_triton import descriptor_kernel, pointer_kernel, reduce_kernel
 from featcal_kernels.operands_triton import COLUMN_PAD, ROW_PAD, Operand, in_place, operand, part_rows
 from featcal_kernels.schedule import ceil_div
@@ -24,7 +24,6 @@ from featcal_kernels.triangle_triton import frobenius, symmetrize_
 
 __all__ = ["frobenius", "moments_", "symmetrize_"]
 
-PANEL_BYTES = 512 * 2**20  # of copied operands at a time
 MIN_PANEL = 4096  # tokens; shorter panels would read and write the sums too often
 REDUCE_ROWS = 16
 
@@ -70,11 +69,13 @@ def moments_(
             y_left = operand(y[tokens], dtype) if y is not None else right
             if path == "triton":
                 _launch(gram, cross, x_left, y_left, right, arch)
-                continue
-            if gram is not None:
-                blas.add_gram_(gram, x_left.parts(), right.parts())
-            if cross is not None:
-                blas.add_product_(cross, y_left.parts(), right.parts())
+            else:
+                if gram is not None:
+                    blas.add_gram_(gram, x_left.parts(), right.parts())
+                if cross is not None:
+                    blas.add_product_(cross, y_left.parts(), right.parts())
+            # The next panel takes their place: there is memory for it if there was for the first.
+            del right, x_left, y_left
 
 
 def _path(gram: Tensor | None, cross: Tensor | None, x: Tensor, dtype: torch.dtype, arch: Arch) -> str:

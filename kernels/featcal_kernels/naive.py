@@ -14,18 +14,28 @@ BLOCK = 128  # rows of the triangle at a time: (d/128 + 1) / (2 d/128) of the fu
 
 def gram_(out: Tensor, x: Tensor, weights: Tensor | None) -> Tensor:
     x = x.float()
-    if weights is not None:
-        x = x * weights.to(torch.float32).sqrt()[:, None]
-    for i in range(0, x.shape[1], BLOCK):
-        out[i : i + BLOCK, i:].addmm_(x[:, i : i + BLOCK].mT, x[:, i:])
-    return out
+    return _triangle_(out, x, _weighted(x, weights))
 
 
 def cross_(out: Tensor, y: Tensor, x: Tensor, weights: Tensor | None) -> Tensor:
-    x = x.float()
-    if weights is not None:
-        x = x * weights.to(torch.float32)[:, None]
-    return out.addmm_(y.float().mT, x)
+    return out.addmm_(y.float().mT, _weighted(x.float(), weights))
+
+
+def gram_cross_(s: Tensor, h: Tensor, x: Tensor, y: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Every copy is made before the first sum changes: who runs out of memory here can start over."""
+    x, y = x.float(), y.float()
+    right = _weighted(x, weights)
+    return _triangle_(s, x, right), h.addmm_(y.mT, right)
+
+
+def _weighted(x: Tensor, weights: Tensor | None) -> Tensor:
+    return x if weights is None else x * weights.to(torch.float32)[:, None]
+
+
+def _triangle_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    for i in range(0, left.shape[1], BLOCK):
+        out[i : i + BLOCK, i:].addmm_(left[:, i : i + BLOCK].mT, right[:, i:])
+    return out
 
 
 def frobenius(s: Tensor) -> Tensor:
@@ -52,5 +62,4 @@ def add_scaled_(out: Tensor, s: Tensor, scale: Tensor) -> Tensor:
 
 
 def addmm_(out: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    product = a.float() @ b
-    return out.addcmul_(product, scale.to(out.dtype))
+    return out.addmm_(a.float() * scale.to(torch.float32), b)

@@ -9,9 +9,9 @@ after `gram_` and `gram_cross_`, and never read by `frobenius` and `symmetrize_`
 
 How exact the products are:
 
-- 16-bit features: exact. A weighted feature that 16 bits cannot hold is split in two, good to 2^-17 in bfloat16 and
-  2^-22 in float16, which costs a second product (weights of 0 and 1 cost none); `weights * x` must lie in the range
-  of the type.
+- 16-bit features: exact. On a GPU a weighted feature that 16 bits cannot hold is split in two, good to 2^-17 in
+  bfloat16 and 2^-22 in float16, which costs a second product (weights of 0 and 1 cost none); `weights * x` must lie in
+  the range of the type. A CPU multiplies them in float32; bfloat16 in matrix units, if `allow_bf16_units` was called.
 - float32 features: `precision="bf16x3"` splits each value into two bfloat16 parts on a GPU and leaves out the
   product of the low ones, good to 4e-6; `"ieee"` multiplies in float32, many times slower. A CPU always multiplies
   in float32.
@@ -29,7 +29,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from featcal_kernels import naive
+from featcal_kernels import cpu, naive
 from featcal_kernels.configs import arch_of
 
 _INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -54,7 +54,7 @@ def gram_(out: Tensor, x: Tensor, weights: Tensor | None = None, *, precision: s
     _check_weights(weights, x)
     _check_precision(precision)
     if (gpu := _gpu(x, out)) is None:
-        return naive.gram_(out, x, weights)
+        return cpu.gram_(out, x) if cpu.takes(x, weights) else naive.gram_(out, x, weights)
     gpu.moments_(out, None, x, None, weights=weights, precision=precision)
     return out
 
@@ -77,7 +77,7 @@ def cross_(out: Tensor, y: Tensor, x: Tensor, weights: Tensor | None = None, *, 
     _check_weights(weights, x)
     _check_precision(precision)
     if (gpu := _gpu(x, out)) is None:
-        return naive.cross_(out, y, x, weights)
+        return cpu.cross_(out, y, x) if cpu.takes(x, weights) else naive.cross_(out, y, x, weights)
     gpu.moments_(None, out, x, y, weights=weights, precision=precision)
     return out
 
@@ -96,7 +96,7 @@ def gram_cross_(
     _check_weights(weights, x)
     _check_precision(precision)
     if (gpu := _gpu(x, s, h)) is None:
-        return naive.gram_(s, x, weights), naive.cross_(h, y, x, weights)
+        return cpu.gram_cross_(s, h, x, y) if cpu.takes(x, weights) else naive.gram_cross_(s, h, x, y, weights)
     gpu.moments_(s, h, x, y, weights=weights, precision=precision)
     return s, h
 

@@ -1,0 +1,48 @@
+"""A workload's folder as models and batches in memory, for workers that are no folder-to-folder engines."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+def tasks_of(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.safetensors"))
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> Any:
+    cls = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
+    return cls.from_pretrained(folder, dtype=dtype).eval()
+
+
+def load_batches(folder: Path, task: str, batch_size: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """Texts cut to the batch's longest."""
+    tensors = {
+        k: v.to(dtype) if v.is_floating_point() else v for k, v in load_file(folder / f"{task}.safetensors").items()
+    }
+    batches = [
+        {name: tensor[start : start + batch_size] for name, tensor in tensors.items()}
+        for start in range(0, len(next(iter(tensors.values()))), batch_size)
+    ]
+    for batch in batches:
+        if "attention_mask" in batch:
+            longest = int(batch["attention_mask"].sum(1).max())
+            batch |= {name: batch[name][:, :longest] for name in ("input_ids", "attention_mask")}
+    return batches
+
+
+def finish(model: nn.Module, out: str, started: float) -> None:
+    """Save the weights and say what they took; saving does not count."""
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    weights = dict(model.named_parameters())  # a tied weight once
+    save_file({name: value.detach().contiguous() for name, value in weights.items()}, out)
+    print(json.dumps({"seconds": seconds, "peak_gib": peak}))

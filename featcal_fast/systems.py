@@ -1,0 +1,262 @@
+"""A layer's running ridge systems, which each task is folded into (design sections 3.5, 3.8, 3.9).
+
+For one group, with a task's moments S and Q (`moments.py`) and w = 1 / max(||S||_F / n, eps):
+
+    A = sum_t w/n S                                                   upper triangle, [in, in]
+    R = sum_t w/n (alpha W_t Q + (W_t - W_a) S)                       [out, in], stored like a weight
+
+so that `(A + (lambda + eps) I) V' = R' - eps W_a'` gives the change V. From the token side, the tasks' rows one below
+the other,
+
+    Z = sqrt(w/n D) Xs                                                [tokens, in]
+    M = sqrt(w/n D) (alpha (Xe - Xs) W_t' + Xs (W_t - W_a)')          [tokens, out]
+
+with A = Z'Z and R' = Z'M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from featcal_kernels import add_scaled_, addmm_, frobenius, symmetrize_
+from torch import Tensor, nn
+
+from featcal_fast.errors import SolveError
+from featcal_fast.features import InputGroup, Layout
+from featcal_fast.models.linear import oriented
+from featcal_fast.moments import GroupMoments, InputMoments, NormMoments, RowMoments, TaskMoments, token_side
+from featcal_fast.settings import Settings
+from featcal_fast.tokens import TokenCounts
+
+BLOCK = 2048  # columns of a weight at a time
+
+
+class Anchor:
+    """`W_a = rho * merged + (1 - rho) * base` for a block's parameters, formed when asked for (paper eq. 11)."""
+
+    def __init__(self, merged: nn.Module, base: nn.Module, rho: float) -> None:
+        self.merged = oriented(merged)
+        self.base = oriented(base)
+        self.rho = rho
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The anchor of parameter `name`, float32."""
+        return self.columns(name, slice(None))
+
+    def columns(self, name: str, part: slice) -> Tensor:
+        """Some columns of a weight's anchor; they are all that is formed."""
+        merged = self.merged[name][..., part]
+        base = self.base[name][..., part].to(merged.device)
+        return torch.lerp(base.float(), merged.float(), self.rho).contiguous()
+
+
+def column_blocks(size: int) -> list[slice]:
+    """What a weight is taken apart into, so that no whole one is ever formed in float32."""
+    return [slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
+
+
+@dataclass
+class BiasSums:
+    """The task-weighted sums that one module's bias update needs, float64 (paper appendix G)."""
+
+    target: Tensor  # sum_t w_t (b_t + W_t m_t), [out]
+    student: Tensor  # sum_t w_t m_s, [in]
+    weight: Tensor  # sum_t w_t
+
+
+@dataclass
+class NormSums:
+    """Sums over tasks for one LayerNorm, float64, `[width]` each (design section 2)."""
+
+    energy: Tensor
+    mean: Tensor
+    target_weight: Tensor  # sum_t (e_t gamma_t + m_t beta_t)
+    target_bias: Tensor  # sum_t (m_t gamma_t + beta_t)
+    tasks: int = 0
+
+    @classmethod
+    def zero(cls, like: Tensor) -> NormSums:
+        energy, mean, target_weight, target_bias = torch.zeros(4, *like.shape, dtype=like.dtype, device=like.device)
+        return cls(energy, mean, target_weight, target_bias)
+
+
+class InputSystem:
+    """What the two kinds of system of one input group share."""
+
+    r: Tensor  # [sum of out, in]: the right-hand side, or only the place for the change
+
+    def __init__(self, group: InputGroup) -> None:
+        self.group = group
+        self.biases: dict[str, BiasSums] = {}
+
+    def rows(self) -> dict[str, slice]:
+        """Each module's rows of `r`."""
+        starts, start = {}, 0
+        for name, out in zip(self.group.modules, self.group.out_features, strict=True):
+            starts[name] = slice(start, start + out)
+            start += out
+        return starts
+
+
+class GroupSystem(InputSystem):
+    """A and R.
+
+    Args:
+        group: of modules.
+        a: `[in, in]` zeros, the upper triangle counts; a view into the layer's stack of equal sizes.
+    """
+
+    def __init__(self, group: InputGroup, a: Tensor) -> None:
+        super().__init__(group)
+        self.a = a
+        self.r = torch.zeros(sum(group.out_features), group.in_features, device=a.device)
+
+    def add(self, scratch: InputMoments, expert: Mapping[str, Tensor], anchor: Anchor, settings: Settings) -> Tensor:
+        """Add a task's sums, and use them up; its weight `w`, a scalar on the device that the host never reads."""
+        assert isinstance(scratch, GroupMoments)
+        alpha, s, t = settings.teacher_alpha, symmetrize_(scratch.s), scratch.t
+        task_weight = (frobenius(s) / scratch.n).clamp_min(settings.covariance_eps).reciprocal()
+        scale = task_weight / scratch.n
+        add_scaled_(self.a, s, scale)
+        if scratch.whole:
+            t -= s
+        for name, rows in self.rows().items():
+            stored, bias = expert[f"{name}.weight"], expert.get(f"{name}.bias")
+            if scratch.output_space:
+                if bias is not None:
+                    t[rows].addr_(bias.float(), scratch.sum_student.float(), alpha=-1)
+                add_scaled_(self.r[rows], t[rows], scale * alpha)
+            for part in column_blocks(self.group.in_features):
+                weight = stored[:, part].to(torch.float32, copy=True)
+                if scratch.output_space:
+                    weight *= 1 - alpha
+                else:
+                    addmm_(self.r[rows], stored[:, part], t[part], scale * alpha)  # 16 bits take fewer products
+                addmm_(self.r[rows], weight.sub_(anchor.columns(f"{name}.weight", part)), s[part], scale)
+        return task_weight
+
+
+class RowSystem(InputSystem):
+    """Z and M: all tasks' rows, one below the other.
+
+    Args:
+        group: of modules.
+        tokens: of all tasks.
+        device: where they live.
+    """
+
+    def __init__(self, group: InputGroup, tokens: int, device: torch.device) -> None:
+        super().__init__(group)
+        out = sum(group.out_features)
+        self._z = torch.empty(tokens, group.in_features, device=device)
+        self._m = torch.empty(tokens, out, device=device)
+        self.r = torch.empty(out, group.in_features, device=device)
+        self._filled = 0
+
+    @property
+    def z(self) -> Tensor:
+        return self._z[: self._filled]
+
+    @property
+    def m(self) -> Tensor:
+        return self._m[: self._filled]
+
+    def add(self, scratch: InputMoments, expert: Mapping[str, Tensor], anchor: Anchor, settings: Settings) -> Tensor:
+        """Add a task's rows; its weight `w`, a scalar on the device that the host never reads."""
+        assert isinstance(scratch, RowMoments)
+        xs, difference = scratch.xs, scratch.difference
+        own = slice(self._filled, self._filled + len(xs))
+        self._filled = own.stop
+        # The norm of Xs' D Xs is that of its mirror image on the token side.
+        task_weight = (frobenius(xs @ xs.mT) / scratch.n).clamp_min(settings.covariance_eps).reciprocal()
+        scale = (task_weight / scratch.n).sqrt().float()
+        torch.mul(xs, scale, out=self._z[own])
+        for name, rows in self.rows().items():
+            m = self._m[own, rows].zero_()
+            for part in column_blocks(self.group.in_features):
+                weight = expert[f"{name}.weight"][:, part].float()
+                m.addmm_(difference[:, part], weight.mT, alpha=settings.teacher_alpha)
+                m.addmm_(xs[:, part], (weight - anchor.columns(f"{name}.weight", part)).mT)
+            m *= scale
+        return task_weight
+
+
+class LayerSystem:
+    """What a layer's tasks add up to; memory does not grow with their number, unless there are very few tokens.
+
+    Args:
+        layout: of the block.
+        anchor: of the block's parameters.
+        settings: the constants.
+        device: where the sums live.
+        counts: of the tokens to come.
+    """
+
+    def __init__(
+        self, layout: Layout, anchor: Anchor, settings: Settings, device: torch.device, counts: TokenCounts
+    ) -> None:
+        self.anchor, self.settings = anchor, settings
+        self.stacks: dict[int, Tensor] = {}
+        self.systems: list[GroupSystem | RowSystem] = []
+        by_size: dict[int, list[InputGroup]] = {}
+        for group in layout.groups:
+            if token_side(group, counts):
+                self.systems.append(RowSystem(group, counts.total, device))
+            else:
+                by_size.setdefault(group.in_features, []).append(group)
+        for size, groups in sorted(by_size.items()):
+            self.stacks[size] = torch.zeros(len(groups), size, size, device=device)
+            self.systems += [GroupSystem(group, a) for a, group in zip(self.stacks[size], groups, strict=True)]
+        self.norms: dict[str, NormSums] = {}
+
+    def fold(self, moments: TaskMoments, expert: nn.Module, task: str) -> None:
+        """Add one task: `moments` is complete, `expert` is its block. The scratch is used up.
+
+        Raises:
+            SolveError: no token of the task counts.
+        """
+        parameters = oriented(expert)
+        for system in self.systems:
+            scratch = moments.groups[system.group.leader]
+            if scratch.n <= 0:
+                raise SolveError(f"task {task}: no token counts (every position is padding); check its attention_mask")
+            task_weight = system.add(scratch, parameters, self.anchor, self.settings)
+            if self.settings.calibrate_bias:
+                self._fold_biases(system, scratch, task_weight, parameters)
+        for name, norm in moments.norms.items():
+            self._fold_norm(name, norm, parameters)
+
+    def _fold_biases(
+        self, system: InputSystem, scratch: InputMoments, task_weight: Tensor, expert: Mapping[str, Tensor]
+    ) -> None:
+        mean_student, mean_expert = scratch.sum_student / scratch.n, scratch.sum_expert / scratch.n
+        mean_target = torch.lerp(mean_student, mean_expert, self.settings.teacher_alpha)
+        for name in system.group.modules:
+            bias = expert.get(f"{name}.bias")
+            if bias is None:
+                continue
+            if name not in system.biases:
+                zero = torch.zeros_like(bias, dtype=torch.float64)
+                system.biases[name] = BiasSums(zero, 0 * mean_student, 0 * task_weight)
+            sums = system.biases[name]
+            sums.target += task_weight * (bias.double() + matvec(expert[f"{name}.weight"], mean_target))
+            sums.student += task_weight * mean_student
+            sums.weight += task_weight
+
+    def _fold_norm(self, name: str, scratch: NormMoments, expert: Mapping[str, Tensor]) -> None:
+        mean, energy = scratch.mean / scratch.n, scratch.energy / scratch.n
+        gamma, beta = expert[f"{name}.weight"].double(), expert[f"{name}.bias"].double()
+        sums = self.norms.setdefault(name, NormSums.zero(mean))
+        sums.energy += energy
+        sums.mean += mean
+        sums.target_weight += energy * gamma + mean * beta
+        sums.target_bias += mean * gamma + beta
+        sums.tasks += 1
+
+
+def matvec(weight: Tensor, x: Tensor) -> Tensor:
+    """`weight @ x` in float64, `[out]`, with no copy of the whole weight."""
+    parts = column_blocks(weight.shape[1])
+    return torch.stack([weight[:, part].double() @ x[part] for part in parts]).sum(0)

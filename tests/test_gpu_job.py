@@ -1,0 +1,56 @@
+"""Jobs on a GPU: the result is the CPU's, the bits are the same each time, wherever hidden states wait."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pico
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import featcal_fast as ff
+from featcal_fast import job
+from featcal_fast.activations import HOST
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device"),
+]
+
+
+@pytest.mark.parametrize("kind", ["llama", "clip", "t5"])
+@pytest.mark.parametrize("where", ["device", "host", "file"])
+def test_it_gives_what_the_cpu_gives(kind: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = pico.save(pico.job(kind, 3), tmp_path)
+    ff.calibrate(recipe, out=tmp_path / "cpu", device="cpu")
+    if where == "host":
+        choose = job.choose_place
+        monkeypatch.setattr(job, "choose_place", lambda *args: (choose(*args)[0], HOST))
+    found = []
+    for name in ("first", "second"):
+        ff.calibrate(recipe, out=tmp_path / name, device="cuda", scratch=tmp_path if where == "file" else None)
+        found.append(load_file(tmp_path / name / "model.safetensors"))
+    merged, cpu = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "cpu"))
+    for name, weight in found[0].items():
+        assert torch.equal(weight, found[1][name]), name
+        update = (cpu[name].double() - merged[name].double()).norm()
+        if update > 1e-3 * merged[name].double().norm():
+            assert (weight.double() - cpu[name].double()).norm() < 1e-4 * update, name
+
+
+def test_memory_that_runs_out_halves_the_chunks(tmp_path: Path) -> None:
+    """A real device, made small: the layer goes on with fewer samples at a time."""
+    model = pico.job("llama", 1, hidden_size=512, intermediate_size=2048)
+    batches = {"task0": [{"input_ids": torch.randint(3, 99, (256, 200))}]}
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 0.4 * 2**30 / total))
+    try:
+        report = ff.calibrate_model(
+            model.merged, base=model.base, experts=model.experts, batches=batches, device="cuda"
+        )
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert report.tokens == {"task0": 256 * 200}
+    assert all(parameter.isfinite().all() for parameter in model.merged.parameters())
