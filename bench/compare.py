@@ -10,8 +10,8 @@ What runs, each time in a process of its own, one after the other, `--runs` time
 - `featcal_fast`, from folders to a folder, as the command does it, without Python's imports; and the same with
   `forward_dtype: bfloat16`;
 - `official`, the demo's own `calibrate` from a checkout (CLIP only), without reading models and writing the result;
-- `fusioneval`, a baseline in that benchmark's schedule (language models only; `bench/workers/fusioneval.py`);
-- `reference`, our plain torch in float32 (with `--reference`).
+- `fusioneval`, a baseline in that benchmark's schedule (Llama only; `bench/workers/fusioneval.py`);
+- `reference`, our plain torch in float32 (with `--reference`; for T5 always).
 
 `--judge` adds the reference in float64 and how far everything is from it, `||W - W64|| / ||W64 - W_merged||`, the
 largest of any parameter of a kind. It takes long for deep models. Without it the differences are from `official`, or
@@ -28,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from safetensors.torch import load_file
 
 import featcal_fast as ff
 from bench.machine import machine
-from bench.workloads import TEXT, VISION, WORKLOADS, write
+from bench.workloads import T5, TEXT, VISION, WORKLOADS, write
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS, LOWER = "featcal_fast", "featcal_fast bfloat16"
@@ -52,26 +53,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--reference", action="store_true", help="also run the plain reference in float32")
     parser.add_argument("--judge", action="store_true", help="also run it in float64, and measure errors by it")
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--samples", type=int, help="a task, in place of the workload's own number")
     parser.add_argument("--toy", action="store_true", help="tiny models; nothing is kept in bench/results")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "featcal-bench")
     args = parser.parse_args(arguments)
     for name in args.workloads:
-        if name not in WORKLOADS or WORKLOADS[name].model not in (VISION, TEXT):
-            known = ", ".join(name for name, work in WORKLOADS.items() if work.model in (VISION, TEXT))
-            parser.error(f"unknown workload {name!r}; expected one of {known}")
+        if name not in WORKLOADS:
+            parser.error(f"unknown workload {name!r}; expected one of {', '.join(WORKLOADS)}")
     console = Console()
     for name in args.workloads:
-        report = compare(name, args)
-        console.print(table(name, report))
-        path = (args.folder if args.toy else ROOT / "bench" / "results") / f"compare-{name}.json"
+        label = f"{name}-{args.samples}" if args.samples else name
+        report = compare(name, label, args)
+        console.print(table(label, report))
+        path = (args.folder if args.toy else ROOT / "bench" / "results") / f"compare-{label}.json"
         path.write_text(json.dumps(report, indent=2) + "\n")
         console.print(f"Wrote {path}", soft_wrap=True)
 
 
-def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def compare(name: str, label: str, args: argparse.Namespace) -> dict[str, Any]:
     """All ways through one workload."""
     work = WORKLOADS[name].small if args.toy else WORKLOADS[name]
-    folder = args.folder / (f"toy-{name}" if args.toy else name)
+    work = replace(work, samples=args.samples or work.samples)
+    folder = args.folder / (f"toy-{label}" if args.toy else label)
     recipe = write(work, folder)
     if not (folder / "merged").exists():
         ff.merge(recipe, out=folder / "merged")
@@ -83,9 +86,9 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
         workers[LOWER] = ["ours", '{"forward_dtype": "bfloat16"}']
     if work.model == TEXT:
         workers["fusioneval"] = ["fusioneval"]
-    elif args.official:
+    elif args.official and work.model == VISION:
         workers["official"] = ["official", str(args.official)]
-    if args.reference:
+    if args.reference or work.model == T5:
         workers["reference"] = ["reference", "float32"]
 
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in workers}

@@ -75,7 +75,6 @@ VISION, TEXT, T5 = "CLIPVisionModel", "LlamaForCausalLM", "T5ForConditionalGener
 WORKLOADS = {
     "clip-small": Workload(VISION, SMALL, 3, toy=CLIP_TOY),
     "clip-b32-shallow": Workload(VISION, {**B32, "num_hidden_layers": 2}, 8, toy=CLIP_TOY),
-    "clip-b32-64": Workload(VISION, B32, 8, toy=CLIP_TOY),
     "clip-b32": Workload(VISION, B32, 8, samples=256, toy=CLIP_TOY),
     "clip-l14": Workload(VISION, L14, 8, samples=256, toy=CLIP_TOY),
     "flan-t5-base": Workload(

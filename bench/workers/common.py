@@ -19,6 +19,17 @@ def tasks_of(folder: Path) -> list[str]:
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """A model in eval mode; a LoRA adapter's is the base beside it with `alpha / r * B A` on the weights it names."""
+    if (folder / "adapter_config.json").exists():
+        config = json.loads((folder / "adapter_config.json").read_text())
+        model, factors = load_model(folder.parent / "base", dtype), load_file(folder / "adapter_model.safetensors")
+        with torch.no_grad():
+            for name, a in factors.items():
+                if ".lora_A." in name:
+                    change = factors[name.replace("lora_A", "lora_B")].to(dtype) @ a.to(dtype)
+                    weight = model.get_parameter(name.removeprefix("base_model.model.").replace(".lora_A", ""))
+                    weight.add_(change, alpha=config["lora_alpha"] / config["r"])
+        return model
     cls = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
     return cls.from_pretrained(folder, dtype=dtype).eval()
 
