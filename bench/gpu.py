@@ -26,6 +26,7 @@ from featcal_kernels import add_scaled_, addmm_, frobenius, gram_cross_, symmetr
 from torch import Tensor
 
 from bench import layer
+from featcal_fast.solve import factor_, solve_
 
 RESULTS = Path(__file__).parent / "results"
 CALLS_MS = 2.0  # short calls are timed in groups of this length
@@ -237,6 +238,50 @@ def fold(run: Run) -> Table:
     return Table("Folding a task: sums [d, d], weights [m, d]", rows, notes)
 
 
+def solve(run: Run) -> Table:
+    """Ridge systems of equal size, by Cholesky in place, and by LU as the reference implementations solve them."""
+    sizes = ((32, 48, 2),) if run.dry else ((768, 768, 3), (1024, 1024, 3), (4096, 4096, 3), (14336, 4096, 1))
+    notes = [
+        "ms, with a copy of each side: all factored in one call, in one call each; both triangular solves; LU of all.",
+        "extra MiB: the most that factoring one by one and solving allocates.",
+    ]
+    return Table("Systems [d, d] with m right-hand sides", [_solve_row(*size, run) for size in sizes], notes)
+
+
+def _solve_row(d: int, m: int, count: int, run: Run) -> dict[str, Any]:
+    x = torch.randn(2 * d, d, device=run.device)
+    systems = (x.mT @ x / len(x) + 0.1 * torch.eye(d, device=run.device)).expand(count, d, d).contiguous()
+    rights = torch.randn(count, m, d, device=run.device)
+    a, r, factors = torch.empty_like(systems), torch.empty_like(rights), systems.clone()
+    for factor in factors:
+        factor_(factor)
+
+    def one_by_one() -> None:
+        for each in a.copy_(systems):
+            factor_(each)
+
+    def solved() -> None:
+        r.copy_(rights)
+        for factor, right in zip(factors, r, strict=True):
+            solve_(factor, right.mT)
+
+    variants: dict[str, Callable[[], object]] = {
+        "one call": lambda: factor_(a.copy_(systems)),
+        "one by one": one_by_one,
+        "solves": solved,
+        "LU": lambda: torch.linalg.solve(systems, rights.mT),
+    }
+    ms = measure(variants, run, 0.3)
+    extra = None
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        one_by_one(), solved()
+        extra = (torch.cuda.max_memory_allocated() - before) / 2**20
+    ours = min(ms["one call"], ms["one by one"]) + ms["solves"]
+    return {"systems": count, "d": d, "m": m, **ms, "LU/ours": ms["LU"] / ours, "extra MiB": extra}
+
+
 def llama_layer(run: Run) -> Table:
     """A whole Llama-3.1-8B-shaped layer, five tasks of 32k tokens: the engine, and two reference schedules."""
     work = layer.Workload(run.device, run.dry)
@@ -271,7 +316,12 @@ def llama_layer(run: Run) -> Table:
     return Table("One Llama-3.1-8B-shaped layer, milliseconds", rows, notes)
 
 
-SECTIONS: dict[str, Callable[[Run], Table]] = {"moments": moments, "fold": fold, "llama_layer": llama_layer}
+SECTIONS: dict[str, Callable[[Run], Table]] = {
+    "moments": moments,
+    "fold": fold,
+    "solve": solve,
+    "llama_layer": llama_layer,
+}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

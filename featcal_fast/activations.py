@@ -1,11 +1,16 @@
-"""Hidden states between layers: a stream for each model and task, on the device, in host memory or on disk."""
+"""Hidden states between layers: a stream for each model and task, on the device, in host memory or on disk.
+
+Where they do not wait on the device, the next chunk's arrive and the last one's leave while a chunk is computed.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +18,7 @@ from torch import Tensor, nn
 from featcal_fast.errors import DataError, FeatCalError, OutputError
 from featcal_fast.models.stepping import BatchCalls, move, pinned
 from featcal_fast.sources import Source
+from featcal_fast.transfers import Transfer, Transfers, on_host
 
 Place = torch.device | Path  # of hidden states: a device's memory, or a folder for scratch files
 HOST = torch.device("cpu")
@@ -25,16 +31,18 @@ class Stream:
         source: the model, whose own forward gives the states that enter a stage's first block.
         task: its name.
         device: where blocks run.
+        transfers: what brings states there and back.
         place: where hidden states wait meanwhile. Files in a folder have no name there and go with the process.
     """
 
-    def __init__(self, source: Source, task: str, device: torch.device, place: Place = HOST) -> None:
+    def __init__(
+        self, source: Source, task: str, device: torch.device, transfers: Transfers, place: Place = HOST
+    ) -> None:
         self.device = device
-        self._source, self._task, self._place = source, task, place
-        self._states: _ScratchFile | _Memory | None = None
+        self._source, self._task, self._transfers, self._place = source, task, transfers, place
+        self._states: _Here | _Away | None = None
         self._calls: list[BatchCalls] = []
         self._shapes: list[tuple[int, int]] = []
-        self._parts: list[Tensor] = []
 
     def enter(self, stage: int, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Go on to a stage's first block; the states at hand left the last block of the stage before it.
@@ -47,7 +55,7 @@ class Stream:
         self._states = self._new_place()
         self._calls, self._shapes = [], []
         for number, batch in enumerate(batches):
-            previous = None if before is None else before.load(number).to(self.device, non_blocking=True)
+            previous = None if before is None else before.load(number, None)
             try:
                 hidden, calls = self._source.first_hidden(batch, stage, previous)
             except (FeatCalError, torch.OutOfMemoryError):
@@ -59,7 +67,7 @@ class Stream:
                     f"{error}"
                 ) from error
             self._shapes.append((hidden.shape[0], hidden.shape[1]))
-            self._states.store(number, hidden)
+            self._states.store(number, slice(0, len(hidden)), hidden, len(hidden))
             self._calls.append(self._kept(calls))
 
     def _kept(self, calls: BatchCalls) -> BatchCalls:
@@ -67,8 +75,11 @@ class Stream:
             return move(calls, self._place)
         return pinned(move(calls, HOST)) if self.device.type == "cuda" else move(calls, HOST)
 
-    def _new_place(self) -> _ScratchFile | _Memory:
-        return _ScratchFile(self._place) if isinstance(self._place, Path) else _Memory(self._place, self.device)
+    def _new_place(self) -> _Here | _Away:
+        if self._place == self.device:
+            return _Here()
+        memory = _ScratchFile(self._place) if isinstance(self._place, Path) else _HostMemory()
+        return _Away(self.device, self._transfers, memory)
 
     def __len__(self) -> int:
         return len(self._shapes)
@@ -80,25 +91,18 @@ class Stream:
     def load(self, batch: int, rows: slice) -> tuple[Tensor, BatchCalls]:
         """The hidden states and calls of some samples of a batch, on the device."""
         assert self._states is not None
-        hidden, calls = self._states.load(batch), self._calls[batch]
-        if rows.stop - rows.start < len(hidden):
-            hidden, calls = hidden[rows], calls.part(rows, len(hidden))
-        return hidden.to(self.device, non_blocking=True), move(calls, self.device)
+        samples, calls = self._shapes[batch][0], self._calls[batch]
+        if rows.stop - rows.start < samples:
+            calls = calls.part(rows, samples)
+        return self._states.load(batch, rows), move(calls, self.device)
 
     def store(self, batch: int, rows: slice, hidden: Tensor) -> None:
         """Keep what a layer made of some samples, the ones that follow those of the call before.
 
-        A batch's old states stay until the new ones are complete: samples are taken from them again should memory run
-        out, and some layers give another dtype than they were given.
+        They are not loaded again before the whole batch is stored. Some layers give another dtype than they were given.
         """
         assert self._states is not None
-        if self._parts or rows.stop < self._shapes[batch][0]:
-            hidden = hidden.to(self._place if isinstance(self._place, torch.device) else HOST)
-        if rows.stop < self._shapes[batch][0]:
-            self._parts.append(hidden)
-        else:
-            self._states.store(batch, torch.cat([*self._parts, hidden]) if self._parts else hidden)
-            self._parts.clear()
+        self._states.store(batch, rows, hidden, self._shapes[batch][0])
 
     def advance(self, number: int, block: nn.Module, batch: int, rows: slice) -> None:
         """Run some samples of a batch through `block`, of this number in its stage, and keep the result."""
@@ -106,33 +110,121 @@ class Stream:
         self.store(batch, rows, calls.run(number, block, hidden))
 
 
-class _Memory:
-    """Batches in a device's or the host's memory.
+class _Here:
+    """Batches where blocks run. What is loaded is a view, so a batch's new states never take the old ones' place."""
 
-    On the host they are pinned if they come from a GPU: copies then run in order with the computation, which neither
-    side waits for. So the host must not read them.
-    """
-
-    def __init__(self, place: torch.device, device: torch.device) -> None:
-        self._place = place
-        self._pinned = place == HOST and device.type == "cuda"
+    def __init__(self) -> None:
         self._states: dict[int, Tensor] = {}
+        self._parts: list[Tensor] = []
 
-    def store(self, batch: int, hidden: Tensor) -> None:
-        if not self._pinned:
-            self._states[batch] = hidden.to(self._place)
-            return
-        held = self._states.get(batch)
-        if held is None or held.shape != hidden.shape or held.dtype != hidden.dtype:
-            held = pinned(torch.empty(hidden.shape, dtype=hidden.dtype))
-        self._states[batch] = held.copy_(hidden, non_blocking=held.is_pinned())
+    def load(self, batch: int, rows: slice | None) -> Tensor:
+        return self._states[batch] if rows is None else self._states[batch][rows]
 
-    def load(self, batch: int) -> Tensor:
-        return self._states[batch]
+    def store(self, batch: int, rows: slice, hidden: Tensor, samples: int) -> None:
+        self._parts.append(hidden)
+        if rows.stop == samples:
+            self._states[batch] = torch.cat(self._parts) if len(self._parts) > 1 else hidden
+            self._parts.clear()
+
+
+class _Slot(NamedTuple):
+    """The room for one batch's states of one form."""
+
+    batch: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Memory(Protocol):
+    """Where batches are away from the device. Only `Transfers` call it, one job after the other."""
+
+    def write(self, slot: _Slot, rows: slice, hidden: Tensor) -> None: ...
+
+    def read(self, slot: _Slot, rows: slice, into: Tensor) -> None: ...
+
+    def drop(self, slot: _Slot) -> None: ...
+
+
+class _Away:
+    """Batches that are fetched one chunk ahead, and whose new states are stored while the next chunk is computed."""
+
+    def __init__(self, device: torch.device, transfers: Transfers, memory: _Memory) -> None:
+        self._device, self._transfers, self._memory = device, transfers, memory
+        self._slots: dict[int, _Slot] = {}
+        self._coming: tuple[int, slice, Transfer[Tensor]] | None = None
+        self._leaving: tuple[Tensor, Transfer[None]] | None = None
+
+    def load(self, batch: int, rows: slice | None) -> Tensor:
+        samples = self._slots[batch].shape[0]
+        rows = rows or slice(0, samples)
+        hidden = self._take(batch, rows)
+        size = rows.stop - rows.start
+        if rows.stop < samples:
+            following = batch, slice(rows.stop, min(rows.stop + size, samples))
+        elif batch + 1 in self._slots:
+            whole = self._slots[batch + 1].shape[0]
+            following = batch + 1, slice(0, whole if size == samples else min(size, whole))
+        else:
+            return hidden
+        self._coming = *following, self._fetch(*following)
+        return hidden
+
+    def store(self, batch: int, rows: slice, hidden: Tensor, samples: int) -> None:
+        if self._coming is not None and self._coming[0] == batch and self._coming[1].start < rows.stop:
+            self._take(batch, rows)  # out of date
+        if self._leaving is not None:
+            self._leaving[1].result()  # the memory it left is free from here on
+        slot, before = _Slot(batch, (samples, *hidden.shape[1:]), hidden.dtype), self._slots.get(batch)
+        complete = rows.stop == samples
+
+        def leave() -> None:
+            self._memory.write(slot, rows, hidden)
+            if complete and before is not None and before != slot:
+                self._memory.drop(before)
+
+        self._leaving = hidden, self._transfers.submit(leave)
+        if complete:
+            self._slots[batch] = slot
+
+    def _take(self, batch: int, rows: slice) -> Tensor:
+        coming, self._coming = self._coming, None
+        if coming is not None:
+            hidden = coming[2].result()  # even one that nobody wants: its memory is free from here on
+            if coming[:2] == (batch, rows):
+                return hidden
+        return self._fetch(batch, rows).result()
+
+    def _fetch(self, batch: int, rows: slice) -> Transfer[Tensor]:
+        slot = self._slots[batch]
+        into = torch.empty((rows.stop - rows.start, *slot.shape[1:]), dtype=slot.dtype, device=self._device)
+
+        def arrive() -> Tensor:
+            self._memory.read(slot, rows, into)
+            return into
+
+        return self._transfers.submit(arrive)
+
+
+class _HostMemory:
+    """Batches in pinned host memory."""
+
+    def __init__(self) -> None:
+        self._held: dict[_Slot, Tensor] = {}
+
+    def write(self, slot: _Slot, rows: slice, hidden: Tensor) -> None:
+        if slot not in self._held:
+            self._held[slot] = on_host(slot.shape, slot.dtype, hidden.device)
+        self._held[slot][rows].copy_(hidden, non_blocking=True)
+
+    def read(self, slot: _Slot, rows: slice, into: Tensor) -> None:
+        into.copy_(self._held[slot][rows], non_blocking=True)
+
+    def drop(self, slot: _Slot) -> None:
+        del self._held[slot]
 
 
 class _ScratchFile:
-    """Batches in an unnamed file, each in a slot of its own.
+    """Batches in an unnamed file.
 
     Read and written, not mapped: mapped pages would count as this process's memory.
     """
@@ -144,16 +236,18 @@ class _ScratchFile:
             raise OutputError(
                 f"scratch: {folder} cannot hold hidden states: {error.strerror}; choose another"
             ) from error
-        self._slots: dict[int, tuple[int, torch.Size, torch.dtype]] = {}
+        self._starts: dict[_Slot, int] = {}
         self._end = 0
 
-    def store(self, batch: int, hidden: Tensor) -> None:
-        data = hidden.to("cpu").contiguous()
-        if batch not in self._slots or self._slots[batch][1:] != (data.shape, data.dtype):
-            self._slots[batch] = self._end, data.shape, data.dtype
-            self._end += data.nbytes
-        rest = data.reshape(-1).view(torch.uint8).numpy().data.cast("B")
-        position = self._slots[batch][0]
+    def write(self, slot: _Slot, rows: slice, hidden: Tensor) -> None:
+        if slot not in self._starts:
+            self._starts[slot] = self._end
+            self._end += math.prod(slot.shape) * slot.dtype.itemsize
+        data = hidden.contiguous()
+        if hidden.is_cuda:
+            data = on_host(tuple(hidden.shape), hidden.dtype, hidden.device).copy_(hidden, non_blocking=True)
+            torch.cuda.current_stream(hidden.device).synchronize()  # the copy's own
+        rest, position = _bytes(data), self._position(slot, rows)
         try:
             while rest:
                 written = os.pwrite(self._file.fileno(), rest, position)
@@ -161,11 +255,21 @@ class _ScratchFile:
         except OSError as error:
             raise OutputError(f"scratch: hidden states cannot be written: {error.strerror}") from error
 
-    def load(self, batch: int) -> Tensor:
-        position, shape, dtype = self._slots[batch]
-        hidden = torch.empty(shape, dtype=dtype)
-        rest = hidden.reshape(-1).view(torch.uint8).numpy().data.cast("B")
+    def read(self, slot: _Slot, rows: slice, into: Tensor) -> None:
+        data = on_host(tuple(into.shape), into.dtype, into.device) if into.is_cuda else into
+        rest, position = _bytes(data), self._position(slot, rows)
         while rest:
             read = os.preadv(self._file.fileno(), [rest], position)
             rest, position = rest[read:], position + read
-        return hidden
+        if data is not into:
+            into.copy_(data, non_blocking=True)
+
+    def drop(self, slot: _Slot) -> None:
+        """Its room stays empty: batches change their form once, if at all."""
+
+    def _position(self, slot: _Slot, rows: slice) -> int:
+        return self._starts[slot] + rows.start * math.prod(slot.shape[1:]) * slot.dtype.itemsize
+
+
+def _bytes(data: Tensor) -> memoryview:
+    return data.reshape(-1).view(torch.uint8).numpy().data.cast("B")

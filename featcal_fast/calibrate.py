@@ -36,6 +36,7 @@ from featcal_fast.solve import Update, solve_layer
 from featcal_fast.sources import ModuleSource, Source, check_same_architecture
 from featcal_fast.systems import Anchor, LayerSystem
 from featcal_fast.tokens import TokenCounts, Tokens
+from featcal_fast.transfers import Transfers, on_host
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -120,17 +121,18 @@ def calibrate_source(
     _check_patterns(structure, settings)
     _check_dtypes(structure, settings)
 
-    student_streams = {task: Stream(student, task, device, place) for task in experts}
-    expert_streams = {task: Stream(expert, task, device, place) for task, expert in experts.items()}
+    transfers = Transfers(device, "hidden-states")
+    student_streams = {task: Stream(student, task, device, transfers, place) for task in experts}
+    expert_streams = {task: Stream(expert, task, device, transfers, place) for task, expert in experts.items()}
     chunks = Chunks(device, chunk, settings.forward_dtype)
-    probe = Probe(student, experts, device, chunks)
+    probe = Probe(student, experts, device, chunks, transfers)
     inputs: dict[str, Batches] = {}
     tokens: dict[str, list[Tokens]] = {}
     report = Report(settings, structure.family.name, str(device), dict.fromkeys(experts, 0))
     report.kept |= structure.outside
 
     order = ((source, layer.index) for layer in structure.layers for source in (student, base, *experts.values()))
-    with closing(progress), BlockReader(order, device) as blocks, memory_errors(device), whole_float32():
+    with closing(progress), transfers, BlockReader(order, device) as blocks, memory_errors(device), whole_float32():
         for layer in structure.layers:
             if layer.number == 0:  # a stage begins: most models have one, an encoder-decoder two
                 for task, expert in experts.items():
@@ -176,18 +178,19 @@ def calibrate_source(
             probe.advance_merged(number, block)
             groups = _group_reports(layout, moments, update, block)
             new = _load(block, update)
+            leaving = transfers.submit(partial(_to_host, new))
             probe.advance_calibrated(number, block)
-            write(index, new)
             if index < len(structure.layers) - 1:
                 for stream in student_streams.values():
                     for i in range(len(stream)):
                         chunks.each(stream.shape(i)[0], partial(stream.advance, number, block, i))
+            write(index, leaving.on_host())  # while a GPU advances
 
             done = LayerReport(index, *probe.drift(), time.perf_counter() - began, groups, list(moments.norms))
             report.layers.append(done)
             report.kept |= layout.kept
             progress.layer(done)
-            del block, anchor, system, moments, update, new  # before the next layer's are made
+            del block, anchor, system, moments, update, new, leaving  # before the next layer's are made
     report.seconds = time.perf_counter() - started
     return report
 
@@ -260,31 +263,37 @@ def see_student(
 
 
 def _load(block: nn.Module, update: Update) -> dict[str, Tensor]:
-    """Put a layer's new parameters into `block`, all at once, and return them as the block has them."""
+    """Put a layer's new parameters into `block`, all at once; they are returned as the block has them."""
     views, own = oriented(block), dict(block.named_parameters())
     for name, value in update.parameters.items():
         views[name].copy_(value)
-    return {name: own[name].to("cpu", copy=True) for name in update.parameters}
+    return {name: own[name] for name in update.parameters}
+
+
+def _to_host(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: on_host(tuple(value.shape), value.dtype, value.device).copy_(value, non_blocking=True)
+        for name, value in parameters.items()
+    }
 
 
 def _group_reports(layout: Layout, moments: TaskMoments, update: Update, merged: nn.Module) -> list[GroupReport]:
-    before = oriented(merged)
-    reports = []
+    before, changes = oriented(merged), []
     for group in layout.groups:
         names = [f"{name}.weight" for name in group.modules]
         change = torch.stack([(update.parameters[name] - before[name].float()).norm() for name in names]).norm()
-        size = torch.stack([before[name].float().norm() for name in names]).norm().clamp_min(1e-30)
-        reports.append(
-            GroupReport(
-                modules=list(group.modules),
-                in_features=group.in_features,
-                out_features=sum(group.out_features),
-                space=moments.groups[group.leader].space,
-                solver=update.solver[group.leader],
-                change=float(change / size),
-            )
+        changes.append(change / torch.stack([before[name].float().norm() for name in names]).norm().clamp_min(1e-30))
+    return [
+        GroupReport(
+            modules=list(group.modules),
+            in_features=group.in_features,
+            out_features=sum(group.out_features),
+            space=moments.groups[group.leader].space,
+            solver=update.solver[group.leader],
+            change=change,
         )
-    return reports
+        for group, change in zip(layout.groups, torch.stack(changes).tolist() if changes else [], strict=True)
+    ]
 
 
 def _tokens_of(

@@ -13,6 +13,7 @@ from featcal_fast.chunks import Chunks
 from featcal_fast.models.stepping import BatchCalls
 from featcal_fast.sources import Source
 from featcal_fast.tokens import Tokens
+from featcal_fast.transfers import Transfers
 
 PROBE_SAMPLES = 4  # a task; enough for a figure to watch, at a few per cent of a run's forward passes
 
@@ -25,12 +26,19 @@ class Probe:
     the calibrated one, end to end.
     """
 
-    def __init__(self, student: Source, experts: Mapping[str, Source], device: torch.device, chunks: Chunks) -> None:
+    def __init__(
+        self,
+        student: Source,
+        experts: Mapping[str, Source],
+        device: torch.device,
+        chunks: Chunks,
+        transfers: Transfers,
+    ) -> None:
         self._device, self._chunks = device, chunks
         self._masks = [stage.mask for stage in student.structure.family.stages]
-        self._merged = {task: Stream(student, task, device) for task in experts}
-        self._calibrated = {task: Stream(student, task, device) for task in experts}
-        self._expert = {task: Stream(expert, task, device) for task, expert in experts.items()}
+        self._merged = {task: Stream(student, task, device, transfers) for task in experts}
+        self._calibrated = {task: Stream(student, task, device, transfers) for task in experts}
+        self._expert = {task: Stream(expert, task, device, transfers) for task, expert in experts.items()}
         self._tokens: dict[str, Tokens] = {}
 
     def enter(self, stage: int, task: str, batch: Mapping[str, Tensor]) -> None:
@@ -59,17 +67,18 @@ class Probe:
 
     def drift(self) -> tuple[float, float]:
         """Drift before and after, once all three models have passed the layer."""
-        return self._distance(self._merged), self._distance(self._calibrated)
+        before, after = torch.stack([self._distance(self._merged), self._distance(self._calibrated)]).tolist()
+        return before, after
 
     def _advance(self, stream: Stream, number: int, block: nn.Module) -> None:
         self._chunks.each(stream.shape(0)[0], partial(stream.advance, number, block, 0))
 
-    def _distance(self, streams: Mapping[str, Stream]) -> float:
+    def _distance(self, streams: Mapping[str, Stream]) -> Tensor:
         distances = []
         for task, stream in streams.items():
             expert, found = (
                 self._tokens[task].rows(each.load(0, slice(0, each.shape(0)[0]))[0]).double()
                 for each in (self._expert[task], stream)
             )
-            distances.append(float((found - expert).norm() / expert.norm().clamp_min(1e-30)))
-        return sum(distances) / len(distances)
+            distances.append((found - expert).norm() / expert.norm().clamp_min(1e-30))
+        return torch.stack(distances).mean()

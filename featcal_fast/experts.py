@@ -1,23 +1,22 @@
-"""Which block comes next, already on its way: one reader thread, one block ahead of the computation."""
+"""Which block comes next, already on its way: one block ahead of the computation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from featcal_fast.models.stepping import pinned
 from featcal_fast.sources import Source
+from featcal_fast.transfers import Transfers, on_host
 
 
 class BlockReader:
-    """Hands out blocks in a given order; while one is used, the next one is read.
+    """Hands out blocks in a given order; while one is used, the next one is read and copied to the device.
 
-    The one ahead waits where its model is, in pinned memory if that is the host's and it is for a GPU, and is copied
-    when its turn comes, in order with the computation: neither the host nor the device waits for it. What goes wrong
-    while a block is read is raised when that block is asked for. Used as a context manager.
+    What goes wrong while a block is read is raised when that block is asked for. Used as a context manager.
 
     Args:
         order: the source and number of each block, in the order in which `next` will be called.
@@ -27,30 +26,50 @@ class BlockReader:
     def __init__(self, order: Iterable[tuple[Source, int]], device: torch.device) -> None:
         self._order: Iterator[tuple[Source, int]] = iter(order)
         self._device = device
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="block-reader")
-        self._coming: Future[nn.Module] | None = None
+        self._transfers = Transfers(device, "block-reader")
+        self._coming: Callable[[], nn.Module] | None = None
 
     def __enter__(self) -> BlockReader:
         self._request()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+    def __exit__(self, *error: object) -> None:
+        self._transfers.__exit__(*error)
 
     def next(self) -> nn.Module:
-        """The next block in order, on the device; blocks until it was read."""
+        """The next block in order, on the device; blocks until it was read. Blocks no longer used must be gone."""
         assert self._coming is not None, "more blocks were asked for than announced"
-        block = self._coming.result().to(self._device, non_blocking=self._device.type == "cuda")
+        block = self._coming()
         self._request()
         return block
 
     def _request(self) -> None:
         following = next(self._order, None)
-        self._coming = None if following is None else self._thread.submit(self._read, *following)
+        if following is None:
+            self._coming = None
+            return
+        source, index = following
+        if self._device.type != "cuda":
+            self._coming = self._transfers.submit(partial(source.block, index)).result
+        elif next(source.structure.blocks[index].parameters()).is_cuda:  # nothing to read: copied when its turn comes
+            self._coming = lambda: source.block(index).to(self._device)
+        else:
+            places = {
+                name: torch.empty_like(tensor, device=self._device)
+                for name, tensor in _tensors(source.structure.blocks[index]).items()
+            }
+            self._coming = self._transfers.submit(partial(_read_to, places, source, index)).result
 
-    def _read(self, source: Source, index: int) -> nn.Module:
-        block = source.block(index)
-        if self._device.type == "cuda":
-            for parameter in block.parameters():
-                parameter.data = pinned(parameter.data)
-        return block
+
+def _read_to(places: dict[str, Tensor], source: Source, index: int) -> nn.Module:
+    block = source.block(index)
+    for name, tensor in _tensors(block).items():
+        place = places[name]
+        pinned = on_host(tuple(tensor.shape), tensor.dtype, place.device).copy_(tensor)
+        place.copy_(pinned, non_blocking=True)
+        tensor.data = place
+    return block
+
+
+def _tensors(block: nn.Module) -> dict[str, Tensor]:
+    return dict(chain(block.named_parameters(), block.named_buffers()))

@@ -305,13 +305,13 @@ def _solve_flops(group: InputGroup, counts: TokenCounts) -> float:
 
 
 def _solving(layout: Layout, dtype: torch.dtype, counts: TokenCounts) -> int:
-    """Bytes beyond system and scratch: the solver's copies of one system, or in float64 of both sides twice."""
-    copies = 1 if dtype == torch.float32 else 2
+    """Bytes beyond system and scratch: none in float32, where a system is solved where it lies; else a copy of it."""
+    copies = int(dtype == torch.float64)
     needs = [0]
     for group in layout.groups:
         size, out, n = group.in_features, sum(group.out_features), counts.total
         if token_side(group, counts):
-            needs.append(dtype.itemsize * (2 * n * n + 3 * n * out + (copies - 1) * n * size))
+            needs.append(dtype.itemsize * (n * n + n * out + out * size + copies * n * size))
         else:
             needs.append(copies * dtype.itemsize * size * (size + out))
     return max(needs)

@@ -226,9 +226,9 @@ class Planner:
         return max(_nbytes(expert, index) for expert in self.experts.values())
 
     def _largest_pinned(self, index: int) -> int:
-        """Of two blocks in pinned memory."""
+        """Of three blocks in pinned memory: one being read, one being copied, and the calibrated one."""
         blocks = [expert.structure.blocks[index] for expert in self.experts.values()]
-        return 2 * max(sum(_pinned(value.nbytes) for value in block.state_dict().values()) for block in blocks)
+        return 3 * max(sum(_pinned(value.nbytes) for value in block.state_dict().values()) for block in blocks)
 
     def _kept(self, plan: Plan) -> dict[str, str]:
         """Every tensor of the merged model that will not change, and why."""
@@ -344,17 +344,19 @@ class Planner:
                 "reading": reading,
             }
             moments.append(Counter(needs))
+        ahead = 0 if self.place == self.device else 3 * batch  # the expert's and the student's next, one that leaves
+        (device if on_device else host)["hidden states on their way"] = round(ahead)
         if on_device:
             device["a batch"] = round(batch)
             device["operands of the kernels"] = PANEL_BYTES
-            # Blocks that come: as read, as pinned, and one that is still being copied.
             arriving = [max(self._largest_pinned(layer.index) for layer in plan.layers)]
             arriving[0] += reading + max(self._largest_block(layer.index) for layer in plan.layers)
+            if isinstance(self.place, Path):
+                arriving[0] += 2 * _pinned(round(batch))
             for moment in moments:
-                on_host = [moment.pop(name, 0) for name in ("reading", "calibration data of a task", "the next block")]
-                arriving.append(sum(on_host[:2]))
+                arriving.append(sum(moment.pop(name, 0) for name in ("reading", "calibration data of a task")))
             host["what is on its way"] = max(largest, *arriving)
-            plan.device_items = dict(device + max(moments, key=_total))
+            plan.device_items = {name: size for name, size in (device + max(moments, key=_total)).items() if size}
         else:
             host.update(max([*moments, Counter({"tensors that stay": largest})], key=_total))
         plan.host = {name: size for name, size in host.items() if size}

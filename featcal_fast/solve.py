@@ -2,7 +2,7 @@
 
 The ladder, a system at a time, when a factorisation fails:
 
-    1. Cholesky in the chosen precision (design 3.7), in place in the accumulated buffer.
+    1. Cholesky in the chosen precision (design 3.7), in place in the accumulated buffers: no copy of A or R is made.
     2. Cholesky in float64, of the same system.
     3. float64 with the diagonal raised, tenfold each time, from 1e-7 of its mean; what was added is reported.
     4. SolveError. A result that is not finite is a SolveError at once: no ladder mends NaN features.
@@ -35,6 +35,7 @@ from featcal_fast.systems import (
 
 MAX_CONDITION_FLOAT32 = 1e4  # beyond this bound on cond(A), float32's 6e-8 leaves too few digits
 RAISES = (1e-7, 1e-6, 1e-5, 1e-4)  # of the mean of the diagonal
+MAX_BATCHED = 1024  # cuSOLVER's batched Cholesky is made for small systems, and slow and inexact with large ones
 
 
 @dataclass
@@ -81,16 +82,14 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
     infos = {}
     if dtype == torch.float32:
         for size, stack in layer.stacks.items():
-            infos[size] = torch.empty(len(stack), dtype=torch.int32, device=stack.device)
-            # Upper triangle of the row-major stack = lower one of its column-major view: factored where it lies.
-            torch.linalg.cholesky_ex(stack.mT, out=(stack.mT, infos[size]))
+            infos[size] = torch.cat([factor_(part) for part in stack.split(len(stack) if size <= MAX_BATCHED else 1)])
     failed = _failed(groups, infos)
     for system in groups:
         leader = system.group.leader
         if dtype == torch.float64 or leader in failed:
             update.solver[leader] = _solve_float64(system, backups[leader])
         else:
-            torch.cholesky_solve(system.r.mT, system.a.mT, out=system.r.mT)
+            solve_(system.a, system.r.mT)
             update.solver[leader] = "float32"
     for rows_system in layer.systems:
         if isinstance(rows_system, RowSystem):
@@ -112,6 +111,32 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
     return update
 
 
+def factor_(a: Tensor) -> Tensor:
+    """Cholesky of `[..., n, n]` where it lies.
+
+    Args:
+        a: the upper triangle counts, which is the lower one of the column-major view that LAPACK wants; overwritten.
+
+    Returns:
+        Per matrix, 0 or where the factorisation stopped: int32 on the device.
+    """
+    info = torch.empty(a.shape[:-2], dtype=torch.int32, device=a.device)
+    torch.linalg.cholesky_ex(a.mT, out=(a.mT, info))
+    return info
+
+
+def solve_(factor: Tensor, right: Tensor) -> None:
+    """`right = A^-1 right` in place; `torch.cholesky_solve` would copy both sides.
+
+    Args:
+        factor: of A `[n, n]`, by `factor_`.
+        right: `[n, m]`, row- or column-major.
+    """
+    lower = factor.mT
+    torch.linalg.solve_triangular(lower, right, upper=False, out=right)
+    torch.linalg.solve_triangular(lower.mT, right, upper=True, out=right)
+
+
 def _failed(systems: list[GroupSystem], infos: dict[int, Tensor]) -> set[str]:
     """Leaders of the groups whose factorisation stopped: one read of the device for the whole layer."""
     if not infos:
@@ -127,10 +152,10 @@ def _solve_float64(system: GroupSystem, backup: Tensor) -> str:
     for extra in (0.0, *RAISES):
         a = backup.double()
         a.diagonal().add_(extra * mean)
-        info = torch.empty((), dtype=torch.int32, device=a.device)
-        torch.linalg.cholesky_ex(a.mT, out=(a.mT, info))
-        if int(info) == 0:
-            system.r.copy_(torch.cholesky_solve(system.r.double().mT, a.mT).mT)
+        if int(factor_(a)) == 0:
+            r = system.r.double()
+            solve_(a, r.mT)
+            system.r.copy_(r)
             return "float64" if extra == 0 else f"float64, diagonal raised by {extra:.0e} of its mean"
     if not bool(backup.triu().isfinite().all()):
         raise SolveError(_not_finite(system))
@@ -159,9 +184,9 @@ def _solve_rows(system: RowSystem, anchor: Anchor, settings: Settings, dtype: to
             right[:, rows].addmm_(z[:, part], anchor.columns(name, part).to(each).mT, alpha=share)
         k = z @ z.mT
         k.diagonal().add_(mu)
-        factor, info = torch.linalg.cholesky_ex(k)
-        if int(info) == 0:
-            system.r.copy_(torch.cholesky_solve(right, factor).mT @ z)
+        if int(factor_(k)) == 0:
+            solve_(k, right)
+            system.r.copy_(right.mT @ z)
             for rows, part, name in anchors:
                 system.r[rows, part].sub_(anchor.columns(name, part), alpha=share)
             return f"{str(each).removeprefix('torch.')}, token side"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pico
@@ -12,6 +14,8 @@ from safetensors.torch import load_file
 import featcal_fast as ff
 from featcal_fast import job
 from featcal_fast.activations import HOST
+from featcal_fast.solve import factor_, solve_
+from featcal_fast.systems import LayerSystem
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +41,50 @@ def test_it_gives_what_the_cpu_gives(kind: str, where: str, tmp_path: Path, monk
         update = (cpu[name].double() - merged[name].double()).norm()
         if update > 1e-3 * merged[name].double().norm():
             assert (weight.double() - cpu[name].double()).norm() < 1e-4 * update, name
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_a_task_passes_without_waiting_for_the_device(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host only tells the device what to do, until a layer is solved."""
+
+    def never_waits(work: Callable) -> Callable:
+        def run(*args):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return work(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return run
+
+    recipe = pico.save(pico.job("llama", 3), tmp_path)
+    if where == "host":
+        choose = job.choose_place
+        monkeypatch.setattr(job, "choose_place", lambda *args: (choose(*args)[0], HOST))
+    ff.calibrate(recipe, out=tmp_path / "first", device="cuda")  # what is found out once is known
+    loop = import_module("featcal_fast.calibrate")
+    monkeypatch.setattr(loop, "see_both", never_waits(loop.see_both))
+    monkeypatch.setattr(LayerSystem, "fold", never_waits(LayerSystem.fold))
+    ff.calibrate(recipe, out=tmp_path / "second", device="cuda")
+
+
+@torch.no_grad()
+def test_a_system_is_solved_where_it_lies() -> None:
+    n, m = 2048, 1024
+    x = torch.randn(2 * n, n, device="cuda")
+    a, r = x.mT @ x / n + torch.eye(n, device="cuda"), torch.randn(m, n, device="cuda")
+    judge = torch.linalg.solve(a.double(), r.double().mT).mT
+    factor_(a.clone())  # libraries take memory of their own, once
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    assert int(factor_(a)) == 0
+    solve_(a, r.mT)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < min(a.nbytes, r.nbytes) / 2
+    assert (r - judge).norm() < 1e-5 * judge.norm()
 
 
 def test_memory_that_runs_out_halves_the_chunks(tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import featcal_fast as ff
 from featcal_fast.features import InputGroup, Layout
 from featcal_fast.moments import TaskMoments
-from featcal_fast.solve import solve_layer
+from featcal_fast.solve import factor_, solve_, solve_layer
 from featcal_fast.systems import Anchor, LayerSystem
 from featcal_fast.tokens import TokenCounts
 
@@ -58,6 +59,23 @@ def test_the_solution_lies_where_the_right_hand_side_was() -> None:
     judge = exact(features, block, expert, settings)
     assert torch.allclose(update.parameters["fc.weight"].double(), judge, atol=1e-6)
     assert update.solver == {"fc": "float32"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("column_major", [True, False])
+def test_neither_side_of_a_system_is_copied(dtype: torch.dtype, column_major: bool) -> None:
+    torch.manual_seed(0)
+    n, m = 300, 500
+    x = torch.randn(600, n, dtype=dtype)
+    system = x.mT @ x / len(x) + 0.1 * torch.eye(n, dtype=dtype)
+    right = torch.randn(m, n, dtype=dtype).mT if column_major else torch.randn(n, m, dtype=dtype)
+    judge = torch.linalg.solve(system.double(), right.double())
+    factor = system.triu() + torch.full_like(system, 7.0).tril(-1)  # what is below the diagonal is never read
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        assert int(factor_(factor)) == 0
+        solve_(factor, right)
+    assert max(event.self_cpu_memory_usage for event in profiled.key_averages()) < 4096
+    assert (right - judge).norm() < (1e-5 if dtype == torch.float32 else 1e-13) * judge.norm()
 
 
 @torch.no_grad()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import time
 import weakref
+from itertools import pairwise
 from pathlib import Path
 
 import pico
@@ -12,10 +14,12 @@ import torch
 from torch import nn
 
 import featcal_fast as ff
-from featcal_fast.activations import Stream
+from featcal_fast.activations import Stream, _Away, _HostMemory, _ScratchFile
+from featcal_fast.errors import OutputError
 from featcal_fast.experts import BlockReader
 from featcal_fast.moments import TaskMoments
 from featcal_fast.sources import ModuleSource
+from featcal_fast.transfers import Transfers
 
 CPU = torch.device("cpu")
 
@@ -65,8 +69,8 @@ def test_an_error_while_reading_is_raised_where_the_block_is_needed() -> None:
 def test_streams_on_disk_hold_the_same_states(tmp_path: Path, dtype: torch.dtype) -> None:
     model, cpu = pico.llama().to(dtype), torch.device("cpu")
     source, batches = ModuleSource(model, "model", cpu), pico.texts(3, seed=0)
-    with torch.no_grad():
-        memory, disk = (Stream(source, "task", cpu, place) for place in (cpu, tmp_path))
+    with torch.no_grad(), Transfers(cpu, "test") as transfers:
+        memory, disk = (Stream(source, "task", cpu, transfers, place) for place in (cpu, tmp_path))
         memory.enter(0, batches)
         disk.enter(0, batches)
         for index in range(2):
@@ -78,6 +82,82 @@ def test_streams_on_disk_hold_the_same_states(tmp_path: Path, dtype: torch.dtype
                 assert torch.equal(a, b)
                 assert b.dtype == dtype
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("memory", ["host", "file"])
+def test_states_that_wait_elsewhere_are_those_that_were_stored(memory: str, tmp_path: Path) -> None:
+    """In whatever order and parts they are loaded and stored; what was fetched ahead is never stale."""
+    rng = random.Random(0)
+    with Transfers(CPU, "test") as transfers:
+        away = _Away(CPU, transfers, _HostMemory() if memory == "host" else _ScratchFile(tmp_path))
+        sizes, expected = [4, 1, 6], {}
+        for batch, size in enumerate(sizes):
+            expected[batch] = torch.randn(size, 3, 2)
+            away.store(batch, slice(0, size), expected[batch], size)
+        for _ in range(200):
+            batch = rng.randrange(3)
+            size = sizes[batch]
+            assert torch.equal(away.load(batch, None), expected[batch])
+            start = rng.randrange(size)
+            rows = slice(start, rng.randrange(start, size) + 1)
+            assert torch.equal(away.load(batch, rows), expected[batch][rows])
+            if rng.random() < 0.5:
+                dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16])  # some layers change it
+                new, parts = torch.randn(size, 3, 2).to(dtype), sorted({0, rng.randrange(size), size})
+                for first, end in pairwise(parts):
+                    if rng.random() < 0.5 and dtype == expected[batch].dtype:
+                        assert torch.equal(away.load(batch, slice(first, size)), expected[batch][first:])
+                    away.store(batch, slice(first, end), new[first:end].clone(), size)
+                expected[batch] = new
+
+
+def test_states_are_fetched_and_stored_while_a_chunk_is_computed() -> None:
+    class Slow(_HostMemory):
+        def write(self, *args) -> None:
+            time.sleep(0.02)
+            super().write(*args)
+
+        def read(self, *args) -> None:
+            time.sleep(0.02)
+            super().read(*args)
+
+    with Transfers(CPU, "test") as transfers:
+        away = _Away(CPU, transfers, Slow())
+        for batch in range(10):
+            away.store(batch, slice(0, 2), torch.zeros(2, 3), 2)
+        started = time.perf_counter()
+        for batch in range(10):
+            hidden = away.load(batch, slice(0, 2))
+            time.sleep(0.05)
+            away.store(batch, slice(0, 2), hidden + 1, 2)
+        assert time.perf_counter() - started < 1.15 * (10 * 0.05 + 0.2 + 0.02)  # 0.2: what was stored first
+
+
+def test_after_a_transfer_that_failed_none_is_carried_out() -> None:
+    def fail() -> None:
+        raise OutputError("scratch: hidden states cannot be written: No space left on device")
+
+    done = []
+    with Transfers(CPU, "test") as transfers:
+        first = transfers.submit(lambda: done.append(1))
+        failing = transfers.submit(fail)
+        after = transfers.submit(lambda: done.append(2))
+        first.result()
+        for transfer in (failing, after):
+            with pytest.raises(OutputError, match="No space left"):
+                transfer.result()
+    assert done == [1]
+
+
+def test_a_full_scratch_disk_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    recipe = pico.save(pico.job("llama", 2), tmp_path)
+    monkeypatch.setattr("os.pwrite", full)
+    with pytest.raises(ff.FeatCalError, match="scratch: hidden states cannot be written: No space left on device"):
+        ff.calibrate(recipe, out=tmp_path / "out", scratch=tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_more_blocks_are_alive_than_planned(monkeypatch: pytest.MonkeyPatch) -> None:
