@@ -200,7 +200,7 @@ class TaskData:
 
 
 def describe_data(recipe: Recipe, models: Models, device: torch.device) -> dict[str, TaskData]:
-    """Every task's size from headers, line counts and file names; texts are taken to be `max_length` tokens long.
+    """Every task's size from headers, masks, line counts and file names; texts are taken to be `max_length` tokens.
 
     Raises:
         DataError: a task's data is missing or empty.
@@ -210,6 +210,7 @@ def describe_data(recipe: Recipe, models: Models, device: torch.device) -> dict[
         samples, length = expert.samples or recipe.samples, expert.max_length or recipe.max_length
         path = _local(recipe, expert.data)
         forms, found = _forms(path, models.merged.config, length)
+        unpadded = found is not None and _unpadded(path)
         if found == 0:
             raise DataError(f"{path}: found zero samples; expected at least one")
         rows = samples if found is None else min(samples, found)
@@ -217,7 +218,8 @@ def describe_data(recipe: Recipe, models: Models, device: torch.device) -> dict[
         example = {name: torch.zeros((), dtype=dtype).expand(count, *shape) for name, (shape, dtype) in forms.items()}
         if "attention_mask" in example:
             example["attention_mask"] = torch.ones_like(example["attention_mask"])
-            example["attention_mask"][0, -1:] = 0  # padding, for what it takes to leave it out
+            if not unpadded:
+                example["attention_mask"][0, -1:] = 0  # padding, for what it takes to leave it out
         exact = found is not None and "attention_mask" not in example
         described[task] = TaskData(example, rows / count, rows, exact, count)
     return described
@@ -256,6 +258,14 @@ def _forms(path: Path | str, config: Any, max_length: int) -> tuple[Forms, int |
         return text, None  # not to be run as it is, which whoever loads it will say
     counts = {shape[0] for shape in shapes.values()}
     return {name: (shape[1:], dtypes[name]) for name, shape in shapes.items()}, min(counts, default=0)
+
+
+def _unpadded(path: Path | str) -> bool:
+    """Whether ready inputs have a mask by which every token counts: the one tensor of them whose values matter here."""
+    if isinstance(path, str) or path.suffix.lower() != ".safetensors":
+        return False
+    with safe_open(path, framework="pt") as file:
+        return "attention_mask" in file.keys() and bool(file.get_tensor("attention_mask").all())  # noqa: SIM118
 
 
 def _full_batch(forms: Forms, config: Any, device: torch.device) -> int:
