@@ -3,7 +3,7 @@
     python -m bench.compare                                  # a small CLIP and a small Llama, a few minutes
     git clone https://github.com/egangu/featcal
     python -m venv old && old/bin/pip install torch 'transformers==5.5.0' datasets pillow
-    python -m bench.compare clip-b32-64 --official featcal --official-python old/bin/python
+    python -m bench.compare clip-b32 --samples 64 --official featcal --official-python old/bin/python
 
 What runs, each time in a process of its own, one after the other, `--runs` times over:
 
@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--reference", action="store_true", help="also run the plain reference in float32")
     parser.add_argument("--judge", action="store_true", help="also run it in float64, and measure errors by it")
     parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--samples", type=int, help="a task, in place of the workload's own number")
+    for what in ("samples", "tasks"):
+        parser.add_argument(f"--{what}", type=int, help="in place of the workload's own number")
     parser.add_argument("--toy", action="store_true", help="tiny models; nothing is kept in bench/results")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "featcal-bench")
     args = parser.parse_args(arguments)
@@ -63,6 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     for name in args.workloads:
         label = f"{name}-{args.samples}" if args.samples else name
+        label += f"-{args.tasks}-tasks" if args.tasks else ""
         report = compare(name, label, args)
         console.print(table(label, report))
         path = (args.folder if args.toy else ROOT / "bench" / "results") / f"compare-{label}.json"
@@ -73,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
 def compare(name: str, label: str, args: argparse.Namespace) -> dict[str, Any]:
     """All ways through one workload."""
     work = WORKLOADS[name].small if args.toy else WORKLOADS[name]
-    work = replace(work, samples=args.samples or work.samples)
+    work = replace(work, samples=args.samples or work.samples, tasks=args.tasks or work.tasks)
     folder = args.folder / (f"toy-{label}" if args.toy else label)
     recipe = write(work, folder)
     if not (folder / "merged").exists():

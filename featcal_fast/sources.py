@@ -95,6 +95,7 @@ class CheckpointSource:
         self._tied = _tied_names(self.model, self._stored)
         self._check_blocks()
         self._loaded: list[nn.Module] = []
+        self._held: dict[str, nn.Parameter] = {}  # by the checkpoint's name: what is tied is read once
         self._openers: dict[int, nn.Module] = {}
         for name, module in self.model.named_modules():
             if not self.structure.inside(name):
@@ -129,6 +130,7 @@ class CheckpointSource:
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
         self._loaded.clear()
+        self._held.clear()
 
     def block(self, index: int) -> nn.Module:
         with STEPPING:
@@ -152,8 +154,10 @@ class CheckpointSource:
                     full = f"{prefix}.{name}" if prefix else name
                     self._check_tensor(full, parameter)
                     own = self._stored[canonical(self._tied.get(full, full))]
-                    tensor = self.checkpoint.read([own])[own].to(self.device, parameter.dtype)
-                    setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+                    if own not in self._held:
+                        tensor = self.checkpoint.read([own])[own].to(self.device, parameter.dtype)
+                        self._held[own] = nn.Parameter(tensor, requires_grad=False)
+                    setattr(module, name, self._held[own])
                     self._loaded.append(module)
 
         return hook

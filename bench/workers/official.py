@@ -9,13 +9,14 @@ batches of 16, as is its default. Needs a transformers whose CLIPVisionModel has
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from bench.workers import peak_gib
 
 
 def main(folder: str, out: str, checkout: str) -> None:
@@ -37,8 +38,7 @@ def main(folder: str, out: str, checkout: str) -> None:
     calibrator.calibrate(merged_model=merged, base_model=base, expert_models=experts, tasks=tasks)
     seconds = time.perf_counter() - started
     save_file({name: value.contiguous() for name, value in merged.state_dict().items()}, out)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"seconds": seconds, "peak_gib": peak}))
+    print(json.dumps({"seconds": seconds, "peak_gib": peak_gib()}))
 
 
 def _load(folder: Path):

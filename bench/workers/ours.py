@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import transformers
 
 import featcal_fast as ff
+from bench.workers import peak_gib
 from featcal_fast.machine import use_whole_machine
 
 
@@ -24,8 +24,7 @@ def main(folder: str, out: str, settings: str) -> None:
     started = time.perf_counter()
     ff.calibrate(recipe, out=out)
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"seconds": seconds, "peak_gib": peak}))
+    print(json.dumps({"seconds": seconds, "peak_gib": peak_gib()}))
 
 
 if __name__ == "__main__":
