@@ -42,7 +42,7 @@ def parity() -> str:
     judges = {"judge": "float64 reference"}
     for workload in COMPARISONS:
         results = _read(f"compare-{workload}")
-        lines.append(_row([f"**{workload}**", *[""] * 7]))
+        lines.append(_row([f"**{workload}**, {results['machine']['cpu']}", *[""] * 7]))
         ours = results["median"]["featcal_fast"]["seconds"]
         for way, median in results["median"].items():
             found, judge = results["difference"].get(way), judges.get(results["judge"], results["judge"])

@@ -41,7 +41,8 @@ class Settings:
         calibrate_layernorm: also update LayerNorm's weight and bias (RMSNorm keeps its merged value).
         forward_dtype: `auto` runs the models' layers as they are; `bfloat16` rounds what enters their products,
             weights and features, to bfloat16, while hidden states, solved weights and the experts' weights in the
-            targets stay as they are. Faster where bfloat16 is, at some cost in accuracy.
+            targets stay as they are. Faster where bfloat16 is, at some cost in accuracy, and not for a
+            `ridge_lambda` as small as 1e-5: the rounding then changes weights more than the calibration does.
         moment_dtype: what features are rounded to before their moments are taken. `auto` takes them as the
             model multiplies them. Sums are always float32.
         solve_dtype: arithmetic of the Cholesky solve. `auto` is float32 while the bound on the condition
