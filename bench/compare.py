@@ -5,17 +5,17 @@
     python -m venv old && old/bin/pip install torch 'transformers==5.5.0' datasets pillow
     python -m bench.compare clip-b32 --samples 64 --official featcal --official-python old/bin/python
 
-What runs, each time in a process of its own, one after the other, `--runs` times over:
+What runs, each time in a process of its own, one after the other, `--runs` times over, on the GPU if there is one:
 
-- `featcal_fast`, from folders to a folder, as the command does it, without Python's imports; and the same with
-  `forward_dtype: bfloat16`;
+- `featcal_fast`, from folders to a folder, as the command does it, without Python's imports; the same with
+  `forward_dtype: bfloat16`; and, on a GPU, with its sums in plain torch instead of Triton;
 - `official`, the demo's own `calibrate` from a checkout (CLIP only), without reading models and writing the result;
 - `fusioneval`, a baseline in that benchmark's schedule (Llama only; `bench/workers/fusioneval.py`);
 - `reference`, our plain torch in float32 (with `--reference`; for T5 always).
 
-`--judge` adds the reference in float64 and how far everything is from it, `||W - W64|| / ||W64 - W_merged||`, the
-largest of any parameter of a kind. It takes long for deep models. Without it the differences are from `official`, or
-else from `featcal_fast`.
+Differences are `||W - W'|| / ||W' - W_merged||`, the largest of any parameter of a kind; W' comes from `official`, or
+else from `featcal_fast`; with `--judge reference` from our plain torch in float64, with `--judge official` from the
+demo's code in float64. Both take long for deep models. `--count` adds a run of each that counts FLOPs (on a CPU).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from bench.machine import machine
 from bench.workloads import T5, TEXT, VISION, WORKLOADS, write
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS, LOWER = "featcal_fast", "featcal_fast bfloat16"
+OURS, LOWER, PLAIN = "featcal_fast", "featcal_fast bfloat16", "featcal_fast without Triton"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,8 +51,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--official", type=Path, help="checkout of github egangu/featcal")
     parser.add_argument("--official-python", default=sys.executable, help="a Python with transformers 5.5 or older")
     parser.add_argument("--reference", action="store_true", help="also run the plain reference in float32")
-    parser.add_argument("--judge", action="store_true", help="also run it in float64, and measure errors by it")
+    parser.add_argument("--judge", choices=["reference", "official"], help="run it in float64; measure errors by it")
+    parser.add_argument("--count", action="store_true", help="also count FLOPs")
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for what in ("samples", "tasks"):
         parser.add_argument(f"--{what}", type=int, help="in place of the workload's own number")
     parser.add_argument("--toy", action="store_true", help="tiny models; nothing is kept in bench/results")
@@ -61,10 +63,13 @@ def main(arguments: list[str] | None = None) -> None:
     for name in args.workloads:
         if name not in WORKLOADS:
             parser.error(f"unknown workload {name!r}; expected one of {', '.join(WORKLOADS)}")
+    if args.judge == "official" and args.official is None:
+        parser.error("--judge official needs --official CHECKOUT")
     console = Console()
     for name in args.workloads:
         label = f"{name}-{args.samples}" if args.samples else name
         label += f"-{args.tasks}-tasks" if args.tasks else ""
+        label += "-gpu" if args.device.startswith("cuda") else ""
         report = compare(name, label, args)
         console.print(table(label, report))
         path = (args.folder if args.toy else ROOT / "bench" / "results") / f"compare-{label}.json"
@@ -83,32 +88,46 @@ def compare(name: str, label: str, args: argparse.Namespace) -> dict[str, Any]:
     out = args.folder / f"{folder.name}-out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    workers = {OURS: ["ours", "{}"]}
+    official = args.official is not None and work.model == VISION
+    workers = {OURS: ["ours"]}
     if work.dtype == "float32":
-        workers[LOWER] = ["ours", '{"forward_dtype": "bfloat16"}']
+        workers[LOWER] = ["ours", "--settings", '{"forward_dtype": "bfloat16"}']
+    if args.device.startswith("cuda"):
+        workers[PLAIN] = ["ours", "--plain-ops"]
     if work.model == TEXT:
         workers["fusioneval"] = ["fusioneval"]
-    elif args.official and work.model == VISION:
-        workers["official"] = ["official", str(args.official)]
+    elif official:
+        workers["official"] = ["official", "--checkout", str(args.official)]
     if args.reference or work.model == T5:
-        workers["reference"] = ["reference", "float32"]
+        workers["reference"] = ["reference"]
+    judge = "official" if official else OURS
+    judges = {}
+    if args.judge == "reference":
+        judges = {"float64 reference": ["reference", "--dtype", "float64"]}
+    elif args.judge == "official" and official:
+        judges = {"official in float64": ["official", "--checkout", str(args.official), "--dtype", "float64"]}
 
+    def run(way: str, *options: str) -> dict[str, float]:
+        worker, *own = (workers | judges)[way]
+        shutil.rmtree(weights[way], ignore_errors=True)
+        python = args.official_python if worker == "official" else sys.executable
+        return _run(python, worker, folder, weights[way], *own, "--device", args.device, *options)
+
+    weights = {way: out / way.replace(" ", "-") for way in workers | judges}
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in workers}
-    weights = {way: out / way.replace(" ", "-") for way in workers}
     for _ in range(args.runs):
-        for way, (worker, *options) in workers.items():
-            shutil.rmtree(weights[way], ignore_errors=True)
-            python = args.official_python if way == "official" else sys.executable
-            runs[way].append(_run(python, worker, folder, weights[way], *options))
-    judge = "official" if "official" in workers else OURS
-    if args.judge:
-        judge, weights["judge"] = "judge", out / "judge"
-        _run(sys.executable, "reference", folder, weights["judge"], "float64")
+        for way in workers:
+            runs[way].append(run(way))
+    tflop = {way: round(run(way, "--count")["tflop"], 3) for way in workers} if args.count else {}
+    for judge in judges:
+        run(judge)
     return {
         "machine": machine(),
+        "device": args.device,
         "runs": runs,
         "median": {way: _over(statistics.median, found) for way, found in runs.items()},
         "spread": {way: _over(lambda values: max(values) - min(values), found) for way, found in runs.items()},
+        "tflop": tflop,
         "judge": judge,
         "difference": {
             way: difference(weights[way], weights[judge], folder / "merged") for way in workers if way != judge
@@ -117,16 +136,23 @@ def compare(name: str, label: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(name: str, report: dict[str, Any]) -> Table:
-    judge = "the float64 reference" if report["judge"] == "judge" else report["judge"]
-    found = Table(title=f"{name}: differences from {judge}, relative to the update")
-    found.add_column("")
-    for column in ("seconds", "times ours", "peak GiB", "weights", "biases", "LayerNorm"):
-        found.add_column(column, justify="right")
+    title = f"{name}: differences from {report['judge']}, relative to the update"
+    found = Table(title=title, box=None, padding=(0, 2, 0, 0), header_style="underline")
     ours = report["median"][OURS]["seconds"]
-    for way, median in report["median"].items():
-        seconds, errors = median["seconds"], report["difference"].get(way, {})
-        cells = [f"{errors[kind]:.1e}" if errors.get(kind) else "" for kind in ("weight", "bias", "layernorm")]
-        found.add_row(way, f"{seconds:.1f}", f"{seconds / ours:.2f}", f"{median['peak_gib']:.2f}", *cells)
+    columns: dict[str, list[str]] = {"": list(report["median"])}
+    columns["seconds"] = [f"{median['seconds']:.1f}" for median in report["median"].values()]
+    columns["x ours"] = [f"{median['seconds'] / ours:.2f}" for median in report["median"].values()]
+    columns["TFLOP"] = [f"{report['tflop'][way]:.2f}" if way in report["tflop"] else "" for way in report["median"]]
+    for label, key in (("GiB", "peak_gib"), ("on GPU", "peak_device_gib")):
+        columns[label] = [f"{median[key]:.2f}" if key in median else "" for median in report["median"].values()]
+    for label, kind in (("weights", "weight"), ("biases", "bias"), ("norms", "layernorm")):
+        errors = [report["difference"].get(way, {}).get(kind) for way in report["median"]]
+        columns[label] = [f"{error:.1e}" if error else "" for error in errors]
+    shown = {label: cells for label, cells in columns.items() if any(cells)}
+    for label in shown:
+        found.add_column(label, justify="right" if label else "left", no_wrap=True)
+    for row in zip(*shown.values(), strict=True):
+        found.add_row(*row)
     return found
 
 

@@ -75,7 +75,7 @@ def solve_bias(
 ) -> Tensor:
     """Appendix G: `b = (sum_t w_t (b_t + W_t m_t - W m_s) + lambda b_a) / (sum_t w_t + lambda)`, `W` already solved."""
     anchor = settings.anchor_rho * merged + (1 - settings.anchor_rho) * base
-    right, left = settings.ridge_lambda * anchor, torch.as_tensor(settings.ridge_lambda)
+    right, left = settings.ridge_lambda * anchor, torch.as_tensor(settings.ridge_lambda, dtype=anchor.dtype)
     for task, weight, bias in zip(stats, weights, biases, strict=True):
         w = task_weight(task.s, settings)
         right = right + w * (bias + weight @ task.mean_target - solved @ task.mean_student)

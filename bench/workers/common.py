@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-from bench.workers import peak_gib
 
 
 def tasks_of(folder: Path) -> list[str]:
@@ -51,9 +48,6 @@ def load_batches(folder: Path, task: str, batch_size: int, dtype: torch.dtype) -
     return batches
 
 
-def finish(model: nn.Module, out: str, started: float) -> None:
-    """Save the weights and say what they took; saving does not count."""
-    seconds = time.perf_counter() - started
+def save(model: nn.Module, out: Path) -> None:
     weights = dict(model.named_parameters())  # a tied weight once
-    save_file({name: value.detach().contiguous() for name, value in weights.items()}, out)
-    print(json.dumps({"seconds": seconds, "peak_gib": peak_gib()}))
+    save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, out)

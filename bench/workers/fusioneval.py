@@ -1,4 +1,4 @@
-"""A baseline in FusionEval's schedule for language models: `python -m bench.workers.fusioneval FOLDER OUT [DEVICE]`.
+"""A baseline in FusionEval's schedule for language models: `python -m bench.workers.fusioneval FOLDER OUT`.
 
 Written from a description of github Baicaihaochi/FusionEval_Benchmark (`methods/featcal`), not copied: the student is
 whole on the device, an expert comes one layer at a time from safetensors; forward in bfloat16, one text at a time in
@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
-import time
 from pathlib import Path
 
 import torch
@@ -23,7 +21,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import featcal_fast as ff
-from bench.workers.common import finish, load_batches, load_model, tasks_of
+from bench.workers import Measured, options
+from bench.workers.common import load_batches, load_model, save, tasks_of
 from featcal_fast.features import tapped
 from featcal_fast.models import find_structure
 from featcal_fast.models.stepping import BatchCalls, first_hidden, move
@@ -40,14 +39,19 @@ Sums = dict[tuple[str, ...], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def main(folder: str, out: str, device_name: str = "cpu") -> None:
-    root, device = Path(folder), torch.device(device_name)
+def main(arguments: list[str] | None = None) -> None:
+    args = options(__doc__, arguments)
+    root, device = args.folder, args.device
     settings = ff.Settings.from_dict(json.loads((root / "recipe.json").read_text())["settings"])
-    tasks = tasks_of(root)
-    student, base = load_model(root / "merged", torch.bfloat16).to(device), root / "base"
-    blocks = find_structure(student, "merged").blocks
-    started = time.perf_counter()
+    student = load_model(root / "merged", torch.bfloat16).to(device)
+    with Measured(args) as measured:
+        _calibrate(student, root, settings, device)
+    save(student, args.out)
+    measured.say()
 
+
+def _calibrate(student: nn.Module, root: Path, settings: ff.Settings, device: torch.device) -> None:
+    tasks, base, blocks = tasks_of(root), root / "base", find_structure(student, "merged").blocks
     texts = {task: [_unpadded(batch) for batch in load_batches(root, task, 1, torch.bfloat16)] for task in tasks}
     own = {task: [_enter(student, text, device) for text in texts[task]] for task in tasks}
     theirs = {}
@@ -75,7 +79,6 @@ def main(folder: str, out: str, device_name: str = "cpu") -> None:
             )
         for task in tasks:
             own[task] = [(_run(index, block, hidden, calls, device), calls) for hidden, calls in own[task]]
-    finish(student, out, started)
 
 
 def _statistics(
@@ -159,4 +162,4 @@ def _unpadded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

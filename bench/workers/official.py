@@ -1,55 +1,70 @@
 """The official demo's own code (github egangu/featcal) on a workload's folder, in a process and environment of its own.
 
-    OFFICIAL_PYTHON -m bench.workers.official FOLDER OUT CHECKOUT
+    OFFICIAL_PYTHON -m bench.workers.official FOLDER OUT --checkout CHECKOUT
 
 It runs `CLIPFeatCalibrator.calibrate` as it is; only its data loader is replaced, to serve the workload's tensors in
-batches of 16, as is its default. Needs a transformers whose CLIPVisionModel has `.vision_model` (5.5 or older).
+batches of 16, as is its default. With `--dtype float64` it computes in float64 from models and images to the solve, for
+which the `torch.float32` that its solver names is read as float64. Needs a transformers whose CLIPVisionModel has
+`.vision_model` (5.5 or older).
 """
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.workers import peak_gib
+from bench.workers import Measured, options
 
 
-def main(folder: str, out: str, checkout: str) -> None:
-    sys.path.insert(0, str(Path(checkout) / "src"))
+class _As(ModuleType):
+    """torch, but for what it calls float32."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__("torch")
+        self.float32 = dtype
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = options(__doc__, arguments)
+    sys.path.insert(0, str(args.checkout / "src"))
     from featcal import featcal as official
+    from featcal import solver
 
-    tasks = sorted(path.stem for path in Path(folder).glob("*.safetensors"))
-    base, merged = _load(Path(folder) / "base"), _load(Path(folder) / "merged")
-    experts = {task: _load(Path(folder) / task) for task in tasks}
+    solver.torch = _As(args.dtype)
+    tasks = sorted(path.stem for path in args.folder.glob("*.safetensors"))
+    base, merged = _load(args.folder / "base", args.dtype), _load(args.folder / "merged", args.dtype)
+    experts = {task: _load(args.folder / task, args.dtype) for task in tasks}
 
     official.load_task_dataset = lambda task, *_args, **_kwargs: task
     official.make_clip_loader = lambda task, *_args, **_kwargs: task
     official.iter_limited_image_batches = lambda task, _count: iter(
-        load_file(Path(folder) / f"{task}.safetensors")["pixel_values"].split(16)
+        load_file(args.folder / f"{task}.safetensors")["pixel_values"].to(args.dtype).split(16)
     )
     config = official.FeatCalConfig(lambda_ratio=0.05, anchor_blend_rho=2.0, teacher_interp_alpha=0.3)
-    calibrator = official.CLIPFeatCalibrator(config, processor=None, device=torch.device("cpu"))
-    started = time.perf_counter()
-    calibrator.calibrate(merged_model=merged, base_model=base, expert_models=experts, tasks=tasks)
-    seconds = time.perf_counter() - started
-    save_file({name: value.contiguous() for name, value in merged.state_dict().items()}, out)
-    print(json.dumps({"seconds": seconds, "peak_gib": peak_gib()}))
+    calibrator = official.CLIPFeatCalibrator(config, processor=None, device=args.device)
+    with Measured(args) as measured:
+        calibrator.calibrate(merged_model=merged, base_model=base, expert_models=experts, tasks=tasks)
+    save_file({name: value.cpu().contiguous() for name, value in merged.state_dict().items()}, args.out)
+    measured.say()
 
 
-def _load(folder: Path):
+def _load(folder: Path, dtype: torch.dtype):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     model = CLIPVisionModel(CLIPVisionConfig.from_pretrained(folder)).eval()
     weights = load_file(folder / "model.safetensors")
     weights = {name if name.startswith("vision_model.") else f"vision_model.{name}": w for name, w in weights.items()}
     model.load_state_dict(weights)
-    return model
+    return model.to(dtype)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

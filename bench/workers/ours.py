@@ -1,31 +1,32 @@
-"""featcal_fast on a workload's folder, from disk to disk: `python -m bench.workers.ours FOLDER OUT SETTINGS`."""
+"""featcal_fast on a workload's folder, from disk to disk: `python -m bench.workers.ours FOLDER OUT --settings JSON`."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
-from pathlib import Path
 
+import featcal_kernels.ops
 import transformers
 
 import featcal_fast as ff
-from bench.workers import peak_gib
+from bench.workers import Measured, options
 from featcal_fast.machine import use_whole_machine
 
 
-def main(folder: str, out: str, settings: str) -> None:
-    recipe = json.loads((Path(folder) / "recipe.json").read_text())
+def main(arguments: list[str] | None = None) -> None:
+    args = options(__doc__, arguments)
+    recipe = json.loads((args.folder / "recipe.json").read_text())
     recipe.pop("merge")
-    recipe["merged_model"] = str(Path(folder) / "merged")
-    recipe["settings"] |= json.loads(settings)
+    recipe["merged_model"] = str(args.folder / "merged")
+    recipe["settings"] |= args.settings
     use_whole_machine()  # as the command does
-    getattr(transformers, json.loads((Path(folder) / "base/config.json").read_text())["architectures"][0])  # imported
-    started = time.perf_counter()
-    ff.calibrate(recipe, out=out)
-    seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "peak_gib": peak_gib()}))
+    if args.plain_ops:
+        featcal_kernels.ops._gpu_module = lambda device: None
+    config = json.loads((args.folder / "base/config.json").read_text())
+    getattr(transformers, config["architectures"][0])  # imported
+    with Measured(args) as measured:
+        ff.calibrate(recipe, out=args.out, device=args.device)
+    measured.say()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
