@@ -16,7 +16,6 @@ from featcal_fast.models import families_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-COMPARISONS = ("clip-b32", "clip-b32-64", "clip-b32-shallow", "flan-t5-base-16-2-tasks", "llama-small", "clip-small")
 
 
 def demo() -> str:
@@ -37,11 +36,11 @@ def demo() -> str:
 
 def parity() -> str:
     """Every comparison's seconds (the median, and all runs where there are several), memory and differences."""
-    head = ["", "seconds", "times ours", "peak memory", "difference of weights", "biases", "LayerNorm", "from"]
-    lines = [_row(head), _row(["---", *["---:"] * 6, "---"])]
-    for workload in COMPARISONS:
-        results = _read(f"compare-{workload}")
-        lines.append(_row([f"**{workload}**, {results['machine']['cpu']}", *[""] * 7]))
+    head = ["", "seconds", "times ours", "TFLOP", "peak memory", "difference of weights", "biases", "LayerNorm", "from"]
+    lines = [_row(head), _row(["---", *["---:"] * 7, "---"])]
+    for path in sorted(RESULTS.glob("compare-*.json")):
+        results, workload = _read(path.stem), path.stem.removeprefix("compare-")
+        lines.append(_row([f"**{workload}**, {_hardware(results['machine'])}", *[""] * 8]))
         ours = results["median"]["featcal_fast"]["seconds"]
         for way, median in results["median"].items():
             found = results["difference"].get(way)
@@ -50,9 +49,19 @@ def parity() -> str:
             runs = sorted(run["seconds"] for run in results["runs"][way])
             seconds = _seconds(median["seconds"])
             seconds += f" ({' to '.join(_seconds(run) for run in (runs[0], runs[-1]))})" if len(runs) > 1 else ""
-            cells = [seconds, times, f"{median['peak_gib']:.2f} GiB", *errors]
+            flops = f"{results['tflop'][way]:.1f}" if way in results["tflop"] else ""
+            cells = [seconds, times, flops, _memory(median), *errors]
             lines.append(_row([way, *cells, results["judge"] if found else ""]))
     return "\n".join(lines)
+
+
+def _hardware(machine: dict[str, Any]) -> str:
+    return machine.get("gpu", machine["cpu"])
+
+
+def _memory(found: dict[str, float], host: str = "peak_gib") -> str:
+    device = found.get("peak_device_gib")
+    return f"{found[host]:.2f} GiB" + (f", GPU {device:.2f} GiB" if device else "")
 
 
 def _seconds(value: float) -> str:
@@ -63,14 +72,47 @@ def jobs() -> str:
     """Whole jobs: what they took, and what the plan had said."""
     head = ["job", "tasks", "samples a task", "tokens in all", "seconds", "peak memory", "planned", "TFLOP"]
     lines = [_row(head), _row(["---", *["---:"] * 7])]
-    for name, found in _read("jobs-cpu").items():
-        label = name.removesuffix("-scratch").split(f"-{found['samples']}-samples")[0]
-        label += ", hidden states on disk" if name.endswith("-scratch") else ""
-        sizes = [found["tasks"], found["samples"], f"{found['tokens_calibrated']:,}"]
-        memory = [f"{found['peak_host_gib']:.2f} GiB", f"{found['plan']['host']:.2f} GiB"]
-        cells = [label, *sizes, f"{found['seconds']:.0f}", *memory, found["plan"]["TFLOP"]]
-        lines.append(_row([str(cell) for cell in cells]))
+    for path in sorted(RESULTS.glob("jobs-*.json")):
+        for name, found in _read(path.stem).items():
+            label = name.removesuffix("-scratch").split(f"-{found['samples']}-samples")[0]
+            label += ", hidden states on disk" if name.endswith("-scratch") else ""
+            label += f", {found['machine']['gpu']}" if found["peak_device_gib"] else ""
+            sizes = [found["tasks"], found["samples"], f"{found['tokens_calibrated']:,}"]
+            planned = {"peak_gib": found["plan"]["host"], "peak_device_gib": found["plan"]["device"]}
+            memory = [_memory(found, "peak_host_gib"), _memory(planned)]
+            cells = [label, *sizes, f"{found['seconds']:.0f}", *memory, found["plan"]["TFLOP"]]
+            lines.append(_row([str(cell) for cell in cells]))
     return "\n".join(lines)
+
+
+def gpu() -> str:
+    """What `bench.gpu` measured on each GPU: sums, and a whole layer."""
+    paths = sorted(RESULTS.glob("gpu-*.json"))
+    return "\n\n".join(gpu_tables(_read(path.stem)) for path in paths) or "*No GPU was measured yet.*"
+
+
+def gpu_tables(results: dict[str, Any]) -> str:
+    """One GPU's figures, from what `bench.gpu` wrote."""
+    found, sections = results["environment"], results["sections"]
+    known = [f"{name} {found[name]}" for name in ("torch", "triton", "driver, power limit, clock") if found.get(name)]
+    peak = f"its peak in a large bfloat16 product: {results['peak_tflops']:.0f} TFLOP/s"
+    parts = [f"**{found['device']}** ({', '.join(known)}); {peak}."]
+    columns = {
+        "moments": ("in", "d", "m", "n", "taken", "torch/taken", "fp32/taken", "perfect", "TFLOP/s", "peak"),
+        "llama_layer": ("way", "forward", "moments", "fold", "solve", "advance", "ms", "share of ideal", "engine's"),
+    }
+    for name, keys in columns.items():
+        section = sections[name]
+        rows = [[_figure(row[key]) for key in keys] for row in section["rows"]]
+        table = "\n".join(_row(cells) for cells in ([*keys], ["---", *["---:"] * (len(keys) - 1)], *rows))
+        parts += [f"{section['title']}:", table, "; ".join(note.rstrip(".") for note in section["notes"]) + "."]
+    return "\n\n".join(parts)
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return "" if value is None else str(value)
 
 
 def digits() -> str:
@@ -122,6 +164,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "digits": digits,
     "families": families,
+    "gpu": gpu,
     "jobs": jobs,
     "llama": llama,
     "parity": parity,

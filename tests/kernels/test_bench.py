@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu, tune
+from bench import gpu, readme, tune
 
 
 def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -20,6 +20,9 @@ def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert {row["in"] for row in rows} == {"bfloat16", "float32"}
     assert all(row["taken"] > 0 and row["error"] < 1e-6 for row in rows)
     assert "slower path taken: 0" in capsys.readouterr().out
+    tables = readme.gpu_tables(written).splitlines()
+    assert tables[0].startswith("**cpu** (torch ")
+    assert sum(line.startswith("| ") for line in tables) == len(rows) + 4 + 4  # and two heads; three ways and the ideal
 
 
 def test_unknown_section(capsys: pytest.CaptureFixture[str]):
