@@ -108,7 +108,7 @@ def _call(s, h, x, y, arch: Arch, path: str, run: Run) -> Callable[[], object]:
         return lambda: gram_cross_(s, h, x, y)
     from featcal_kernels import launch
 
-    precision = "ieee" if x.dtype == torch.float32 else "bf16x3"
+    precision = "ieee" if x.dtype == torch.float32 else "fp16x3"
     return lambda: launch.moments_(s, h, x, y, arch=arch, path=path, precision=precision)
 
 

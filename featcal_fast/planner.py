@@ -143,7 +143,7 @@ class Planner:
         return plan
 
     def _first_states(self, data: Mapping[str, TaskData]) -> tuple[list[States], list[Counter[str]]]:
-        """What enters each stage, the student's and the expert's by task; and what each task's turn takes."""
+        """What enters each stage, the student's and the expert's by task; and what each task takes by turns."""
         states: list[States] = []
         turns: list[Counter[str]] = []
         entered: dict[Any, FirstStates] = {}
@@ -163,14 +163,15 @@ class Planner:
                 states[-1][task] = entered[form], self._enter(expert, task, data[task], stage, previous[1])
                 expert.end_first_hidden()
                 batch = data[task].entering * max(state.hidden.nbytes + state.call_bytes for state in states[-1][task])
-                reading = _unpacking(student.source, student.reads[start:]), _unpacking(own.source, own.reads[before:])
-                turn = {
-                    "embeddings": _loaded(student, start) + _loaded(own, before),
+                there = {
                     "a batch": round(4 * batch),
-                    "reading": max(reading),
                     "calibration data of a task": round(data[task].nbytes) if data[task].lazy else 0,
                 }
-                turns.append(Counter(turn))
+                # The student's embeddings are read before the expert's.
+                held, read = _loaded(student, start), _unpacking(student.source, student.reads[start:])
+                turns.append(Counter({**there, "embeddings": held, "reading": read}))
+                held, read = held + _loaded(own, before), _unpacking(own.source, own.reads[before:])
+                turns.append(Counter({**there, "embeddings": held, "reading": read}))
             self.student.end_first_hidden()
         return states, turns
 

@@ -36,22 +36,22 @@ def moments_(
     *,
     weights: Tensor | None = None,
     scale: Tensor | None = None,
-    precision: str = "bf16x3",
+    precision: str = "fp16x3",
     arch: Arch | None = None,
     path: str | None = None,
 ) -> None:
-    """`gram += x' diag(weights) x` (upper triangle) and `cross += scale * y' diag(weights) x`, either or both.
+    """`gram += scale * x' diag(weights) x` (upper triangle) and `cross += scale * y' diag(weights) x`, either or both.
 
     Args:
         gram: `[d, d]` float32, or None.
         cross: `[m, d]` float32, or None; empty counts as None.
         x: `[n, d]`, n and d at least 1, any strides; 16-bit or float32.
-        y: `[n, m]`, any strides; of the type of `x`, or of any if the products are split.
+        y: `[n, m]`, any strides; of the type of `x`, or of any if that is float32.
         weights: `[n]`, or None.
-        scale: a scalar tensor, or None; only without `gram`.
-        precision: of float32 products, "bf16x3" or "ieee".
+        scale: a scalar tensor, or None.
+        precision: of float32 products, "fp16x3" or "ieee".
         arch: how to run it; the device's row of the table by default.
-        path: "triton" or "blas"; what `arch` says by default.
+        path: "triton" or, for 16-bit operands without weights and scale, "blas"; what `arch` says by default.
     """
     arch = arch or arch_of(x.device)
     assert arch is not None, f"no kernels for {x.device}"
@@ -59,27 +59,29 @@ def moments_(
     y = None if cross is None else y
     weights = None if weights is None else weights.to(x.device, torch.float32).contiguous()
     scale = None if scale is None else scale.to(x.device, torch.float32)
-    dtype = torch.bfloat16 if x.dtype == torch.float32 and precision == "bf16x3" else x.dtype
-    weighted = weights is not None or scale is not None
-    path = path or _path(gram, cross, x, dtype, arch)
+    single = x.dtype == torch.float32
+    dtype = torch.float16 if (precision == "fp16x3" if single else weights is not None) else x.dtype
+    plain = dtype == x.dtype and not single and scale is None
+    path = path or (_path(gram, cross, x, arch) if plain else "triton")
+    assert path == "triton" or plain, "cuBLAS is for 16-bit operands without weights and scale"
     with torch.cuda.device_of(x):
-        for tokens in _panels(gram, x, y, dtype, weighted):
-            right = operand(x[tokens], dtype, None if weights is None else weights[tokens], scale)
-            x_left = operand(x[tokens], dtype) if weighted and gram is not None else right
-            y_left = operand(y[tokens], dtype) if y is not None else right
+        for tokens in _panels(gram, x, y, dtype, weights is not None):
+            right = operand(x[tokens], dtype, None if weights is None else weights[tokens])
+            x_left = operand(x[tokens], dtype) if weights is not None and gram is not None else right
+            y_left = operand(y[tokens], dtype) if y is not None else x_left
             if path == "triton":
-                _launch(gram, cross, x_left, y_left, right, arch)
+                _launch(gram, cross, x_left if gram is not None else y_left, y_left, right, scale, arch)
             else:
                 if gram is not None:
-                    blas.add_gram_(gram, x_left.parts(), right.parts())
+                    blas.add_gram_(gram, x_left.matrix)
                 if cross is not None:
-                    blas.add_product_(cross, y_left.parts(), right.parts())
+                    blas.add_product_(cross, y_left.matrix, right.matrix)
             # The next panel takes their place: there is memory for it if there was for the first.
             del right, x_left, y_left
 
 
-def _path(gram: Tensor | None, cross: Tensor | None, x: Tensor, dtype: torch.dtype, arch: Arch) -> str:
-    if dtype == torch.float32 or not blas.available(x.device):
+def _path(gram: Tensor | None, cross: Tensor | None, x: Tensor, arch: Arch) -> str:
+    if not blas.available(x.device):
         return "triton"
     n, d = x.shape
     flops = n * d * ((0 if gram is None else d) + (0 if cross is None else 2 * cross.shape[0]))
@@ -101,7 +103,9 @@ def _panels(gram: Tensor | None, x: Tensor, y: Tensor | None, dtype: torch.dtype
         yield slice(start, start + size)
 
 
-def _launch(gram: Tensor | None, cross: Tensor | None, x: Operand, y: Operand, b: Operand, arch: Arch) -> None:
+def _launch(
+    gram: Tensor | None, cross: Tensor | None, x: Operand, y: Operand, b: Operand, scale: Tensor | None, arch: Arch
+) -> None:
     half = b.data.dtype != torch.float32
     tile = arch.half if half else arch.single
     n, m, d = b.tokens, y.columns, b.columns
@@ -114,15 +118,15 @@ def _launch(gram: Tensor | None, cross: Tensor | None, x: Operand, y: Operand, b
     outputs = (cross if gram is None else gram, gram if cross is None else cross)
     operands: list[Tensor | int] = []
     for side in (x, y, b):
-        low = _no_low(device) if side.low is None else side.low
-        operands += [side.data, low, side.data.stride(0), len(side.data)]
+        low, bound = _whole(device) if side.low is None or side.bound is None else (side.low, side.bound)
+        operands += [side.data, low, bound, side.data.stride(0), len(side.data)]
 
     kernel: Any = pointer_kernel
     if arch.descriptors and half:
         kernel = descriptor_kernel
         triton.set_allocator(_descriptor_memory)
     kernel[(len(table), splits)](
-        *outputs, slabs, table, *operands, n, part_rows(n), m, d,
+        *outputs, slabs, table, *operands, scale, n, part_rows(n), m, d,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, HALVES=tile.halves, SPLIT=runs > 1, SLABS=by_slabs,
         UPCAST=knobs.runtime.interpret and b.data.dtype == torch.bfloat16,
         num_warps=tile.warps, num_stages=tile.stages, **dict(tile.options),
@@ -141,8 +145,9 @@ def _table(gram_columns: int, cross_rows: int, columns: int, tile: Tile, device:
 
 
 @lru_cache(maxsize=16)
-def _no_low(device: torch.device) -> Tensor:
-    return torch.zeros((), dtype=torch.int32, device=device)
+def _whole(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The flag and the bound of an operand that is not split: no low parts, and a power of 1."""
+    return torch.zeros((), dtype=torch.int32, device=device), torch.full((), 2.0**14, device=device)
 
 
 @lru_cache(maxsize=16)

@@ -7,9 +7,9 @@ product to its tile of the sum by a plain load, add and store: a tile has one wr
 timing. With `SLABS` the tokens are split over `num_programs(1)` programs, each writes a partial tile to a slab of
 its own, and `reduce_kernel` adds them in order.
 
-With `SPLIT` the operands may be sums of a high and a low part, `rows` rows apart (see `operands_triton`). A program
-then runs over its tokens up to three times: high * high, high * low, low * high. A run is left out where the
-operand's `low` flag says that its low parts are zero.
+With `SPLIT` the operands may be sums of a high and a low part, `rows` rows apart, times a power of two (see
+`operands_triton`). A program then runs over its tokens up to three times: high * high, high * low, low * high; and
+takes the powers off its sum. A run is left out where the operand's `low` flag says that its low parts are zero.
 
 Operands are aligned and their columns padded to a multiple of 16. A sum with unaligned rows is written by way of
 slabs too: adding a whole tile element by element would spill registers.
@@ -17,6 +17,8 @@ slabs too: adding a whole tile element by element would spill registers.
 
 import triton
 import triton.language as tl
+
+from featcal_kernels.operands_triton import power
 
 
 @triton.jit
@@ -96,6 +98,16 @@ def _finish(
 
 
 @triton.jit
+def _scaled(acc, a_bound, b_bound, scale, SPLIT: tl.constexpr):
+    """Times `scale`, if there is one, without the powers of two of the operands."""
+    if SPLIT:
+        acc *= 1.0 / (power(tl.load(a_bound)) * power(tl.load(b_bound)))
+    if scale is not None:
+        acc *= tl.load(scale)
+    return acc
+
+
+@triton.jit
 def _dot(a, b, acc, UPCAST: tl.constexpr):
     if UPCAST:  # Triton's interpreter cannot multiply bfloat16
         a = a.to(tl.float32)
@@ -106,8 +118,8 @@ def _dot(a, b, acc, UPCAST: tl.constexpr):
 @triton.jit(do_not_specialize=["x_n", "y_n", "b_n", "n", "rows", "m"])
 def pointer_kernel(
     gram, cross, slabs, table,
-    x, x_low, x_ld, x_n, y, y_low, y_ld, y_n, b, b_low, b_ld, b_n,
-    n, rows, m, d,
+    x, x_low, x_bound, x_ld, x_n, y, y_low, y_bound, y_ld, y_n, b, b_low, b_bound, b_ld, b_n,
+    scale, n, rows, m, d,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     HALVES: tl.constexpr, SPLIT: tl.constexpr, SLABS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -134,6 +146,7 @@ def pointer_kernel(
         a_tile = tl.load(a + a_row * a_ld + a_offset, mask=inside[None, :] & a_inside, other=0.0)
         b_tile = tl.load(b + b_row * b_ld + b_offset, mask=inside[:, None] & b_inside, other=0.0)
         acc = _dot(a_tile, b_tile, acc, UPCAST)
+    acc = _scaled(acc, tl.where(is_cross, y_bound, x_bound), b_bound, scale, SPLIT)
     out = tl.where(is_cross, cross, gram)
     _finish(acc, out, slabs, i, j, out_rows, d, is_cross, SLABS, BLOCK_M, BLOCK_N, HALVES)
 
@@ -141,8 +154,8 @@ def pointer_kernel(
 @triton.jit(do_not_specialize=["x_n", "y_n", "b_n", "n", "rows", "m"])
 def descriptor_kernel(
     gram, cross, slabs, table,
-    x, x_low, x_ld, x_n, y, y_low, y_ld, y_n, b, b_low, b_ld, b_n,
-    n, rows, m, d,
+    x, x_low, x_bound, x_ld, x_n, y, y_low, y_bound, y_ld, y_n, b, b_low, b_bound, b_ld, b_n,
+    scale, n, rows, m, d,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     HALVES: tl.constexpr, SPLIT: tl.constexpr, SLABS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -168,6 +181,7 @@ def descriptor_kernel(
         a_tile = a.load([a_row, i * BLOCK_M])
         b_tile = right.load([b_row, j * BLOCK_N])
         acc = _dot(a_tile.T, b_tile, acc, UPCAST)
+    acc = _scaled(acc, tl.where(is_cross, y_bound, x_bound), b_bound, scale, SPLIT)
     out = tl.where(is_cross, cross, gram)
     _finish(acc, out, slabs, i, j, out_rows, d, is_cross, SLABS, BLOCK_M, BLOCK_N, HALVES)
 

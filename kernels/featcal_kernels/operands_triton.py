@@ -1,9 +1,13 @@
 """Operands as the tensor cores want them: 16 bits, weighted, aligned.
 
-A float32 value is the sum of two bfloat16 ones, high and low, up to 2^-17 of its size; the product of two such sums
-without the term low * low takes three 16-bit products and is good to 4e-6. Splitting ahead of the product touches
-each element once, instead of once for every tile that it is part of, and leaves one kernel for all types of input.
-Weighted 16-bit features are split likewise, since 16 bits seldom hold the product.
+A float32 value is split in two float16 ones, high and low, which together hold 22 bits of it; the product of two such
+sums without the term low * low takes three 16-bit products and is good to 2^-22, as float32's own nearly is. Three
+bfloat16 products, the usual way, are good to 2^-17 only. Float16's narrow range is met by a power of two: the largest
+value is brought to between 2^14 and 2^15, so that of anything down to 2^-18 of it no bit of the 22 is lost; the sum
+takes the powers off again (see `moments_triton`).
+
+Splitting ahead of the product touches each element once, instead of once for every tile that it is part of, and leaves
+one kernel for all types of input. Weighted 16-bit features are split likewise, since 16 bits seldom hold the product.
 """
 
 from __future__ import annotations
@@ -29,22 +33,24 @@ class Operand:
 
     Attributes:
         data: the matrix, or its high parts and, `part_rows(tokens)` rows further down, its low parts. Aligned; a
-        copy is
-            padded with zeros to whole multiples of `ROW_PAD` and `COLUMN_PAD`.
+            copy is padded with zeros to whole multiples of `ROW_PAD` and `COLUMN_PAD`.
         tokens: rows of the matrix.
         columns: of the matrix.
-        low: int32 flag on the device, 1 if any low part is not zero; None if there are no low parts.
+        low: of split values, int32 flag on the device, 1 if any low part is not zero; else None.
+        bound: of split values, float32 on the device, no smaller than any of them; their parts are of the values times
+            `power(bound)`.
     """
 
     data: Tensor
     tokens: int
     columns: int
     low: Tensor | None = None
+    bound: Tensor | None = None
 
-    def parts(self) -> list[Tensor]:
-        """The matrices whose sum this is, `[tokens, columns]` each."""
-        starts = (0,) if self.low is None else (0, part_rows(self.tokens))
-        return [self.data[start : start + self.tokens, : self.columns] for start in starts]
+    @property
+    def matrix(self) -> Tensor:
+        """`[tokens, columns]`; of split values the high parts."""
+        return self.data[: self.tokens, : self.columns]
 
 
 def part_rows(tokens: int) -> int:
@@ -52,10 +58,20 @@ def part_rows(tokens: int) -> int:
     return ceil_div(tokens, ROW_PAD) * ROW_PAD
 
 
+@triton.jit
+def power(bound):
+    """The power of two that brings `bound` to between 2^14 and 2^15, kept between 2^-63 and 2^60.
+
+    Values beyond become infinite, as their squares are in float32. The inverse of a product of two powers is finite.
+    """
+    exponent = (bound.to(tl.int32, bitcast=True) >> 23) & 0xFF  # of 2, plus 127
+    return (tl.minimum(tl.maximum(268 - exponent, 64), 187) << 23).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["n", "rows"])
 def pack_kernel(
-    x, weights, scale, out, low, n, d, row_stride, column_stride, rows, out_stride,
-    WEIGHTS: tl.constexpr, SCALE: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    x, weights, bound, out, low, n, d, row_stride, column_stride, rows, out_stride,
+    WEIGHTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -63,8 +79,8 @@ def pack_kernel(
     value = tl.load(x, mask=(row < n)[:, None] & (col < d)[None, :], other=0.0).to(tl.float32)
     if WEIGHTS:
         value *= tl.load(weights + row, mask=row < n, other=0.0)[:, None]
-    if SCALE:
-        value *= tl.load(scale)
+    if SPLIT:
+        value *= power(tl.load(bound))
     high = value.to(out.dtype.element_ty)
     out += row[:, None].to(tl.int64) * out_stride + col[None, :]
     inside = (row < rows)[:, None] & (col < out_stride)[None, :]
@@ -88,16 +104,15 @@ def in_place(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def operand(x: Tensor, dtype: torch.dtype, weights: Tensor | None = None, scale: Tensor | None = None) -> Operand:
-    """`scale * diag(weights) x` in `dtype`: `x` itself where that is possible, else a copy in one or two parts.
+def operand(x: Tensor, dtype: torch.dtype, weights: Tensor | None = None) -> Operand:
+    """`diag(weights) x` in `dtype`: `x` itself where that is possible, else a copy, split where `dtype` is float16.
 
     Args:
         x: `[n, d]`, n and d at least 1, any strides, any floating type.
-        dtype: float32, or a 16-bit type, which takes two parts unless `x` only lies in the wrong place.
+        dtype: that of `x`, float32, or float16.
         weights: `[n]` float32, or None.
-        scale: float32 scalar on the device, or None.
     """
-    changed = weights is not None or scale is not None or x.dtype != dtype
+    changed = weights is not None or x.dtype != dtype
     n, d = x.shape
     if not changed and in_place(x, dtype):
         return Operand(x, n, d)
@@ -105,9 +120,15 @@ def operand(x: Tensor, dtype: torch.dtype, weights: Tensor | None = None, scale:
     rows, width = part_rows(n), ceil_div(d, COLUMN_PAD) * COLUMN_PAD
     out = torch.empty((1 + split) * rows, width, dtype=dtype, device=x.device)
     low = torch.zeros((), dtype=torch.int32, device=x.device) if split else None
+    bound = _bound(x, weights) if split else None
     kernel: Any = pack_kernel
     kernel[(ceil_div(rows, BLOCK), ceil_div(width, BLOCK))](
-        x, weights, scale, out, low, n, d, x.stride(0), x.stride(1), rows, width,
-        WEIGHTS=weights is not None, SCALE=scale is not None, SPLIT=split, BLOCK=BLOCK, num_warps=8,
+        x, weights, bound, out, low, n, d, x.stride(0), x.stride(1), rows, width,
+        WEIGHTS=weights is not None, SPLIT=split, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
-    return Operand(out, n, d, low)
+    return Operand(out, n, d, low, bound)
+
+
+def _bound(x: Tensor, weights: Tensor | None) -> Tensor:
+    bound = torch.linalg.vector_norm(x, torch.inf).float()
+    return bound if weights is None else bound * torch.linalg.vector_norm(weights, torch.inf)

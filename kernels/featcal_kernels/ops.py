@@ -9,12 +9,12 @@ after `gram_` and `gram_cross_`, and never read by `frobenius` and `symmetrize_`
 
 How exact the products are:
 
-- 16-bit features: exact. On a GPU a weighted feature that 16 bits cannot hold is split in two, good to 2^-17 in
-  bfloat16 and 2^-22 in float16, which costs a second product (weights of 0 and 1 cost none); `weights * x` must lie in
-  the range of the type. A CPU multiplies them in float32; bfloat16 in matrix units, if `allow_bf16_units` was called.
-- float32 features: `precision="bf16x3"` splits each value into two bfloat16 parts on a GPU and leaves out the
-  product of the low ones, good to 4e-6; `"ieee"` multiplies in float32, many times slower. A CPU always multiplies
-  in float32.
+- 16-bit features: exact. On a GPU a weighted feature that 16 bits cannot hold is split in two, good to 2^-22, which
+  costs a second product (weights of 0 and 1 cost none). A CPU multiplies them in float32; bfloat16 in matrix units, if
+  `allow_bf16_units` was called.
+- float32 features: on a GPU `precision="fp16x3"` splits each value into two float16 parts and leaves out the product of
+  the low ones, good to 2^-22 of the largest values' products; `"ieee"` multiplies in float32, many times slower. A CPU
+  always multiplies in float32.
 
 Column sums are no by-product here: the tensor cores take their tiles from shared memory, and a sum in the same pass
 would pull each tile through registers too. `x.sum(0, dtype=torch.float32)` reads `x` once.
@@ -33,18 +33,18 @@ from featcal_kernels import cpu, naive
 from featcal_kernels.configs import arch_of
 
 _INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_PRECISIONS = ("bf16x3", "ieee")
+_PRECISIONS = ("fp16x3", "ieee")
 _TRITON = (3, 6)  # the oldest release the kernels are checked with
 
 
-def gram_(out: Tensor, x: Tensor, weights: Tensor | None = None, *, precision: str = "bf16x3") -> Tensor:
+def gram_(out: Tensor, x: Tensor, weights: Tensor | None = None, *, precision: str = "fp16x3") -> Tensor:
     """`out += x' diag(weights) x`, upper triangle.
 
     Args:
         out: `[d, d]` float32, contiguous; the running sum.
         x: `[n, d]` float16, bfloat16, float32 or float64, unit column stride; `n` may be 0.
         weights: `[n]` non-negative token weights, or None for ones.
-        precision: of float32 products on a GPU, "bf16x3" or "ieee".
+        precision: of float32 products on a GPU, "fp16x3" or "ieee".
 
     Returns:
         `out`.
@@ -59,7 +59,7 @@ def gram_(out: Tensor, x: Tensor, weights: Tensor | None = None, *, precision: s
     return out
 
 
-def cross_(out: Tensor, y: Tensor, x: Tensor, weights: Tensor | None = None, *, precision: str = "bf16x3") -> Tensor:
+def cross_(out: Tensor, y: Tensor, x: Tensor, weights: Tensor | None = None, *, precision: str = "fp16x3") -> Tensor:
     """`out += y' diag(weights) x`.
 
     Args:
@@ -67,7 +67,7 @@ def cross_(out: Tensor, y: Tensor, x: Tensor, weights: Tensor | None = None, *, 
         y: `[n, m]`, same dtype as `x`.
         x: `[n, d]`.
         weights: `[n]` non-negative token weights, or None for ones.
-        precision: of float32 products on a GPU, "bf16x3" or "ieee".
+        precision: of float32 products on a GPU, "fp16x3" or "ieee".
 
     Returns:
         `out`.
@@ -83,7 +83,7 @@ def cross_(out: Tensor, y: Tensor, x: Tensor, weights: Tensor | None = None, *, 
 
 
 def gram_cross_(
-    s: Tensor, h: Tensor, x: Tensor, y: Tensor, weights: Tensor | None = None, *, precision: str = "bf16x3"
+    s: Tensor, h: Tensor, x: Tensor, y: Tensor, weights: Tensor | None = None, *, precision: str = "fp16x3"
 ) -> tuple[Tensor, Tensor]:
     """`gram_(s, x, weights)` and `cross_(h, y, x, weights)`, on a GPU in one launch.
 
@@ -126,15 +126,15 @@ def add_scaled_(out: Tensor, s: Tensor, scale: Tensor) -> Tensor:
     return naive.add_scaled_(out, s, scale)
 
 
-def addmm_(out: Tensor, a: Tensor, b: Tensor, scale: Tensor, *, precision: str = "bf16x3") -> Tensor:
+def addmm_(out: Tensor, a: Tensor, b: Tensor, scale: Tensor, *, precision: str = "fp16x3") -> Tensor:
     """`out += scale * (a @ b)`: the fold's products.
 
     Args:
         out: `[m, d]` float32, contiguous.
-        a: `[m, k]`, any floating dtype; bfloat16 takes two products instead of three.
+        a: `[m, k]`, any floating dtype; 16 bits take two products instead of three.
         b: `[k, d]` float32.
         scale: a scalar tensor, never read by the host.
-        precision: of the products on a GPU, "bf16x3" or "ieee".
+        precision: of the products on a GPU, "fp16x3" or "ieee".
 
     Returns:
         `out`.

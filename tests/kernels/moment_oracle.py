@@ -8,11 +8,6 @@ import torch
 from torch import Tensor
 
 SLACK = 1e-6
-# What `bf16x3` leaves out: the product of two low parts, each about 2^-9 of its value, and what two parts of 8 bits
-# cannot hold, 2^-18 of it; 4e-6 of a single product together, less in long sums. Triton's interpreter cuts where a
-# GPU rounds, which makes each part's error twice as large.
-BF16X3_SLACK = 2.0**-17
-BF16X3_SLACK_INTERPRETED = 2.0**-14
 
 
 @dataclass(frozen=True)

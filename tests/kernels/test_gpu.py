@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 from featcal_kernels import add_scaled_, addmm_, blas, cross_, frobenius, gram_, gram_cross_, symmetrize_
-from moment_oracle import BF16X3_SLACK, SLACK, Problem, assert_as_good, assert_moments, poisoned
+from moment_oracle import Problem, assert_as_good, assert_moments, poisoned
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,10 +33,6 @@ def launch() -> ModuleType:
     return pytest.importorskip("featcal_kernels.launch", reason="triton is not installed")
 
 
-def slack(dtype: torch.dtype, precision: str = "bf16x3") -> float:
-    return BF16X3_SLACK if dtype == torch.float32 and precision == "bf16x3" else SLACK
-
-
 def sums(d: int, m: int) -> tuple[torch.Tensor, torch.Tensor]:
     return poisoned(d, "cuda"), torch.zeros(m, d, device="cuda")
 
@@ -47,11 +43,11 @@ def sums(d: int, m: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_moments(dtype: torch.dtype, n: int, d: int, m: int, weights: str):
     problem = Problem.random(n, d, m, dtype, weights=weights, device="cuda")
     s, h = gram_cross_(*sums(d, m), problem.x, problem.y, problem.weights)
-    assert_moments(s, h, problem, slack=slack(dtype))
+    assert_moments(s, h, problem)
     s, h = sums(d, m)
     gram_(s, problem.x, problem.weights)
     cross_(h, problem.y, problem.x, problem.weights)
-    assert_moments(s, h, problem, slack=slack(dtype))
+    assert_moments(s, h, problem)
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
@@ -60,12 +56,14 @@ def test_moments(dtype: torch.dtype, n: int, d: int, m: int, weights: str):
 @pytest.mark.parametrize("path", ["triton", "blas"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_path(dtype: torch.dtype, path: str, n: int, d: int, m: int, weights: str, strided: bool):
+    if path == "blas" and (dtype == torch.float32 or weights != "none"):
+        pytest.skip("cuBLAS takes 16-bit operands as they lie")
     if path == "blas" and not blas.available(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("this torch does not accumulate 16-bit products in float32")
     problem = Problem.random(n, d, m, dtype, weights=weights, strided=strided, device="cuda")
     s, h = sums(d, m)
     launch().moments_(s, h, problem.x, problem.y, weights=problem.weights, path=path)
-    assert_moments(s, h, problem, slack=slack(dtype))
+    assert_moments(s, h, problem)
 
 
 @pytest.mark.parametrize("weights", ["none", "any"])
@@ -81,7 +79,7 @@ def test_chunks_add_up(dtype: torch.dtype):
     s, h = sums(640, 320)
     for chunk in problem.chunks([1024, 0, 1, 1975]):
         gram_cross_(s, h, chunk.x, chunk.y, chunk.weights)
-    assert_moments(s, h, problem, slack=slack(dtype))
+    assert_moments(s, h, problem)
 
 
 @pytest.mark.parametrize("d", [768, 2048, 4096])
@@ -94,7 +92,7 @@ def test_same_bits_every_time(dtype: torch.dtype, d: int):
         assert all(torch.equal(a.triu(), b.triu()) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("precision", ["bf16x3", "ieee"])
+@pytest.mark.parametrize("precision", ["fp16x3", "ieee"])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_fold(dtype: torch.dtype, precision: str):
     a = torch.randn(700, 1300, device="cuda").to(dtype)
@@ -102,7 +100,7 @@ def test_fold(dtype: torch.dtype, precision: str):
     scale = torch.tensor(0.37, dtype=torch.float64, device="cuda")
     exact = out.double() + scale * (a.double() @ b.double())
     plain = out + 0.37 * (a.float() @ b)
-    assert_as_good(addmm_(out.clone(), a, b, scale, precision=precision), plain, exact, slack(torch.float32, precision))
+    assert_as_good(addmm_(out.clone(), a, b, scale, precision=precision), plain, exact)
     exact = out.double() + scale * out.double()
     assert_as_good(add_scaled_(out.clone(), out, scale), out + 0.37 * out, exact)
 

@@ -20,6 +20,7 @@ MATRIX_INSTRUCTION = {
     "sm_90": r"wgmma\.mma_async\.sync\.aligned\.m64n256k16\.f32\.bf16\.bf16",
     "gfx942": r"v_mfma_f32_\w+_bf16",
 }
+PTX = {"bf16": "bf16", "fp16": "f16"}
 WIDE_COPY = {
     "sm_80": r"cp\.async\.cg\.shared\.global \[[^]]+\], \[[^]]+\], 0x10",
     "sm_89": r"cp\.async\.cg\.shared\.global \[[^]]+\], \[[^]]+\], 0x10",
@@ -34,9 +35,11 @@ def moments(arch: str, dtype: str, unaligned: tuple[str, ...] = (), **constants)
     kernel = descriptor_kernel if TABLE[arch].descriptors and dtype != "fp32" else pointer_kernel
     arguments: dict[str, Any] = {**OUTPUTS, "n": "i32", "rows": "i32"}
     for name in ("x", "y", "b"):
-        arguments |= {name: f"*{dtype}", f"{name}_low": "*i32", f"{name}_ld": "i32", f"{name}_n": "i32"}
+        arguments |= {name: f"*{dtype}", f"{name}_low": "*i32", f"{name}_bound": "*fp32"}
+        arguments |= {f"{name}_ld": "i32", f"{name}_n": "i32"}
     if not constants["SLABS"]:
         arguments["slabs"] = None
+    arguments["scale"] = "*fp32" if constants["SPLIT"] else None
     arguments |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "HALVES": tile.halves, "UPCAST": False}
     arguments |= constants
     options = {"num_warps": tile.warps, "num_stages": tile.stages, **dict(tile.options)}
@@ -50,12 +53,12 @@ def assert_fits(compiled: Compiled, arch: str) -> None:
 
 
 @pytest.mark.parametrize(("slabs", "unaligned"), [(False, ()), (True, ()), (True, ("d",))], ids=["add", "slabs", "odd"])
-@pytest.mark.parametrize("split", [False, True], ids=["one", "split"])
+@pytest.mark.parametrize(("dtype", "split"), [("bf16", False), ("fp16", True)], ids=["one", "split"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_16_bit_moments(arch: str, split: bool, slabs: bool, unaligned: tuple[str, ...]):
-    compiled = moments(arch, "bf16", unaligned, SPLIT=split, SLABS=slabs)
+def test_16_bit_moments(arch: str, dtype: str, split: bool, slabs: bool, unaligned: tuple[str, ...]):
+    compiled = moments(arch, dtype, unaligned, SPLIT=split, SLABS=slabs)
     assert_fits(compiled, arch)
-    assert re.search(MATRIX_INSTRUCTION[arch], compiled.code)
+    assert re.search(MATRIX_INSTRUCTION[arch].replace("bf16", PTX[dtype]), compiled.code)
     assert re.search(WIDE_COPY[arch], compiled.code)
 
 
@@ -70,9 +73,9 @@ def test_float32_moments(arch: str, slabs: bool, unaligned: tuple[str, ...]):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_other_16_bit_type_and_single_column(arch: str):
-    compiled = moments(arch, "fp16", SPLIT=True, SLABS=True, d=1)  # Triton makes a constant of a 1
+    compiled = moments(arch, "fp16", SPLIT=False, SLABS=True, d=1)  # Triton makes a constant of a 1
     assert_fits(compiled, arch)
-    assert re.search(MATRIX_INSTRUCTION[arch].replace("bf16", "f16"), compiled.code)
+    assert re.search(MATRIX_INSTRUCTION[arch].replace("bf16", PTX["fp16"]), compiled.code)
 
 
 @pytest.mark.parametrize("unaligned", [(), ("d",)], ids=["aligned", "odd"])
@@ -86,14 +89,15 @@ def test_reduce(arch: str, unaligned: tuple[str, ...]):
 
 @pytest.mark.parametrize("strides", [("i32", 1), (1, "i32"), ("i32", "i32")], ids=["rows", "transposed", "any"])
 @pytest.mark.parametrize(
-    "types", [("fp32", "bf16"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp64", "bf16"), ("fp32", "fp32")]
+    "types",
+    [("fp32", "fp16"), ("bf16", "fp16"), ("fp16", "fp16"), ("fp64", "fp16"), ("bf16", "bf16"), ("fp32", "fp32")],
 )
 @pytest.mark.parametrize("arch", ARCHS)
 def test_pack(arch: str, types: tuple[str, str], strides: tuple):
     arguments = {
-        "x": f"*{types[0]}", "weights": "*fp32", "scale": "*fp32", "out": f"*{types[1]}", "low": "*i32", "n": "i32",
+        "x": f"*{types[0]}", "weights": "*fp32", "bound": "*fp32", "out": f"*{types[1]}", "low": "*i32", "n": "i32",
         "d": "i32", "row_stride": strides[0], "column_stride": strides[1], "rows": "i32", "out_stride": "i32",
-        "WEIGHTS": True, "SCALE": True, "SPLIT": types[1] != "fp32", "BLOCK": 64,
+        "WEIGHTS": True, "SPLIT": types[1] == "fp16", "BLOCK": 64,
     }  # fmt: skip
     unaligned = ("d", "row_stride", "column_stride")
     assert_fits(compile_kernel(pack_kernel, arch, arguments, unaligned=unaligned, num_warps=8), arch)

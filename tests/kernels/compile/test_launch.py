@@ -59,11 +59,11 @@ def test_weighted_features_of_odd_size(arch: str, launched: dict[str, Any]):
     assert_fit(launched, arch, moments_kernel(arch), "pack_kernel", "reduce_kernel")
 
 
-@pytest.mark.parametrize("precision", ["bf16x3", "ieee"])
+@pytest.mark.parametrize("precision", ["fp16x3", "ieee"])
 def test_one_column(precision: str, arch: str, launched: dict[str, Any]):
     x, y = torch.randn(1, 1), torch.randn(1, 1)
     launch.moments_(torch.zeros(1, 1), torch.zeros(1, 1), x, y, arch=TABLE[arch], path="triton", precision=precision)
-    kernel = moments_kernel(arch) if precision == "bf16x3" else "pointer_kernel"
+    kernel = moments_kernel(arch) if precision == "fp16x3" else "pointer_kernel"
     assert_fit(launched, arch, kernel, "pack_kernel", "reduce_kernel")
 
 

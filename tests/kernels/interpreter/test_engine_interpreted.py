@@ -1,0 +1,42 @@
+"""The engine with the kernels a GPU would run: in float32 as near to the float64 reference as on a CPU."""
+
+from __future__ import annotations
+
+import copy
+
+import pico
+import pytest
+from featcal_kernels import launch, ops
+from featcal_kernels.configs import Arch, Tile
+from test_interpreter import pytestmark  # noqa: F401 (where the interpreter can be used)
+from torch import nn
+
+import featcal_fast as ff
+from featcal_fast import reference
+
+TILE = Tile(64, 64, 128, warps=4, stages=2)
+
+
+@pytest.mark.parametrize(("kind", "descriptors"), [("clip", True), ("llama", False)])
+def test_update_is_exact(kind: str, descriptors: bool, monkeypatch: pytest.MonkeyPatch):
+    job = pico.job(kind, 2)
+    judge = _calibrated(reference.calibrate_model, job.double())
+    monkeypatch.setattr(ops, "_gpu", lambda *tensors: launch)
+    monkeypatch.setattr(launch, "arch_of", lambda device: Arch(half=TILE, single=TILE, descriptors=descriptors))
+    called = []
+    moments = launch.moments_
+    monkeypatch.setattr(launch, "moments_", lambda *args, **kwargs: (called.append(1), moments(*args, **kwargs)))
+    ours = _calibrated(ff.calibrate_model, job)
+    assert len(called) > 50
+    for name, exact in judge.named_parameters():
+        start = job.merged.get_parameter(name).double()
+        update = (exact - start).norm()
+        if update > 0.05 * start.norm():  # well above the parameter's own rounding
+            error = float((ours.get_parameter(name).detach().double() - exact).norm() / update)
+            assert error < 2e-5, f"{name}: {error:.1e}"
+
+
+def _calibrated(run, job: pico.Job) -> nn.Module:
+    merged = copy.deepcopy(job.merged)
+    run(merged, base=job.base, experts=job.experts, batches=job.batches)
+    return merged
