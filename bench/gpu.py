@@ -163,7 +163,7 @@ def _moments_row(shape: Shape, run: Run) -> dict[str, Any]:
         "torch": lambda: (x.mT @ x, y.mT @ x),
         "fp32": lambda: (x32.mT @ x32, y32.mT @ x32),
     }
-    paths = [] if run.dry else _paths(run.device)
+    paths = [] if run.dry else _paths(shape.dtype, run.device)
     for path in paths:
         variants[path] = _by_path(path, s, h, x, y)
     ms = measure(variants, run)
@@ -188,10 +188,11 @@ def _moments_row(shape: Shape, run: Run) -> dict[str, Any]:
     return row
 
 
-def _paths(device: torch.device) -> list[str]:
+def _paths(dtype: torch.dtype, device: torch.device) -> list[str]:
+    """cuBLAS takes no operands that are split."""
     from featcal_kernels import blas
 
-    return ["triton", "blas"] if blas.available(device) else ["triton"]
+    return ["triton", "blas"] if dtype != torch.float32 and blas.available(device) else ["triton"]
 
 
 def _by_path(path: str, s: Tensor, h: Tensor, x: Tensor, y: Tensor) -> Callable[[], object]:

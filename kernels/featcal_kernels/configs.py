@@ -41,9 +41,9 @@ class Arch:
         half: tile for 16-bit operands.
         single: tile for float32 operands that are multiplied as such.
         descriptors: 16-bit operands take the descriptor kernel.
-        blas_rectangles: `cross_` and `addmm_` take cuBLAS, which has no triangle to miss there.
-        blas_flops: work below which cuBLAS wins, its launches being shorter.
-        blas_columns: columns from which the block triangle of cuBLAS wins; None for never.
+        blas_rectangles: `cross_` of 16-bit features takes cuBLAS, which has no triangle to miss there.
+        blas_flops: work on 16-bit features below which cuBLAS wins, its launches being shorter.
+        blas_columns: columns of 16-bit features from which the block triangle of cuBLAS wins; None for never.
     """
 
     half: Tile

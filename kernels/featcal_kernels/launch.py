@@ -60,8 +60,9 @@ def moments_(
     weights = None if weights is None else weights.to(x.device, torch.float32).contiguous()
     scale = None if scale is None else scale.to(x.device, torch.float32)
     single = x.dtype == torch.float32
-    dtype = torch.float16 if (precision == "fp16x3" if single else weights is not None) else x.dtype
-    plain = dtype == x.dtype and not single and scale is None
+    split = precision == "fp16x3" if single else weights is not None
+    dtype = torch.float16 if split else x.dtype
+    plain = not (single or split) and scale is None
     path = path or (_path(gram, cross, x, arch) if plain else "triton")
     assert path == "triton" or plain, "cuBLAS is for 16-bit operands without weights and scale"
     with torch.cuda.device_of(x):

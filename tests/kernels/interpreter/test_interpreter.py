@@ -143,6 +143,16 @@ def test_operands_of_the_blas_path(dtype: torch.dtype, strided: bool, monkeypatc
     assert_moments(s, h, problem)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_cublas_is_given_no_split_operands(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch.blas, "available", lambda device: True)
+    problem = Problem.random(150, 101, 67, dtype, weights="any")
+    s, h = poisoned(101), torch.zeros(67, 101)
+    arch = Arch(half=TILE, single=TILE, blas_flops=1e9, blas_columns=1)
+    launch.moments_(s, h, problem.x, problem.y, weights=problem.weights, arch=arch)
+    assert_moments(s, h, problem)
+
+
 def test_panels(monkeypatch: pytest.MonkeyPatch):
     """Copied operands are made for a few tokens at a time."""
     monkeypatch.setattr(launch, "PANEL_BYTES", 0)
