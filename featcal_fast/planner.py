@@ -152,6 +152,8 @@ class Planner:
             _phantom(source).reads.clear()
         for stage in range(len(self.student.structure.paths)):
             start = len(student.reads)
+            first = next(layer.index for layer in self.layers if layer.stage == stage)
+            beside = _unpacking(student.source, self.student.block_tensors(first))
             states.append({})
             for task, expert in self.experts.items():
                 own = _phantom(expert)
@@ -166,12 +168,13 @@ class Planner:
                 there = {
                     "a batch": round(4 * batch),
                     "calibration data of a task": round(data[task].nbytes) if data[task].lazy else 0,
+                    "the next block": _nbytes(self.student, first),
                 }
-                # The student's embeddings are read before the expert's.
+                # The student's embeddings are read before the expert's, both beside the stage's first block.
                 held, read = _loaded(student, start), _unpacking(student.source, student.reads[start:])
-                turns.append(Counter({**there, "embeddings": held, "reading": read}))
+                turns.append(Counter({**there, "embeddings": held, "reading": beside + read}))
                 held, read = held + _loaded(own, before), _unpacking(own.source, own.reads[before:])
-                turns.append(Counter({**there, "embeddings": held, "reading": read}))
+                turns.append(Counter({**there, "embeddings": held, "reading": beside + read}))
             self.student.end_first_hidden()
         return states, turns
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 128  # rows of the triangle at a time: (d/128 + 1) / (2 d/128) of the full product's work
+PASS = 512  # rows at a time of what only passes over a matrix
 
 
 def gram_(out: Tensor, x: Tensor, weights: Tensor | None) -> Tensor:
@@ -40,17 +41,17 @@ def _triangle_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def frobenius(s: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=s.device)
-    for i in range(0, s.shape[0], BLOCK):
+    for i in range(0, s.shape[0], PASS):
         # Not a norm of the block: torch adds a norm's squares up one after the other, a sum's in a tree.
-        rows = s[i : i + BLOCK, i:].square()
+        rows = s[i : i + PASS, i:].square()
         square, rest = rows[:, : rows.shape[0]], rows[:, rows.shape[0] :]
-        total += square.triu().sum().double() + square.triu(1).sum().double() + 2 * rest.sum().double()
+        total += 2 * (square.triu().sum().double() + rest.sum().double()) - square.diagonal().sum().double()
     return total.sqrt()
 
 
 def symmetrize_(s: Tensor) -> Tensor:
-    for i in range(0, s.shape[0], 2 * BLOCK):
-        j = min(i + 2 * BLOCK, s.shape[0])
+    for i in range(0, s.shape[0], PASS):
+        j = min(i + PASS, s.shape[0])
         square = s[i:j, i:j]
         square.copy_(square.triu() + square.triu(1).mT)
         s[j:, i:j] = s[i:j, j:].mT
