@@ -40,7 +40,8 @@ def parity() -> str:
     lines = [_row(head), _row(["---", *["---:"] * 7, "---"])]
     for path in sorted(RESULTS.glob("compare-*.json")):
         results, workload = _read(path.stem), path.stem.removeprefix("compare-")
-        lines.append(_row([f"**{workload}**, {_hardware(results['machine'])}", *[""] * 8]))
+        hardware = results["machine"]["cpu" if results.get("device", "cpu") == "cpu" else "gpu"]
+        lines.append(_row([f"**{workload}**, {hardware}", *[""] * 8]))
         ours = results["median"]["featcal_fast"]["seconds"]
         for way, median in results["median"].items():
             found = results["difference"].get(way)
@@ -53,10 +54,6 @@ def parity() -> str:
             cells = [seconds, times, flops, _memory(median), *errors]
             lines.append(_row([way, *cells, results["judge"] if found else ""]))
     return "\n".join(lines)
-
-
-def _hardware(machine: dict[str, Any]) -> str:
-    return machine.get("gpu", machine["cpu"])
 
 
 def _memory(found: dict[str, float], host: str = "peak_gib") -> str:
