@@ -24,6 +24,7 @@ from featcal_fast.drift import Probe
 from featcal_fast.errors import DataError, UnsupportedModelError
 from featcal_fast.experts import BlockReader
 from featcal_fast.features import Kept, Layout, find_layout, tapped
+from featcal_fast.machine import find_device
 from featcal_fast.models import Structure
 from featcal_fast.models.linear import is_linear, oriented
 from featcal_fast.models.structure import Layer
@@ -68,12 +69,13 @@ def calibrate_model(
 
     Raises:
         DataError: a task without batches, or batches without a task.
+        DeviceError: there is no such device.
         ModelMismatchError: the models differ in architecture.
         UnsupportedModelError: no family fits.
         SolveError: features that are not finite.
         MemoryBudgetError: the device's memory will not do, however few samples it takes at a time.
     """
-    device = torch.device(device) if device is not None else next(merged.parameters()).device
+    device = find_device(device) if device is not None else next(merged.parameters()).device
     student = ModuleSource(merged, "merged model", device)
     others = {task: ModuleSource(model, f"expert {task}", device) for task, model in experts.items()}
     updates: list[dict[str, Tensor]] = []

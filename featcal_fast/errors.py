@@ -33,5 +33,9 @@ class SolveError(FeatCalError):
     """A ridge system could not be solved, or its statistics are not finite."""
 
 
+class DeviceError(FeatCalError):
+    """The device asked for is not there, or not one to compute on."""
+
+
 class MemoryBudgetError(FeatCalError):
     """The job needs more memory than there is, or than it was allowed."""

@@ -12,6 +12,7 @@ from featcal_fast.calibrate import calibrate_source
 from featcal_fast.checkpoints import CheckpointWriter
 from featcal_fast.errors import RecipeError
 from featcal_fast.inputs import Models, load_data, output_folder
+from featcal_fast.machine import find_device
 from featcal_fast.planner import choose_place
 from featcal_fast.progress import Progress
 from featcal_fast.recipe import Recipe, RecipeLike
@@ -52,7 +53,7 @@ def calibrate(
             No output folder is left behind.
     """
     recipe = _with_out(recipe, out)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(device)
     models = Models(recipe)
     folder = output_folder(recipe, models)
     student = CheckpointSource(models.merged, device)

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from featcal_kernels import allow_bf16_units
 
+from featcal_fast.errors import DeviceError
+
 LARGE = 2**20
 
 
@@ -28,6 +30,32 @@ def _return_large_blocks() -> None:
     """
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(-3, LARGE)  # M_MMAP_THRESHOLD, which also ends the learning
+
+
+def find_device(name: torch.device | str | None, *, present: bool = True) -> torch.device:
+    """The device to compute on; by default the first GPU, or the CPU.
+
+    Args:
+        name: as torch has it: `cpu`, `cuda`, `cuda:1`.
+        present: whether it must be here; to plan for it, it need not.
+
+    Raises:
+        DeviceError: no such device.
+    """
+    count = torch.cuda.device_count()
+    try:
+        device = torch.device(name or ("cuda" if count else "cpu"))
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device: found {name!r}, expected cpu, cuda or, for another than the first GPU, cuda:1")
+    if device.type == "cuda" and present and (device.index or 0) >= count:
+        raise DeviceError(
+            f"device: found {device}, but torch {torch.__version__} sees {count} GPUs; use cpu, or install the torch "
+            "build for your GPU and its driver (to plan for a GPU that is elsewhere, say how much memory it has: "
+            "--device-memory)"
+        )
+    return device
 
 
 def known_rate(device: torch.device) -> float | None:

@@ -20,7 +20,7 @@ from featcal_fast.drift import PROBE_SAMPLES
 from featcal_fast.errors import DataError, FeatCalError
 from featcal_fast.footprint import FirstStates, Footprint, Phantom, measure_layer
 from featcal_fast.inputs import Models, TaskData, describe_data, output_folder
-from featcal_fast.machine import available_device_bytes, available_host_bytes, resident_bytes
+from featcal_fast.machine import available_device_bytes, available_host_bytes, find_device, resident_bytes
 from featcal_fast.merge import MergedCheckpoint
 from featcal_fast.models.structure import Layer
 from featcal_fast.plan import LayerPlan, Plan, folded, format_bytes
@@ -55,7 +55,7 @@ def plan(
             is no error: see `Plan.problems`.
     """
     recipe = Recipe.load(recipe)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(device, present=device_memory is None)
     models = Models(recipe)
     if recipe.out is not None:
         output_folder(recipe, models)

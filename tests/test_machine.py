@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from featcal_fast.machine import known_rate, remember_rate
+import featcal_fast as ff
+from featcal_fast.machine import find_device, known_rate, remember_rate
 
 CPU = torch.device("cpu")
 
@@ -41,3 +42,14 @@ def test_a_broken_or_unwritable_cache_is_no_trouble(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     remember_rate(CPU, 2e11)
     assert known_rate(CPU) is None
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "mps", "gpu"])
+def test_a_device_that_is_not_there_is_an_error(name: str) -> None:
+    with pytest.raises(ff.FeatCalError, match="device: found"):
+        find_device(name)
+
+
+def test_a_gpu_elsewhere_can_be_planned_for() -> None:
+    assert find_device("cuda:99", present=False) == torch.device("cuda:99")
+    assert find_device("cpu") == CPU
