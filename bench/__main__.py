@@ -1,8 +1,8 @@
 """Everything in `bench/` at its default size, then the README's tables and figures anew: `python -m bench`.
 
-About half an hour on two cores, no network. The studies of accuracy take a core each and run side by side; what is timed runs
-alone. Larger jobs, GPUs, the official demo and the paper's protocol have commands of their own: see `--help` of
-`bench.compare`, `bench.jobs`, `bench.gpu` and `bench.paper`.
+About half an hour on two cores, no network. The studies of accuracy take a core each and run side by side; what is
+timed runs alone. Larger jobs, GPUs, the official demo and the paper's protocol have commands of their own: see
+`--help` of `bench.compare`, `bench.jobs`, `bench.gpu` and `bench.paper`.
 """
 
 from __future__ import annotations
