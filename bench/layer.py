@@ -124,6 +124,7 @@ def engine(work: Workload, clock: Clock) -> Layout:
 
             with clock("student"), tapped(block, [*leaders, layout.last], add, stop_at=layout.last):
                 work.calls.run(0, block, hidden)
+            del inputs, outputs, add  # as the engine lets go of a chunk before the next
         with clock("fold"):
             system.fold(moments, work.expert, "task")
     with clock("solve"):

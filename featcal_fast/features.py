@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -54,42 +54,54 @@ class _Stop(Exception):
     """The last input was captured: nothing after it is needed."""
 
 
-@contextmanager
-def tapped(
-    block: nn.Module,
-    inputs: Collection[str],
-    on_input: Callable[[str, Tensor], None],
-    outputs: Collection[str] = (),
-    on_output: Callable[[str, Tensor], None] | None = None,
-    stop_at: str | None = None,
-) -> Iterator[None]:
+class tapped:
     """Within the context, a forward of `block` reports the inputs (and outputs) of the named modules in call order.
 
-    With `stop_at`, the forward ends, without an error, once that module's input was reported.
+    With `stop_at`, the forward ends, without an error, once that module's input was reported. A class, not a generator:
+    from Python 3.12 on a generator's context that swallows an exception keeps its frames, and so every feature of the
+    forward, until garbage is collected.
     """
 
-    def before(name: str):
+    def __init__(
+        self,
+        block: nn.Module,
+        inputs: Collection[str],
+        on_input: Callable[[str, Tensor], None],
+        outputs: Collection[str] = (),
+        on_output: Callable[[str, Tensor], None] | None = None,
+        stop_at: str | None = None,
+    ) -> None:
+        self._block, self._inputs, self._outputs = block, inputs, outputs
+        self._on_input, self._on_output, self._stop_at = on_input, on_output, stop_at
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            for name in self._inputs:
+                module = self._block.get_submodule(name)
+                stack.callback(module.register_forward_pre_hook(self._before(name)).remove)
+            for name in self._outputs:
+                module = self._block.get_submodule(name)
+                stack.callback(module.register_forward_hook(self._after(name)).remove)
+            self._hooks = stack.pop_all()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        self._hooks.close()
+        return kind is _Stop
+
+    def _before(self, name: str):
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            on_input(name, args[0])
-            if name == stop_at:
+            self._on_input(name, args[0])
+            if name == self._stop_at:
                 raise _Stop
 
         return hook
 
-    def after(name: str):
+    def _after(self, name: str):
         def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-            assert on_output is not None
-            on_output(name, output)
+            assert self._on_output is not None
+            self._on_output(name, output)
 
         return hook
-
-    with ExitStack() as stack:
-        for name in inputs:
-            stack.callback(block.get_submodule(name).register_forward_pre_hook(before(name)).remove)
-        for name in outputs:
-            stack.callback(block.get_submodule(name).register_forward_hook(after(name)).remove)
-        with suppress(_Stop):
-            yield
 
 
 class Kept(dict[str, Tensor]):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pico
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 import featcal_fast as ff
 from featcal_fast import reference
+from featcal_fast.features import tapped
 
 ROUNDING = 2.0**-24
 
@@ -105,6 +108,19 @@ def test_both_spaces_give_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> N
     for found in results:
         for name, (error, rounding) in update_errors(found, judge, job.merged).items():
             assert error < 2e-5 + 2 * rounding, f"{name}: {error:.1e}"
+
+
+def test_a_stopped_forward_lets_go_of_its_features() -> None:
+    """At once, on every version of Python: on a GPU nothing else would free them before the next chunk."""
+    block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    seen: list[weakref.ref] = []
+    gc.disable()
+    try:
+        with tapped(block, ["1"], lambda _, x: seen.append(weakref.ref(x)), stop_at="1"):
+            block(torch.zeros(2, 4))
+        assert [each() for each in seen] == [None]
+    finally:
+        gc.enable()
 
 
 def test_task_order_does_not_matter() -> None:
