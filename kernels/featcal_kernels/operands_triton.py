@@ -1,10 +1,10 @@
 """Operands as the tensor cores want them: 16 bits, weighted, aligned.
 
 A float32 value is split in two float16 ones, high and low, which together hold 22 bits of it; the product of two such
-sums without the term low * low takes three 16-bit products and is good to 2^-22, as float32's own nearly is. Three
-bfloat16 products, the usual way, are good to 2^-17 only. Float16's narrow range is met by a power of two: the largest
-value is brought to between 2^14 and 2^15, so that of anything down to 2^-18 of it no bit of the 22 is lost; the sum
-takes the powers off again (see `moments_triton`).
+sums without the term low * low takes three 16-bit products and is good to 2^-22; three bfloat16 products, the usual
+way, are good to 2^-17 only. (How a GPU's matrix units round while they add up comes on top.) Float16's narrow range is
+met by a power of two: the largest value is brought to between 2^14 and 2^15, so that of anything down to 2^-18 of it no
+bit of the 22 is lost; the sum takes the powers off again (see `moments_triton`).
 
 Splitting ahead of the product touches each element once, instead of once for every tile that it is part of, and leaves
 one kernel for all types of input. Weighted 16-bit features are split likewise, since 16 bits seldom hold the product.

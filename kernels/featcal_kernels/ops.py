@@ -7,7 +7,7 @@ A *triangle* is the upper one of a row-major buffer, which is the lower one of i
 `torch.linalg.cholesky_ex(out.mT, out=(out.mT, info))` factors it in place. Entries below the diagonal are unspecified
 after `gram_` and `gram_cross_`, and never read by `frobenius` and `symmetrize_`.
 
-How exact the products are:
+How exact the products are, before sums are rounded (matrix units may round theirs more coarsely than float32 is):
 
 - 16-bit features: exact. On a GPU a weighted feature that 16 bits cannot hold is split in two, good to 2^-22, which
   costs a second product (weights of 0 and 1 cost none). A CPU multiplies them in float32; bfloat16 in matrix units, if
