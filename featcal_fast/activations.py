@@ -152,7 +152,6 @@ class _Away:
         self._device, self._transfers, self._memory = device, transfers, memory
         self._slots: dict[int, _Slot] = {}
         self._coming: tuple[int, slice, Transfer[Tensor]] | None = None
-        self._leaving: tuple[Tensor, Transfer[None]] | None = None
 
     def load(self, batch: int, rows: slice | None) -> Tensor:
         samples = self._slots[batch].shape[0]
@@ -172,8 +171,6 @@ class _Away:
     def store(self, batch: int, rows: slice, hidden: Tensor, samples: int) -> None:
         if self._coming is not None and self._coming[0] == batch and self._coming[1].start < rows.stop:
             self._take(batch, rows)  # out of date
-        if self._leaving is not None:
-            self._leaving[1].result()  # the memory it left is free from here on
         slot, before = _Slot(batch, (samples, *hidden.shape[1:]), hidden.dtype), self._slots.get(batch)
         complete = rows.stop == samples
 
@@ -182,7 +179,7 @@ class _Away:
             if complete and before is not None and before != slot:
                 self._memory.drop(before)
 
-        self._leaving = hidden, self._transfers.submit(leave)
+        self._transfers.leave(hidden, leave)
         if complete:
             self._slots[batch] = slot
 

@@ -55,6 +55,7 @@ class Transfers:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._error: Exception | None = None
+        self._leaving: tuple[Tensor, Transfer[None]] | None = None
 
     def __enter__(self) -> Transfers:
         return self
@@ -71,6 +72,16 @@ class Transfers:
         """
         told = None if self._copies is None else torch.cuda.current_stream(self._device).record_event()
         return Transfer(self._thread.submit(self._run, job, told), self._device)
+
+    def leave(self, tensor: Tensor, job: Callable[[], None]) -> None:
+        """Carry out `job`, which empties `tensor`, and keep it meanwhile: one at a time, whosever it is.
+
+        Raises:
+            Whatever the one before it raised.
+        """
+        if self._leaving is not None:
+            self._leaving[1].result()  # the memory it left is free from here on
+        self._leaving = tensor, self.submit(job)
 
     def _run(self, job: Callable[[], T], told: torch.cuda.Event | None) -> tuple[T, torch.cuda.Event | None]:
         if self._error is not None:

@@ -133,6 +133,18 @@ def test_states_are_fetched_and_stored_while_a_chunk_is_computed() -> None:
         assert time.perf_counter() - started < 1.15 * (10 * 0.05 + 0.2 + 0.02)  # 0.2: what was stored first
 
 
+def test_one_chunk_is_on_its_way_out_however_many_streams_there_are() -> None:
+    with Transfers(CPU, "test") as transfers:
+        streams, chunks = [_Away(CPU, transfers, _HostMemory()) for _ in range(5)], []
+        for stream in streams:
+            hidden = torch.zeros(2, 3)
+            chunks.append(weakref.ref(hidden))
+            stream.store(0, slice(0, 2), hidden, 2)
+            del hidden
+        time.sleep(0.1)  # the thread lets go of a job's tensor once it took the next one
+        assert sum(chunk() is not None for chunk in chunks) <= 2
+
+
 def test_after_a_transfer_that_failed_none_is_carried_out() -> None:
     def fail() -> None:
         raise OutputError("scratch: hidden states cannot be written: No space left on device")
