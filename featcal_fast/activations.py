@@ -68,12 +68,7 @@ class Stream:
                 ) from error
             self._shapes.append((hidden.shape[0], hidden.shape[1]))
             self._states.store(number, slice(0, len(hidden)), hidden, len(hidden))
-            self._calls.append(self._kept(calls))
-
-    def _kept(self, calls: BatchCalls) -> BatchCalls:
-        if isinstance(self._place, torch.device) and self._place != HOST:
-            return move(calls, self._place)
-        return pinned(move(calls, HOST)) if self.device.type == "cuda" else move(calls, HOST)
+            self._calls.append(pinned(calls) if self.device.type == "cuda" and self._place != self.device else calls)
 
     def _new_place(self) -> _Here | _Away:
         if self._place == self.device:

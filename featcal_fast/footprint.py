@@ -20,6 +20,7 @@ from featcal_fast.activations import Stream
 from featcal_fast.calibrate import see_expert, see_student
 from featcal_fast.checkpoints import TensorInfo, TensorSource
 from featcal_fast.features import InputGroup, Layout, find_layout
+from featcal_fast.models.patterns import Remembered
 from featcal_fast.models.stepping import BatchCalls, move
 from featcal_fast.models.structure import Layer
 from featcal_fast.moments import GroupMoments, TaskMoments, token_side
@@ -160,13 +161,15 @@ class FirstStates:
     Attributes:
         hidden: the states that enter its first block, `[batch, tokens, width]` on the meta device.
         calls: of its blocks, on the meta device.
-        call_bytes: of their tensors.
+        call_bytes: of their tensors while a layer runs.
+        kept_bytes: of them between layers, besides what batches share.
         tokens: of the batch.
     """
 
     hidden: Tensor
     calls: BatchCalls
     call_bytes: int
+    kept_bytes: int
     tokens: Tokens
 
     @classmethod
@@ -176,14 +179,16 @@ class FirstStates:
         previous = None if before is None else torch.zeros((), dtype=before.hidden.dtype).expand(before.hidden.shape)
         with torch.no_grad():
             hidden, calls = source.first_hidden(example, stage, previous)
-        storages = {
-            leaf.untyped_storage()._cdata: leaf.untyped_storage().nbytes()
+        kept = {
+            id(leaf): leaf.nbytes
             for leaf in tree_leaves([calls.args, calls.kwargs])
-            if isinstance(leaf, Tensor)
+            if isinstance(leaf, (Tensor, Remembered))
         }
+        calls = move(calls, META)
+        whole = {id(leaf): leaf.nbytes for leaf in tree_leaves([calls.args, calls.kwargs]) if isinstance(leaf, Tensor)}
         mask = source.structure.family.stages[stage].mask(example)
         tokens = Tokens(mask, (hidden.shape[0], hidden.shape[1]), META, None if before is None else before.tokens)
-        return cls(move(hidden, META), move(calls, META), sum(storages.values()), tokens)
+        return cls(move(hidden, META), calls, sum(whole.values()), sum(kept.values()), tokens)
 
 
 @dataclass(frozen=True)

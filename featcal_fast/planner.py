@@ -126,7 +126,7 @@ class Planner:
         return plan
 
     def _measure(self, data: Mapping[str, TaskData]) -> Plan:
-        states, turns = self._first_states(data)
+        states, patterns, turns = self._first_states(data)
         counts = [
             {task: round(data[task].batches * pair[0].hidden.shape[:2].numel()) for task, pair in stage.items()}
             for stage in states
@@ -139,12 +139,16 @@ class Planner:
             plan.layers.append(self._layer(layer, data, states[layer.stage], here, seen))
         plan.kept = folded(self._kept(plan))
         self._count_bytes(plan)
-        self._count_memory(plan, data, states, turns)
+        self._count_memory(plan, data, states, patterns, turns)
         return plan
 
-    def _first_states(self, data: Mapping[str, TaskData]) -> tuple[list[States], list[Counter[str]]]:
-        """What enters each stage, the student's and the expert's by task; and what each task takes by turns."""
+    def _first_states(self, data: Mapping[str, TaskData]) -> tuple[list[States], list[int], list[Counter[str]]]:
+        """What enters each stage, the student's and the expert's by task; the bytes of what calls share; turns.
+
+        A turn is what one task takes while its batches go through the model's own forward.
+        """
         states: list[States] = []
+        patterns: list[int] = []
         turns: list[Counter[str]] = []
         entered: dict[Any, FirstStates] = {}
         student = _phantom(self.student)
@@ -155,6 +159,7 @@ class Planner:
             first = next(layer.index for layer in self.layers if layer.stage == stage)
             beside = _unpacking(student.source, self.student.block_tensors(first))
             states.append({})
+            patterns.append(0)
             for task, expert in self.experts.items():
                 own = _phantom(expert)
                 before = len(own.reads)
@@ -163,6 +168,7 @@ class Planner:
                 if stage or "attention_mask" in data[task].example or form not in entered:  # images are all alike
                     entered[form] = self._enter(self.student, task, data[task], stage, previous[0])
                 states[-1][task] = entered[form], self._enter(expert, task, data[task], stage, previous[1])
+                patterns[-1] += expert.patterns.nbytes
                 expert.end_first_hidden()
                 batch = data[task].entering * max(state.hidden.nbytes + state.call_bytes for state in states[-1][task])
                 there = {
@@ -175,8 +181,9 @@ class Planner:
                 turns.append(Counter({**there, "embeddings": held, "reading": beside + read}))
                 held, read = held + _loaded(own, before), _unpacking(own.source, own.reads[before:])
                 turns.append(Counter({**there, "embeddings": held, "reading": beside + read}))
+            patterns[-1] += self.student.patterns.nbytes
             self.student.end_first_hidden()
-        return states, turns
+        return states, patterns, turns
 
     def _enter(
         self, source: CheckpointSource, task: str, data: TaskData, stage: int, before: FirstStates | None
@@ -293,32 +300,31 @@ class Planner:
         plan.disk = {"calibrated model": self.models.nbytes}
 
     def _count_memory(
-        self, plan: Plan, data: Mapping[str, TaskData], stages: list[States], turns: list[Counter[str]]
+        self,
+        plan: Plan,
+        data: Mapping[str, TaskData],
+        stages: list[States],
+        patterns: list[int],
+        turns: list[Counter[str]],
     ) -> None:
         """The sum of what is there all the time and of the worst moment: a first forward, a layer, or the end."""
         on_device, host, device = self.device.type != "cpu", Counter[str](), Counter[str]()
-        hidden = calls = probe = batch = 0.0
-        for states in stages:
-            every = [(data[task].batches, state) for task, pair in states.items() for state in pair]
-            pinned = on_device and self.place == HOST
-            hidden = max(
-                hidden, sum(count * (_pinned if pinned else int)(state.hidden.nbytes) for count, state in every)
-            )
-            calls = max(calls, sum(count * state.call_bytes for count, state in every))
-            batch = max(
-                batch,
-                *(
-                    data[task].entering * (state.hidden.nbytes + state.call_bytes)
-                    for task, pair in states.items()
-                    for state in pair
-                ),
-            )
+        hidden = calls = shared = probe = entering = passing = 0.0
+        for states, pattern in zip(stages, patterns, strict=True):
+            every = [(data[task], state) for task, pair in states.items() for state in pair]
+            room = _pinned if on_device and self.place == HOST else int
+            hidden = max(hidden, sum(each.batches * room(state.hidden.nbytes) for each, state in every))
+            calls = max(calls, sum(each.batches * state.kept_bytes for each, state in every))
+            shared = max(shared, pattern)
+            entering = max(entering, *(each.entering * state.hidden.nbytes for each, state in every))
+            passing = max(passing, *(state.call_bytes for _, state in every))
             probe = max(probe, 1.5 * sum(_of_a_probe(state) for _, state in every))  # student's twice, expert's once
         there = round(sum(each.nbytes for each in data.values() if each.loaded))
         host["interpreter and libraries"] = resident_bytes() - there + RUNTIME
         stays = len(stages) > 1  # an encoder-decoder's inputs are needed again
         host["calibration data"] = round(sum(each.nbytes for each in data.values() if stays or not each.lazy))
-        (device if on_device and self.place == self.device else host)["masks and positions"] = round(calls)
+        (device if on_device and self.place == self.device else host)["masks of batches"] = round(calls)
+        (device if on_device else host)["masks and positions"] = round(shared + passing)
         host["drift probe"] = round(probe)
         if isinstance(self.place, Path):
             plan.disk["hidden states"] = round(hidden)
@@ -348,15 +354,16 @@ class Planner:
                 "reading": reading,
             }
             moments.append(Counter(needs))
-        ahead = 0 if self.place == self.device else 3 * batch  # the expert's and the student's next, one that leaves
+        # The expert's and the student's next, and one that leaves.
+        ahead = 0 if self.place == self.device else 3 * entering
         (device if on_device else host)["hidden states on their way"] = round(ahead)
         if on_device:
-            device["a batch"] = round(batch)
+            device["a batch"] = round(entering)
             device["operands of the kernels"] = PANEL_BYTES
             arriving = [max(self._largest_pinned(layer.index) for layer in plan.layers)]
             arriving[0] += reading + max(self._largest_block(layer.index) for layer in plan.layers)
             if isinstance(self.place, Path):
-                arriving[0] += 2 * _pinned(round(batch))
+                arriving[0] += 2 * _pinned(round(entering))
             for moment in moments:
                 arriving.append(sum(moment.pop(name, 0) for name in ("reading", "calibration data of a task")))
             host["what is on its way"] = max(largest, *arriving)
@@ -460,7 +467,7 @@ def _nbytes(source: CheckpointSource, index: int) -> int:
 
 def _of_a_probe(state: FirstStates) -> float:
     rows = state.hidden.shape[0]
-    return min(PROBE_SAMPLES, rows) / rows * (state.hidden.nbytes + state.call_bytes)
+    return min(PROBE_SAMPLES, rows) / rows * (state.hidden.nbytes + state.kept_bytes)
 
 
 def _total(items: Mapping[str, int]) -> int:

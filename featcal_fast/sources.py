@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from featcal_fast.checkpoints import TensorSource, canonical, is_finite
 from featcal_fast.errors import CheckpointError, ModelMismatchError, UnsupportedModelError
 from featcal_fast.models import Structure, find_structure
+from featcal_fast.models.patterns import Patterns
 from featcal_fast.models.stepping import BatchCalls, first_hidden, move
 from featcal_fast.models.stored import StoredNames
 
@@ -27,13 +28,14 @@ class Source(Protocol):
 
     label: str
     structure: Structure  # parameters may be on the meta device
+    patterns: Patterns  # of the calls that `first_hidden` made since it last ended
 
     def first_hidden(
         self, batch: Mapping[str, Tensor], stage: int = 0, previous: Tensor | None = None
     ) -> tuple[Tensor, BatchCalls]:
         """The hidden states that enter a stage, `[batch, tokens, width]`, and its blocks' calls, on the device.
 
-        `previous` are the hidden states that leave the last block of the stage before it.
+        Of the calls, `patterns` keeps what batches share. `previous` are the hidden states that leave the last block of the stage before it.
         """
         ...
 
@@ -52,6 +54,7 @@ class ModuleSource:
     def __init__(self, model: nn.Module, label: str, device: torch.device) -> None:
         self.model, self.label, self.device = model, label, device
         self.structure = find_structure(model, label)
+        self.patterns = Patterns()
 
     def first_hidden(
         self, batch: Mapping[str, Tensor], stage: int = 0, previous: Tensor | None = None
@@ -59,10 +62,10 @@ class ModuleSource:
         home = next(self.model.parameters()).device
         with STEPPING, _eval_mode(self.model):
             hidden, calls = first_hidden(self.structure, move(dict(batch), home), stage, move(previous, home))
-        return move(hidden, self.device), move(calls, self.device)
+        return move(hidden, self.device), move(calls, self.device).kept(self.patterns, len(hidden))
 
     def end_first_hidden(self) -> None:
-        pass
+        self.patterns = Patterns()
 
     def block(self, index: int) -> nn.Module:
         with STEPPING:
@@ -94,6 +97,7 @@ class CheckpointSource:
         self.structure = find_structure(self.model, self.label)
         self._tied = _tied_names(self.model, self._stored)
         self._check_blocks()
+        self.patterns = Patterns()
         self._loaded: list[nn.Module] = []
         self._held: dict[str, nn.Parameter] = {}  # by the checkpoint's name: what is tied is read once
         self._openers: dict[int, nn.Module] = {}
@@ -120,11 +124,13 @@ class CheckpointSource:
             first = next(layer.index for layer in self.structure.layers if layer.stage == stage)
             self._openers[stage] = self.block(first).to(self.device)
         with STEPPING:
-            return first_hidden(
+            hidden, calls = first_hidden(
                 self.structure, move(dict(batch), self.device), stage, previous, self._openers.get(stage)
             )
+        return hidden, calls.kept(self.patterns, len(hidden))
 
     def end_first_hidden(self) -> None:
+        self.patterns = Patterns()
         self._openers.clear()
         for module in self._loaded:
             for name, parameter in module.named_parameters(recurse=False):

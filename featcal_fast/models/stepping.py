@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from featcal_fast.errors import UnsupportedModelError
+from featcal_fast.models.patterns import Patterns, Remembered
 from featcal_fast.models.structure import Structure
 
 
@@ -31,7 +32,17 @@ class BatchCalls:
 
         A `[tokens, ...]` tensor of exactly as many tokens as samples would be cut, too; no family here is given one.
         """
-        return _mapped(self, lambda x: x[rows] if x.ndim >= 2 and len(x) == size else x, {})
+
+        def cut(x: Tensor | Remembered) -> Tensor | Remembered:
+            if isinstance(x, Remembered):
+                return x.part(rows)
+            return x[rows] if x.ndim >= 2 and len(x) == size else x
+
+        return _mapped(self, cut, {})
+
+    def kept(self, patterns: Patterns, size: int) -> BatchCalls:
+        """The calls of a batch of `size` samples without what other batches' have, too; `move` makes them whole."""
+        return _mapped(self, lambda x: patterns.remember(x, size), {})
 
 
 class _Stop(Exception):
@@ -126,25 +137,31 @@ def _first_hidden(
 def move(value: Any, device: torch.device) -> Any:
     """`value` with its tensors on `device`, in tuples, lists, dicts and calls; what is shared stays shared."""
     ordered = device.type == "cuda"  # copies to a GPU stay in order by themselves; the host must wait for those from it
-    return _mapped(value, lambda tensor: tensor.to(device, non_blocking=ordered), {})
+
+    def there(x: Tensor | Remembered) -> Tensor:
+        return (x.tensor() if isinstance(x, Remembered) else x).to(device, non_blocking=ordered)
+
+    return _mapped(value, there, {})
 
 
 def pinned(value: Any) -> Any:
-    """`value`, its tensors on the host in pinned memory, where there is some: copies to a GPU then need not wait."""
+    """`value`, its tensors in pinned host memory, where there is some: copies to a GPU then need not wait."""
 
-    def pin(tensor: Tensor) -> Tensor:
+    def wait(x: Tensor | Remembered) -> Tensor | Remembered:
+        if isinstance(x, Remembered):
+            return x
         try:
-            return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
+            return x.to("cpu").pin_memory()
         except RuntimeError:  # no more of it; ordinary memory will do
-            return tensor
+            return x.to("cpu")
 
-    return _mapped(value, pin, {})
+    return _mapped(value, wait, {})
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor], seen: dict[int, Any]) -> Any:
+def _mapped(value: Any, change: Callable[[Any], Any], seen: dict[int, Any]) -> Any:
     if id(value) in seen:
         return seen[id(value)]
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, Remembered)):
         mapped: Any = change(value)
     elif isinstance(value, (tuple, list)):
         mapped = type(value)(_mapped(item, change, seen) for item in value)
