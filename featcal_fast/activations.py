@@ -215,6 +215,12 @@ class _HostMemory:
         del self._held[slot]
 
 
+def check_scratch(folder: Path) -> None:
+    """Raises:
+    OutputError: no file can be made in `folder`."""
+    _ScratchFile(folder)
+
+
 class _ScratchFile:
     """Batches in an unnamed file.
 

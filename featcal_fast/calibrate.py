@@ -113,15 +113,14 @@ def calibrate_source(
     """Calibrate a model whose blocks arrive one at a time, each being read while the one before it is in use.
 
     `write` takes each layer's new parameters, in its dtype; `place` is where hidden states wait between layers;
-    `chunk` is how many samples pass a layer at a time, by default a batch. A task's batches are gone through once, and
+    `chunk` is how many tokens pass a layer at a time, by default a batch's. A task's batches are gone through once, and
     dropped before the next task's are. Everything else is as in `calibrate_model`.
     """
     started = time.perf_counter()
     structure = student.structure
     _check_tasks(experts, batches)
     check_same_architecture(student, {"base": base, **experts})
-    _check_patterns(structure, settings)
-    _check_dtypes(structure, settings)
+    check_settings(structure, settings)
 
     transfers = Transfers(device, "hidden-states")
     student_streams = {task: Stream(student, task, device, transfers, place) for task in experts}
@@ -168,7 +167,7 @@ def calibrate_source(
                     streams = expert_streams[task], student_streams[task]
                     # No name for the step: it would keep the blocks and the moments beyond their time.
                     chunks.each(
-                        counted.shape[0],
+                        counted.extent,
                         partial(see_both, number, (teacher, block), streams, i, layout, moments, counted),
                     )
                     progress.tokens(counted.count)
@@ -183,9 +182,9 @@ def calibrate_source(
             leaving = transfers.submit(partial(_to_host, new))
             probe.advance_calibrated(number, block)
             if index < len(structure.layers) - 1:
-                for stream in student_streams.values():
-                    for i in range(len(stream)):
-                        chunks.each(stream.shape(i)[0], partial(stream.advance, number, block, i))
+                for task, stream in student_streams.items():
+                    for i, counted in enumerate(tokens[task]):
+                        chunks.each(counted.extent, partial(stream.advance, number, block, i))
             write(index, leaving.on_host())  # while a GPU advances
 
             done = LayerReport(index, *probe.drift(), time.perf_counter() - began, groups, list(moments.norms))
@@ -334,7 +333,13 @@ def _checked(task: str, batches: Iterable[Mapping[str, Tensor]], structure: Stru
     return items
 
 
-def _check_dtypes(structure: Structure, settings: Settings) -> None:
+def check_settings(structure: Structure, settings: Settings) -> None:
+    """Refuse settings that do not go with a model.
+
+    Raises:
+        RecipeError: a pattern of `include` or `exclude` matches nothing.
+        UnsupportedModelError: the layers' dtype rules `forward_dtype` out.
+    """
     dtypes = {parameter.dtype for block in structure.blocks for parameter in block.parameters()}
     if settings.forward_dtype != "auto" and not dtypes <= {torch.float32, torch.bfloat16}:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -342,9 +347,6 @@ def _check_dtypes(structure: Structure, settings: Settings) -> None:
             f"settings.forward_dtype: found {settings.forward_dtype} for layers of {found}, expected float32 or "
             "bfloat16 ones; leave it at auto"
         )
-
-
-def _check_patterns(structure: Structure, settings: Settings) -> None:
     if settings.include is not None or settings.exclude is not None:
         modules = [
             f"{layer.path}.{name}"

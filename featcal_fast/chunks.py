@@ -1,4 +1,4 @@
-"""How batches pass a layer: how many samples at a time, and in what arithmetic."""
+"""How batches pass a layer: how many tokens at a time, and in what arithmetic."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Chunks:
 
     Args:
         device: whose memory it is.
-        limit: samples at a time to begin with; None for whole batches.
+        limit: tokens at a time to begin with, padding included, in whole samples; None for whole batches.
         forward_dtype: "bfloat16" for products in bfloat16, "auto" for the models' own.
     """
 
@@ -52,21 +52,21 @@ class Chunks:
         self.device, self.limit = device, limit
         self._lower = forward_dtype == "bfloat16"
 
-    def each(self, samples: int, step: Callable[[slice], None]) -> None:
-        """Call `step` for slices that cover `samples` samples in order.
+    def each(self, shape: tuple[int, int], step: Callable[[slice], None]) -> None:
+        """Call `step` for slices that cover a batch's samples in order.
 
         Args:
-            samples: of the batch.
+            shape: of the batch: its samples, and the tokens of each.
             step: may run out of memory, and must then be able to start over with the first half of its samples.
 
         Raises:
             torch.OutOfMemoryError: one sample is too much.
         """
-        self._cover(0, samples, step)
+        self._cover(0, *shape, step)
 
-    def _cover(self, start: int, stop: int, step: Callable[[slice], None]) -> None:
+    def _cover(self, start: int, stop: int, length: int, step: Callable[[slice], None]) -> None:
         while start < stop:
-            end = stop if self.limit is None else min(start + self.limit, stop)
+            end = stop if self.limit is None else min(start + max(1, self.limit // length), stop)
             try:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self._lower):
                     step(slice(start, end))
@@ -79,6 +79,6 @@ class Chunks:
             # Only here is the failed step's memory free: the error held on to its frames.
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self.limit = (end - start) // 2
-            self._cover(start, end, step)
+            self.limit = (end - start) // 2 * length
+            self._cover(start, end, length, step)
             start = end

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -39,7 +42,7 @@ A recipe says what to calibrate, with what, into what:
 No data at hand? `featcal-fast demo` makes four small experts from real scans of digits and repairs their merge.
 """
 
-LONG_ENOUGH = 1e11  # operations of a run whose rate says something
+LONG_ENOUGH = 20  # seconds of a run whose rate says something
 
 app = typer.Typer(
     help=EXAMPLE, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -95,7 +98,7 @@ def calibrate(
         host_memory=_bytes(host_memory),
         scratch=scratch,
     )
-    if report.flops > LONG_ENOUGH:
+    if report.seconds > LONG_ENOUGH:
         remember_rate(torch.device(report.device), report.rate)
     console.print(report.table())
     console.print(report.summary(), soft_wrap=True, highlight=False)
@@ -124,6 +127,10 @@ def plan(
     """
     from featcal_fast.planner import plan as make
 
+    if rate is not None and not 0 < rate < math.inf:
+        raise typer.BadParameter(
+            f"found {rate}, expected TFLOP/s above 0, such as a run's summary says", param_hint="--rate"
+        )
     use_whole_machine()
     console = Console()
     found = make(
@@ -233,6 +240,7 @@ class BarProgress(Progress):
 
 def main() -> None:
     """Entry point: an expected error is one line on stderr and exit code 1."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing half-written is left
     try:
         app()
     except FeatCalError as error:

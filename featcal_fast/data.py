@@ -45,6 +45,7 @@ def load_batches(
     samples: int = 256,
     max_length: int = 512,
     batch_size: int = 16,
+    batch_tokens: int | None = None,
     seed: int = 0,
     max_positions: int | None = None,
     vocab_size: int | None = None,
@@ -66,6 +67,7 @@ def load_batches(
             not read, and so not checked.
         max_length: tokens that a text is truncated to, at its end. Ready inputs are never truncated.
         batch_size: rows of a batch; the last one may be smaller.
+        batch_tokens: of texts, in place of `batch_size`: as many rows as have no more positions, padding included.
         seed: of the draw; the same seed and data give the same batches.
         max_positions: the longest sequence that the model takes, if it has a limit.
         vocab_size: rows of the model's embedding, if known.
@@ -104,10 +106,27 @@ def load_batches(
     # Neighbours of similar length need little padding. The sort is stable: equal lengths stay as drawn.
     drawn.sort(key=lambda sample: len(sample.values.get("input_ids", ())))
     batches = []
+    texts = all(value.ndim == 1 for value in drawn[0].values.values())
     while drawn:
-        batches.append(_collate(drawn[:batch_size], padding))
-        del drawn[:batch_size]  # or both would be held twice
+        rows = _rows_within(drawn, batch_tokens) if batch_tokens is not None and texts else batch_size
+        batches.append(_collate(drawn[:rows], padding))
+        del drawn[:rows]  # or both would be held twice
     return batches
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether `source`, of which nothing is on disk, may name a data set of the hub."""
+    suffixes = {".jsonl", ".safetensors", ".json", ".csv", ".txt", *TABLE_SUFFIXES}
+    return HUB_ID.fullmatch(str(source)) is not None and Path(source).suffix.lower() not in suffixes
+
+
+def check_exists(source: str | Path) -> None:
+    """Raises:
+    DataError: `source` is neither on disk nor may it be on the hub."""
+    if not Path(source).exists() and not is_hub_id(source):
+        raise DataError(
+            f"{source}: no such file or folder (looked for {Path(source).absolute()}); expected {SUPPORTED}"
+        )
 
 
 # Sources -> drawn samples
@@ -115,6 +134,7 @@ def load_batches(
 
 def _read(source: str | Path, samples: int, seed: int) -> list[Sample]:
     """The drawn samples of any source; what exists on disk wins over a hub id."""
+    check_exists(source)
     path = Path(source)
     suffix = path.suffix.lower()
     if path.is_dir():
@@ -135,9 +155,8 @@ def _read(source: str | Path, samples: int, seed: int) -> list[Sample]:
             return _read_tensors(path, samples, seed)
         raise DataError(f"{path}: found the unknown file type {suffix!r}; expected {SUPPORTED}")
     hub = HUB_ID.fullmatch(str(source))
-    if hub and suffix not in {".jsonl", ".safetensors", ".json", ".csv", ".txt", *TABLE_SUFFIXES}:
-        return _read_dataset(hub[1], hub[2] or "train", samples, seed)
-    raise DataError(f"{source}: no such file or folder (looked for {path.absolute()}); expected {SUPPORTED}")
+    assert hub is not None
+    return _read_dataset(hub[1], hub[2] or "train", samples, seed)
 
 
 def _draw(count: int, samples: int, seed: int, source: object) -> list[int]:
@@ -363,6 +382,16 @@ def _check_token_ids(ids: torch.Tensor, where: str, max_positions: int | None, v
         if token < 0 or (vocab_size is not None and token >= vocab_size):
             limit = "0 or more" if vocab_size is None else f"0 to {vocab_size - 1} (vocabulary of {vocab_size})"
             raise DataError(f"{where}: found token id {token}, expected {limit}; use the model's own tokenizer")
+
+
+def _rows_within(samples: Sequence[Sample], tokens: int) -> int:
+    """How many of the first samples have no more than `tokens` positions, all as long as the longest; at least one."""
+    longest = 0
+    for count, sample in enumerate(samples):
+        longest = max(longest, *map(len, sample.values.values()))
+        if (count + 1) * longest > tokens:
+            return max(1, count)
+    return len(samples)
 
 
 def _collate(samples: Sequence[Sample], padding: int) -> dict[str, torch.Tensor]:

@@ -55,23 +55,23 @@ class Probe:
         return *self._merged[task].load(0, first), self._tokens[task].part(first)
 
     def advance_expert(self, number: int, task: str, block: nn.Module) -> None:
-        self._advance(self._expert[task], number, block)
+        self._advance(task, self._expert[task], number, block)
 
     def advance_merged(self, number: int, block: nn.Module) -> None:
-        for stream in self._merged.values():
-            self._advance(stream, number, block)
+        for task, stream in self._merged.items():
+            self._advance(task, stream, number, block)
 
     def advance_calibrated(self, number: int, block: nn.Module) -> None:
-        for stream in self._calibrated.values():
-            self._advance(stream, number, block)
+        for task, stream in self._calibrated.items():
+            self._advance(task, stream, number, block)
 
     def drift(self) -> tuple[float, float]:
         """Drift before and after, once all three models have passed the layer."""
         before, after = torch.stack([self._distance(self._merged), self._distance(self._calibrated)]).tolist()
         return before, after
 
-    def _advance(self, stream: Stream, number: int, block: nn.Module) -> None:
-        self._chunks.each(stream.shape(0)[0], partial(stream.advance, number, block, 0))
+    def _advance(self, task: str, stream: Stream, number: int, block: nn.Module) -> None:
+        self._chunks.each(self._tokens[task].extent, partial(stream.advance, number, block, 0))
 
     def _distance(self, streams: Mapping[str, Stream]) -> Tensor:
         distances = []

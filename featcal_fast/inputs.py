@@ -20,7 +20,7 @@ from featcal_fast.checkpoints import (
     find_checkpoint,
     find_expert,
 )
-from featcal_fast.data import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, load_batches
+from featcal_fast.data import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, check_exists, load_batches
 from featcal_fast.errors import DataError, RecipeError
 from featcal_fast.merge import MergedCheckpoint
 from featcal_fast.recipe import Recipe
@@ -102,35 +102,47 @@ class LazyBatches:
 
 
 def load_data(
-    recipe: Recipe, models: Models, device: torch.device
+    recipe: Recipe, models: Models, device: torch.device, *, tables: bool = True
 ) -> tuple[dict[str, Iterable[dict[str, Tensor]]], dict[str, TaskData]]:
     """Every task's batches and their size; where headers tell the size, as of images, they load when their turn comes.
+
+    Of those, the first sample is loaded at once, to see that it can be.
+
+    Args:
+        recipe: the job.
+        models: its models.
+        device: where it will run.
+        tables: load data sets too; otherwise they have no batches, and the size that they may have at most.
 
     Raises:
         DataError: a task's data is not usable.
     """
     batches: dict[str, Iterable[dict[str, Tensor]]] = {}
     sizes = describe_data(recipe, models, device)
-    for task in recipe.experts:
-        load = partial(_load, recipe, models, task, sizes[task].batch_size)
+    for task, expert in recipe.experts.items():
+        load = partial(_load, recipe, models, task, device, sizes[task].batch_size)
         if sizes[task].lazy:
+            load(samples=1)
             batches[task] = LazyBatches(load)
-        else:
+        elif tables or Path(_local(recipe, expert.data)).is_file():
             batches[task] = loaded = load()
-            sizes[task] = TaskData.of(loaded)
+            sizes[task] = replace(TaskData.of(loaded), cut=sizes[task].cut)
     return batches, sizes
 
 
-def _load(recipe: Recipe, models: Models, task: str, batch_size: int) -> Batches:
+def _load(
+    recipe: Recipe, models: Models, task: str, device: torch.device, batch_size: int, samples: int | None = None
+) -> Batches:
     expert, config, own = recipe.experts[task], models.merged.config, models.experts[task]
     vocabularies = [c.vocab_size for c in (config, own.config) if getattr(c, "vocab_size", None)]
     folders = [models.merged.path, own.path, models.base.path]
     return load_batches(
         _local(recipe, expert.data),
         folders=list(dict.fromkeys(folders)),
-        samples=expert.samples or recipe.samples,
+        samples=samples or expert.samples or recipe.samples,
         max_length=expert.max_length or recipe.max_length,
         batch_size=batch_size,
+        batch_tokens=None if recipe.batch_size else _chunk_tokens(device),
         seed=recipe.seed,
         max_positions=getattr(config, "max_position_embeddings", None),
         vocab_size=min(vocabularies, default=None),
@@ -147,7 +159,7 @@ class TaskData:
         batches: how many of that batch the data amounts to.
         rows: samples.
         exact: whether this is what will be run; otherwise an upper bound.
-        batch_size: samples of the batch that has most of them.
+        cut: whether it is texts that are cut at a maximal length.
         loaded: whether it is in this process's memory.
         entering: how many times as large the batches are that the model's first forward takes.
     """
@@ -156,7 +168,7 @@ class TaskData:
     batches: float
     rows: int
     exact: bool
-    batch_size: int
+    cut: bool = False
     loaded: bool = False
     entering: float = 1.0
 
@@ -167,7 +179,12 @@ class TaskData:
         largest = max(range(len(sizes)), key=sizes.__getitem__)
         rows = [len(next(iter(batch.values()))) for batch in batches]
         batches_of_it = sum(sizes) / sizes[largest]
-        return cls(dict(batches[largest]), batches_of_it, sum(rows), exact=True, batch_size=max(rows), loaded=True)
+        return cls(dict(batches[largest]), batches_of_it, sum(rows), exact=True, loaded=True)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of the example."""
+        return len(next(iter(self.example.values())))
 
     @property
     def lazy(self) -> bool:
@@ -184,7 +201,6 @@ class TaskData:
     ) -> TaskData:
         """The same task run with other settings."""
         example, batches, rows, entering = self.example, self.batches, self.rows, self.entering
-        most = self.batch_size
         if samples is not None and samples < rows:
             batches, rows = batches * samples / rows, samples
             if batches < 1:  # less than one batch as it was
@@ -193,10 +209,10 @@ class TaskData:
             here = len(next(iter(example.values())))
             example = {name: value[:batch_size] for name, value in example.items()}
             share = here / min(here, batch_size)
-            batches, entering, most = batches * share, entering * share, min(most, batch_size)
+            batches, entering = batches * share, entering * share
         if max_length is not None and "input_ids" in example:
             example = {name: value[:, :max_length] for name, value in example.items()}
-        return replace(self, example=example, batches=batches, rows=rows, batch_size=most, entering=entering)
+        return replace(self, example=example, batches=batches, rows=rows, entering=entering)
 
 
 def describe_data(recipe: Recipe, models: Models, device: torch.device) -> dict[str, TaskData]:
@@ -209,6 +225,7 @@ def describe_data(recipe: Recipe, models: Models, device: torch.device) -> dict[
     for task, expert in recipe.experts.items():
         samples, length = expert.samples or recipe.samples, expert.max_length or recipe.max_length
         path = _local(recipe, expert.data)
+        check_exists(path)
         forms, found = _forms(path, models.merged.config, length)
         unpadded = found is not None and _unpadded(path)
         if found == 0:
@@ -221,7 +238,7 @@ def describe_data(recipe: Recipe, models: Models, device: torch.device) -> dict[
             if not unpadded:
                 example["attention_mask"][0, -1:] = 0  # padding, for what it takes to leave it out
         exact = found is not None and "attention_mask" not in example
-        described[task] = TaskData(example, rows / count, rows, exact, count)
+        described[task] = TaskData(example, rows / count, rows, exact, "input_ids" in forms and not _is_ready(path))
     return described
 
 
@@ -262,10 +279,19 @@ def _forms(path: Path | str, config: Any, max_length: int) -> tuple[Forms, int |
 
 def _unpadded(path: Path | str) -> bool:
     """Whether ready inputs have a mask by which every token counts: the one tensor of them whose values matter here."""
-    if isinstance(path, str) or path.suffix.lower() != ".safetensors":
+    if not _is_ready(path):
         return False
     with safe_open(path, framework="pt") as file:
         return "attention_mask" in file.keys() and bool(file.get_tensor("attention_mask").all())  # noqa: SIM118
+
+
+def _is_ready(path: Path | str) -> bool:
+    """Whether it holds model inputs as they are."""
+    return isinstance(path, Path) and path.suffix.lower() == ".safetensors"
+
+
+def _chunk_tokens(device: torch.device) -> int:
+    return CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cuda"])
 
 
 def _full_batch(forms: Forms, config: Any, device: torch.device) -> int:
@@ -274,7 +300,7 @@ def _full_batch(forms: Forms, config: Any, device: torch.device) -> int:
         tokens = (getattr(config, "image_size", 0) // getattr(config, "patch_size", 16)) ** 2 + 1
     else:
         tokens = max(shape[0] for shape, _ in forms.values())
-    return max(1, CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cuda"]) // tokens)
+    return max(1, _chunk_tokens(device) // tokens)
 
 
 def _local(recipe: Recipe, data: str) -> Path | str:

@@ -63,6 +63,8 @@ def calibrate(
     plan, place = choose_place(recipe, models, device, sizes, device_memory, host_memory, scratch)
     plan.check()
     with CheckpointWriter(folder, models.merged) as writer:
+        layers = {name for layer in student.structure.layers for name in student.block_tensors(layer.index)}
+        writer.copy(name for name in models.merged.tensors if name not in layers)  # what is broken is found at once
 
         def write(index: int, parameters: dict[str, Tensor]) -> None:
             writer.write({student.tensor_name(index, name): value for name, value in parameters.items()})

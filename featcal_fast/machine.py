@@ -14,6 +14,7 @@ from featcal_kernels import allow_bf16_units
 from featcal_fast.errors import DeviceError
 
 LARGE = 2**20
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def use_whole_machine() -> None:
@@ -120,12 +121,30 @@ def available_device_bytes(device: torch.device) -> int:
 
 
 def _cgroup_rest() -> list[int]:
-    """What a container's limit leaves, where there is one."""
-    root = Path("/sys/fs/cgroup")
+    """What a container's limits leave, where there are any: of its control group and of those around it, v2 or v1."""
+    found = []
+    for line in _lines(Path("/proc/self/cgroup")):
+        controllers, path = line.split(":", 2)[1:]
+        if not controllers:
+            root, limit, used, cached = CGROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit = CGROUPS / "memory", "memory.limit_in_bytes"
+            used, cached = "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder == root.parent:
+                break
+            with suppress(OSError, ValueError):  # no such group here, or no limit
+                rest = int((folder / limit).read_text()) - int((folder / used).read_text())
+                stat = dict(entry.split() for entry in _lines(folder / "memory.stat"))
+                found.append(rest + int(stat.get(cached, 0)))
+    return found
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        limit = int((root / "memory.max").read_text())
-        used = int((root / "memory.current").read_text())
-        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-        return [limit - used + int(stat.get("inactive_file", 0))]
-    except (OSError, ValueError):
+        return path.read_text().splitlines()
+    except OSError:
         return []

@@ -50,7 +50,7 @@ class Plan:
         device: where it would compute.
         tokens: positions a task, padding included.
         exact: whether these are the data's; otherwise texts are taken to be as long as they may be.
-        chunk: samples that pass a layer at a time, at most.
+        chunk: tokens that pass a layer at a time, at most, padding included.
         layers: one entry a layer.
         kept: weights that keep their merged values, layers folded to `*`, each with the reason.
         host, device_items: what memory holds when most of it is in use, by item, bytes; on a CPU all is `host`.
@@ -156,7 +156,7 @@ class Plan:
         device = f"device {format_bytes(self.device_bytes)}, " if self.device_items else ""
         lines = [
             f"{self.calibrated} linear weights in {len(self.layers)} layers, "
-            f"{sum(self.tokens.values()):,} tokens{bound}; {self.chunk} samples a pass",
+            f"{sum(self.tokens.values()):,} tokens{bound}; {self.chunk:,} tokens a pass",
             f"peaks: {device}host {format_bytes(self.host_bytes)}, disk {format_bytes(self.disk_bytes)}; "
             f"read {format_bytes(sum(self.bytes_read.values()))}",
             f"arithmetic: {sum(self.flops.values()) / 1e12:.3g} TFLOP ({parts})",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,14 +13,15 @@ from featcal_kernels.configs import PANEL_BYTES
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from featcal_fast.activations import HOST, Place
-from featcal_fast.checkpoints import BitsAndBytesCheckpoint, HostedExpert, LoraExpert, TensorSource, canonical
+from featcal_fast.activations import HOST, Place, check_scratch
+from featcal_fast.calibrate import check_settings
+from featcal_fast.checkpoints import BitsAndBytesCheckpoint, HostedExpert, LoraExpert, TensorSource, canonical, existing
 from featcal_fast.checkpoints import kept_bytes as kept_in_host
 from featcal_fast.checkpoints.adapter import ROWS
 from featcal_fast.drift import PROBE_SAMPLES
 from featcal_fast.errors import DataError, FeatCalError
 from featcal_fast.footprint import FirstStates, Footprint, Phantom, measure_layer
-from featcal_fast.inputs import Models, TaskData, describe_data, output_folder
+from featcal_fast.inputs import Models, TaskData, load_data, output_folder
 from featcal_fast.machine import available_device_bytes, available_host_bytes, find_device, resident_bytes
 from featcal_fast.merge import MergedCheckpoint
 from featcal_fast.models.structure import Layer
@@ -31,6 +33,7 @@ from featcal_fast.tokens import TokenCounts
 States = dict[str, tuple[FirstStates, FirstStates]]  # the student's and the expert's, by task
 # Measured by bench/jobs.py: what libraries take once they compute (threads, their buffers, code paged in).
 RUNTIME = 40 * 2**20
+SMALLEST = {"batch_size": 1, "samples": 16, "max_length": 32}  # that a remedy names
 
 
 def plan(
@@ -41,7 +44,7 @@ def plan(
     host_memory: int | None = None,
     scratch: str | Path | None = None,
 ) -> Plan:
-    """What a recipe will need, from headers and configs alone; nothing is computed or written.
+    """What a recipe will need, from headers, configs and data alone; nothing is computed or written.
 
     Args:
         recipe: a `Recipe`, a mapping, or the path of a YAML file.
@@ -59,7 +62,7 @@ def plan(
     models = Models(recipe)
     if recipe.out is not None:
         output_folder(recipe, models)
-    data = describe_data(recipe, models, device)
+    data = load_data(recipe, models, device, tables=False)[1]
     return choose_place(recipe, models, device, data, device_memory, host_memory, scratch)[0]
 
 
@@ -75,24 +78,27 @@ def choose_place(
     """The plan, and where hidden states wait: in `scratch` if given, on a GPU if they fit there, or on the host.
 
     Unless the recipe says how many samples pass at a time, they are halved until the job fits.
+
+    Raises:
+        OutputError: `scratch` cannot be written to.
     """
     if scratch is not None:
+        check_scratch(Path(scratch))
         places: list[Place] = [Path(scratch)]
     else:
         places = [device, HOST] if device.type == "cuda" else [HOST]
     planners = [Planner(recipe, models, device, place) for place in places]
-    chunk = max(each.batch_size for each in data.values())
+    halves = 1
     while True:
-        sizes = {task: each.resized(batch_size=chunk) for task, each in data.items()}
+        sizes = {task: each.resized(batch_size=max(1, each.batch_size // halves)) for task, each in data.items()}
         for planner in planners:
             plan = planner.plan(sizes, device_memory, host_memory)
             if plan.fits:
                 break
-        if plan.fits or chunk == 1 or recipe.batch_size:
-            plan.chunk = chunk
+        if plan.fits or recipe.batch_size or all(each.batch_size == 1 for each in sizes.values()):
             plan.problems = planner.problems(plan, sizes)
             return plan, planner.place
-        chunk //= 2
+        halves *= 2
 
 
 class Planner:
@@ -111,7 +117,9 @@ class Planner:
         self.base = CheckpointSource(Phantom(models.base), HOST)
         self.experts = {task: CheckpointSource(Phantom(each), HOST) for task, each in models.experts.items()}
         self.layers = self.student.structure.layers
+        self.student.check_whole()
         check_same_architecture(self.student, {"base": self.base, **self.experts})
+        check_settings(self.student.structure, recipe.settings)
 
     def plan(
         self, data: Mapping[str, TaskData], device_memory: int | None = None, host_memory: int | None = None
@@ -133,6 +141,9 @@ class Planner:
         ]
         tokens = {task: sum(count[task] for count in counts) for task in self.experts}
         plan = Plan(str(self.device), tokens, all(each.exact for each in data.values()))
+        plan.chunk = max(
+            data[task].batch_size * max(stage[task][0].hidden.shape[1] for stage in states) for task in self.experts
+        )
         seen: dict[Any, Footprint] = {}
         for layer in self.layers:
             here = TokenCounts.of(counts[layer.stage])
@@ -382,29 +393,52 @@ class Planner:
                     f"{kind} memory: the job needs {format_bytes(need)}, but {format_bytes(budget)} may be used "
                     f"({flag}); {self._remedy(kind, budget, data, plan)}"
                 )
-        return problems
+        return problems + self._disk_problems(plan)
+
+    def _disk_problems(self, plan: Plan) -> list[str]:
+        """Where a disk lacks room for the scratch files, and for the output if that is on it too."""
+        if not isinstance(self.place, Path):
+            return []
+        need = plan.disk["hidden states"]
+        if self.recipe.out is not None:
+            out = existing(self.recipe.root / Path(self.recipe.out).expanduser())
+            need += plan.disk["calibrated model"] if out.stat().st_dev == self.place.stat().st_dev else 0
+        free = shutil.disk_usage(self.place).free
+        if need <= free:
+            return []
+        return [
+            f"scratch: the disk of {self.place} needs {format_bytes(need)}, but {format_bytes(free)} are free; "
+            "choose a folder on another"
+        ]
 
     def _remedy(self, kind: str, budget: int, data: Mapping[str, TaskData], plan: Plan) -> str:
         """The flag, or else the first single key of the recipe and its largest halving, with which the job fits."""
-        if kind == "host" and plan.host_bytes - plan.host.get("hidden states", 0) <= budget:
-            return "--scratch DIR, a folder on a fast disk for hidden states, would fit"
-        starts = {"samples": self.recipe.samples}
-        if self.recipe.batch_size:
-            starts = {"batch_size": self.recipe.batch_size, **starts}
-        starts |= {"max_length": self.recipe.max_length} if any("input_ids" in d.example for d in data.values()) else {}
+        if kind == "host":
+            over = plan.host_bytes - budget
+            if over <= plan.host.get("hidden states", 0):
+                return "--scratch DIR, a folder on a fast disk for hidden states, would fit"
+            if over <= plan.host.get("experts kept", 0):
+                return "expert_storage: disk would fit"
+        every = list(self.recipe.experts.values())
+        # What only one task has for itself is not for the recipe's key to change.
+        starts = {"batch_size": self.recipe.batch_size or 0}
+        starts["samples"] = 0 if any(each.samples for each in every) else self.recipe.samples
+        texts = all(each.cut for each in data.values()) and not any(each.max_length for each in every)
+        starts["max_length"] = self.recipe.max_length if texts else 0
         smallest = None
         for key, start in starts.items():
             value = start // 2
-            while value >= (32 if key == "max_length" else 1):
+            while value >= SMALLEST[key]:
                 smaller = {task: each.resized(**{key: value}) for task, each in data.items()}
                 need = getattr(self._measure(smaller), f"{kind}_bytes")
                 if need <= budget:
                     return f"{key}: {value} would fit"
                 smallest = need if smallest is None else min(smallest, need)
                 value //= 2
-        least = "" if smallest is None else f" (the least is {format_bytes(smallest)})"
-        keys = " or ".join(starts)
-        return f"no smaller {keys} alone would fit{least}: it takes a larger machine"
+        if smallest is None:
+            return "it takes a larger machine"
+        keys = " or ".join(key for key, start in starts.items() if start)
+        return f"no smaller {keys} alone would fit (the least is {format_bytes(smallest)}): it takes a larger machine"
 
 
 def _phantom(source: CheckpointSource) -> Phantom:

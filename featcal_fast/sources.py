@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -35,7 +37,8 @@ class Source(Protocol):
     ) -> tuple[Tensor, BatchCalls]:
         """The hidden states that enter a stage, `[batch, tokens, width]`, and its blocks' calls, on the device.
 
-        Of the calls, `patterns` keeps what batches share. `previous` are the hidden states that leave the last block of the stage before it.
+        Of the calls, `patterns` keeps what batches share. `previous` are the hidden states that leave the last block
+        of the stage before it.
         """
         ...
 
@@ -153,6 +156,15 @@ class CheckpointSource:
         block.load_state_dict(state, assign=True)
         return block.requires_grad_(False)
 
+    def check_whole(self) -> None:
+        """Raises:
+        CheckpointError: a tensor of the model is missing, outside of its blocks too.
+        ModelMismatchError: one has another shape than the config says."""
+        ignored = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
+        for name, parameter in self.model.named_parameters():
+            if not any(re.search(pattern, name) for pattern in ignored):
+                self._check_tensor(name, parameter)
+
     def _load_on_first_use(self, prefix: str):
         def hook(module: nn.Module, _args: Any) -> None:
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -237,7 +249,7 @@ def _block_shapes(structure: Structure) -> dict[str, tuple[int, ...]]:
 def _meta_model(checkpoint: TensorSource, device: torch.device) -> tuple[nn.Module, StoredNames]:
     """The checkpoint's model with buffers on the device and parameters on meta, and what they are called on disk.
 
-    Dtypes are the checkpoint's, save for what the model wants in float32 when it is loaded in float16.
+    All have the dtype that most of the checkpoint has, as models are loaded, save for what the model wants in float32.
     """
     import transformers
 
@@ -256,16 +268,24 @@ def _meta_model(checkpoint: TensorSource, device: torch.device) -> tuple[nn.Modu
             if canonical(name) in stored:  # a weight of its own, then (FLAN-T5's head)
                 owner, _, own = name.rpartition(".")
                 setattr(model.get_submodule(owner), own, copy.copy(model.get_parameter(name)))
-    wide = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    dtype = _main_dtype(checkpoint)
+    wide = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype.itemsize == 2 else set()
+    if dtype == torch.float16:
+        wide |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, parameter in model.named_parameters():
         if canonical(name) in stored:
-            dtype = checkpoint.tensors[stored[canonical(name)]].dtype
-            if dtype == torch.float16 and any(part in wide for part in name.split(".")):
-                dtype = torch.float32
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(dtype if wide.isdisjoint(name.split(".")) else torch.float32)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
     return model, stored
+
+
+def _main_dtype(checkpoint: TensorSource) -> torch.dtype:
+    sizes: Counter[torch.dtype] = Counter()
+    for info in checkpoint.tensors.values():
+        if info.dtype.is_floating_point:
+            sizes[info.dtype] += math.prod(info.shape)
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
 class _Config:

@@ -65,6 +65,11 @@ class Tokens:
         return self._parts[key]
 
     @property
+    def extent(self) -> tuple[int, int]:
+        """Samples, and the tokens that a layer sees of each: the stage's own, or those of a longer memory."""
+        return self.shape[0], self.shape[1] if self.memory is None else max(self.shape[1], self.memory.shape[1])
+
+    @property
     def count(self) -> int:
         """Tokens that count."""
         return self.shape[0] * self.shape[1] if self._index is None else len(self._index)

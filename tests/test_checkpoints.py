@@ -103,3 +103,54 @@ def test_broken_files_are_refused_when_they_are_opened(data: bytes, tmp_path: Pa
     (tmp_path / "model.safetensors").write_bytes(data)
     with pytest.raises(ff.FeatCalError, match=r"model: .*model.safetensors is not a complete safetensors file"):
         Checkpoint(tmp_path, "model")
+
+
+def test_an_output_that_is_a_link_is_written_where_it_points(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    for name, there in (("empty", True), ("absent", False)):
+        target, link = tmp_path / "elsewhere" / name, tmp_path / name
+        target.parent.mkdir(exist_ok=True)
+        if there:
+            target.mkdir()
+        link.symlink_to(target)
+        check_output(link, [], nbytes=1)
+        with CheckpointWriter(link, checkpoint) as writer:
+            writer.copy_rest()
+        assert link.is_symlink()
+        assert set(Checkpoint(target, "copy").tensors) == set(checkpoint.tensors)
+    assert sorted(path.name for path in target.parent.iterdir()) == ["absent", "empty"]
+
+
+def test_a_mount_point_cannot_be_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    with pytest.raises(ff.FeatCalError, match="disk is a mount point; name a folder in it"):
+        check_output(tmp_path / "disk", [], nbytes=1)
+
+
+def test_a_finished_model_is_not_lost_when_its_place_is_taken(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def overtaken() -> None:
+        with CheckpointWriter(tmp_path / "copy", checkpoint) as writer:
+            writer.copy_rest()
+            (tmp_path / "copy").mkdir()
+            (tmp_path / "copy" / "mine.txt").write_text("keep me")
+
+    with pytest.raises(ff.FeatCalError, match="the finished model is in ") as error:
+        overtaken()
+    assert (tmp_path / "copy" / "mine.txt").read_text() == "keep me"
+    (left,) = tmp_path.glob(".copy.partial-*")
+    assert str(left) in str(error.value)
+    assert set(Checkpoint(left, "left").tensors) == set(checkpoint.tensors)
+
+
+@pytest.mark.parametrize("call", ["fsync", "copyfile"])
+def test_a_disk_that_fills_up_leaves_nothing(
+    call: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr({"fsync": "os.fsync", "copyfile": "shutil.copyfile"}[call], full)
+    with pytest.raises(ff.FeatCalError, match="copy cannot be written: No space left on device"):  # noqa: SIM117
+        with CheckpointWriter(tmp_path / "copy", checkpoint) as writer:
+            writer.copy_rest()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

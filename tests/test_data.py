@@ -335,3 +335,10 @@ def test_empty_sources_are_named(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match=r"folder: found no images, parquet or arrow files; expected a \.jsonl"):
         load_batches(tmp_path / "folder", folders=[])
+
+
+def test_batches_of_texts_have_as_many_tokens_as_a_chunk_takes(write, bare):
+    lengths = [9, 1, 4, 2, 2, 1, 3, 12]
+    path = write(*({"text": " ".join("a" * length)} for length in lengths))
+    batches = load_batches(path, folders=[bare], batch_tokens=8)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(4, 2), (2, 4), (1, 9), (1, 12)]

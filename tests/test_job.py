@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pico
 import pytest
 import torch
 import yaml
+from data_files import save_image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import featcal_fast as ff
 from featcal_fast.data import load_batches
+from featcal_fast.progress import Progress
+from featcal_fast.report import LayerReport
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -229,6 +238,44 @@ def _nan(root: Path, recipe: dict) -> str:
     return r"expert task1: .*model.safetensors: tensor model.layers.2.mlp.down_proj.weight holds 1 values that are NaN"
 
 
+def _nan_in_the_head(root: Path, recipe: dict) -> str:
+    _edit(root / "merged", lambda w: w["lm_head.weight"].fill_(float("nan")))
+    return r"merged model: .*model.safetensors: tensor lm_head.weight holds 6400 values that are NaN"
+
+
+def _no_head(root: Path, recipe: dict) -> str:
+    _edit(root / "merged", lambda w: w.pop("lm_head.weight"))
+    return r"merged model: tensor lm_head.weight is missing from the checkpoint"
+
+
+def _unmatched_pattern(root: Path, recipe: dict) -> str:
+    recipe["settings"] = {"include": ["q_prooj"]}
+    return r"settings.include: 'q_prooj' matches no module"
+
+
+def _forward_dtype(root: Path, recipe: dict) -> str:
+    _edit(root / "merged", lambda w: w.update({name: value.half() for name, value in w.items()}))
+    recipe["settings"] = {"forward_dtype": "bfloat16"}
+    return r"settings.forward_dtype: found bfloat16 for layers of float16"
+
+
+def _no_tokenizer(root: Path, recipe: dict) -> str:
+    (root / "texts.jsonl").write_text('{"text": "a"}\n')
+    recipe["experts"]["task1"] |= {"data": str(root / "texts.jsonl"), "max_length": 16}
+    return r"texts.jsonl: found no tokenizer in .*merged"
+
+
+def _no_json(root: Path, recipe: dict) -> str:
+    (root / "texts.jsonl").write_text("text\n")
+    recipe["experts"]["task1"]["data"] = str(root / "texts.jsonl")
+    return r"texts.jsonl, line 1: found invalid JSON"
+
+
+def _out_in_a_file(root: Path, recipe: dict) -> str:
+    recipe["out"] = str(root / "task1.safetensors" / "out")
+    return r"out: .*task1.safetensors/out cannot be made, because .*task1.safetensors is a file"
+
+
 def _truncated(root: Path, recipe: dict) -> str:
     path = root / "task1" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -329,8 +376,10 @@ def _edit(folder: Path, change) -> None:
 def test_bad_input_is_named_and_leaves_nothing_behind(breakage, llama_recipe: dict, tmp_path: Path) -> None:
     message = breakage(tmp_path, llama_recipe)
     before = _tree(tmp_path)
-    with pytest.raises(ff.FeatCalError, match=f"(?s){message}"):
-        ff.calibrate(llama_recipe)
+    runs = [ff.calibrate] if breakage in (_nan, _nan_in_the_head, _no_out) else [ff.calibrate, ff.plan]
+    for run in runs:  # a plan finds all but what only weights' values tell
+        with pytest.raises(ff.FeatCalError, match=f"(?s){message}"):
+            run(llama_recipe)
     assert _tree(tmp_path) == before
 
 
@@ -375,3 +424,54 @@ def test_hidden_states_on_disk_change_nothing(llama_recipe: dict, tmp_path: Path
     assert list((tmp_path / "scratch").iterdir()) == []
     with pytest.raises(ff.FeatCalError, match=r"scratch: .*nowhere cannot hold hidden states"):
         ff.calibrate(llama_recipe, out=tmp_path / "third", scratch=tmp_path / "nowhere")
+
+
+def test_what_is_broken_is_found_before_the_first_layer(llama_recipe: dict, tmp_path: Path) -> None:
+    class Layers(Progress):
+        def layer(self, report: LayerReport) -> None:
+            pytest.fail("a layer was calibrated")
+
+    _nan_in_the_head(tmp_path, llama_recipe)
+    with pytest.raises(ff.FeatCalError, match=r"lm_head.weight"):
+        ff.calibrate(llama_recipe, progress=Layers())
+
+
+def test_images_without_a_processor_are_found_before_the_first_task(clip_recipe: dict, tmp_path: Path) -> None:
+    save_image(tmp_path / "images" / "a.png", "red")
+    clip_recipe["experts"]["task1"]["data"] = str(tmp_path / "images")
+    for run in (ff.plan, ff.calibrate):
+        with pytest.raises(ff.FeatCalError, match="found no image processor"):
+            run(clip_recipe)
+
+
+def test_a_checkpoint_of_two_dtypes_is_loaded_as_models_are(tmp_path: Path) -> None:
+    """Norms in float32 among bfloat16 weights: computed in bfloat16, written as they were."""
+    job = pico.job("llama", 2)
+    for model in (job.base, job.merged, *job.experts.values()):
+        model.to(torch.bfloat16)
+    recipe = pico.save(job, tmp_path)
+    ff.calibrate(recipe)
+    for folder in ("base", "merged", "task0", "task1"):
+        _edit(
+            tmp_path / folder,
+            lambda w: w.update({name: value.float() for name, value in w.items() if "norm" in name}),
+        )
+    ff.calibrate(recipe, out=tmp_path / "mixed")
+    plain, mixed = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "mixed"))
+    for name, value in mixed.items():
+        assert value.dtype == (torch.float32 if "norm" in name else torch.bfloat16)
+        assert torch.equal(value.bfloat16(), plain[name]), name
+
+
+def test_a_job_that_is_told_to_stop_leaves_nothing(llama_recipe: dict, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(llama_recipe))
+    code = (
+        "import os, signal, sys; from featcal_fast import cli; loop = sys.modules['featcal_fast.calibrate'];"
+        "loop.solve_layer = lambda *_: os.kill(os.getpid(), signal.SIGTERM);"
+        f"sys.argv = ['featcal-fast', 'calibrate', {str(path)!r}, '--device', 'cpu']; cli.main()"
+    )
+    before = _tree(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 143, done.stderr
+    assert _tree(tmp_path) == before

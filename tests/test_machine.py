@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import featcal_fast as ff
+from featcal_fast import machine
 from featcal_fast.machine import find_device, known_rate, remember_rate
 
 CPU = torch.device("cpu")
@@ -53,3 +54,25 @@ def test_a_device_that_is_not_there_is_an_error(name: str) -> None:
 def test_a_gpu_elsewhere_can_be_planned_for() -> None:
     assert find_device("cuda:99", present=False) == torch.device("cuda:99")
     assert find_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_limits_of_groups_around_ones_own_count(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "memory" if version == 1 else tmp_path
+    own = root / "jobs" / "mine"
+    own.mkdir(parents=True)
+    limit, used, cached = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        if version == 1
+        else ("memory.max", "memory.current", "inactive_file")
+    )
+    for folder, most in ((own, "max" if version == 2 else str(2**63 - 4096)), (root / "jobs", "5000")):
+        (folder / limit).write_text(f"{most}\n")
+        (folder / used).write_text("3000\n")
+        (folder / "memory.stat").write_text(f"anon 7\n{cached} 400\n")
+    lines = {1: ["3:cpu,cpuacct:/jobs", "2:memory:/jobs/mine"], 2: ["0::/jobs/mine"]}[version]
+    lookup = machine._lines
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "_lines", lambda path: lines if str(path) == "/proc/self/cgroup" else lookup(path))
+    assert min(machine._cgroup_rest()) == 5000 - 3000 + 400
+    assert machine.available_host_bytes() == 2400

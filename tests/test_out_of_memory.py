@@ -101,7 +101,15 @@ def test_every_sample_passes_once_in_order() -> None:
 
         for size in (11, 1, 4):
             seen.clear()
-            chunks.each(size, step)
+            chunks.each((size, 10), step)
             assert seen == list(range(size))
         assert chunks.limit is not None
-        assert chunks.limit <= most
+        assert chunks.limit <= 10 * most
+
+
+def test_a_limit_is_of_tokens() -> None:
+    seen: list[slice] = []
+    chunks = Chunks(CPU, limit=64)
+    for shape in ((8, 16), (4, 16), (2, 100), (9, 8)):
+        chunks.each(shape, seen.append)
+    assert [rows.stop - rows.start for rows in seen] == [4, 4, 4, 1, 1, 8, 1]

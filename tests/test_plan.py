@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pico
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import featcal_fast as ff
 from featcal_fast.inputs import TaskData
@@ -70,8 +72,11 @@ def test_a_pico_llama_by_hand(recipe: dict) -> None:
 
 
 def test_arithmetic_by_hand(recipe: dict) -> None:
+    for expert in recipe["experts"].values():
+        data = load_file(expert["data"])
+        save_file({**data, "attention_mask": torch.ones_like(data["attention_mask"])}, expert["data"])
     flops = ff.plan(recipe, device="cpu").flops
-    positions, counted = 2 * ROWS * TOKENS, 2 * (ROWS // BATCH) * (BATCH * TOKENS - 1)  # one is taken to be padding
+    positions = 2 * ROWS * TOKENS
     attention = 2 * WIDTH * WIDTH + 2 * WIDTH * KEYS
     scores = 2 * TOKENS * WIDTH
     expert = 2 * (attention + 3 * WIDTH * INNER + scores)
@@ -80,7 +85,7 @@ def test_arithmetic_by_hand(recipe: dict) -> None:
 
     triangle = INNER * 128 + (INNER - 128) * (INNER - 128)
     moments = 2 * (3 * WIDTH * WIDTH + triangle) + 2 * (3 * WIDTH * WIDTH + INNER * WIDTH)
-    assert flops["moments"] == counted * LAYERS * moments
+    assert flops["moments"] == positions * LAYERS * moments
 
     q_and_gate = WIDTH + 2 * KEYS + 2 * INNER  # two products each, in input space; o and down one, in output space
     fold = 2 * (2 * WIDTH * WIDTH * q_and_gate + WIDTH * WIDTH * WIDTH + INNER * INNER * WIDTH)
@@ -114,22 +119,66 @@ def test_weights_that_stay_are_listed_with_reasons(recipe: dict) -> None:
     assert "model.layers.*.mlp.up_proj.weight" not in kept
 
 
-def test_texts_count_as_long_as_they_may_be(recipe: dict, tmp_path: Path) -> None:
-    (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n{"text": "c"}\n')
+def test_texts_count_as_long_as_they_are(recipe: dict, tmp_path: Path, bare: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "a b"}\n\n{"text": "b c d e"}\n{"text": "c"}\n')
     for expert in recipe["experts"].values():
         expert["data"] = str(tmp_path / "texts.jsonl")
+    shutil.copytree(bare, tmp_path / "merged", dirs_exist_ok=True, ignore=lambda *_: ["config.json"])
+    plan = ff.plan({**recipe, "max_length": 3})
+    assert plan.tokens == {"task0": 3 * 3, "task1": 3 * 3}
+    assert plan.exact
+
+
+def test_data_sets_count_as_long_as_they_may_be(recipe: dict, tmp_path: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "train.parquet").write_bytes(b"")
+    for expert in recipe["experts"].values():
+        expert["data"] = str(tmp_path / "tables")
     plan = ff.plan({**recipe, "max_length": 50, "samples": 2})
     assert plan.tokens == {"task0": 100, "task1": 100}
     assert not plan.exact
     assert "at most" in plan.summary()
 
 
+def test_a_key_that_changes_nothing_is_not_named(recipe: dict, tmp_path: Path) -> None:
+    """Ready inputs are not cut; a task's own number of samples is not the recipe's."""
+    recipe["experts"]["task0"]["samples"] = 16
+    plan = ff.plan({**recipe, "batch_size": None}, device="cpu", host_memory=1 << 20)
+    assert plan.problems[0].endswith("it takes a larger machine")
+    for key in ("samples", "batch_size", "max_length"):
+        assert key not in plan.problems[0]
+
+
+def test_experts_that_need_not_be_in_memory_are_named(recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featcal_fast.planner.resident_bytes", lambda: 0)
+    on_disk = ff.plan(recipe, device="cpu", scratch=".")
+    plan = ff.plan({**recipe, "expert_storage": "host"}, device="cpu", scratch=".", host_memory=on_disk.host_bytes)
+    assert plan.problems[0].endswith("expert_storage: disk would fit")
+
+
+def test_a_full_scratch_disk_is_noticed_beforehand(recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featcal_fast.planner.shutil.disk_usage", lambda _: SimpleNamespace(free=700_000))
+    problem = r"scratch: the disk of \S+ needs 956 KiB, but 684 KiB are free"  # the model and the hidden states
+    with pytest.raises(ff.FeatCalError, match=problem):
+        ff.plan(recipe, device="cpu", scratch=Path(recipe["out"]).parent).check()
+
+
+def test_where_memory_is_scarce_fewer_tokens_pass_at_a_time(recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featcal_fast.planner.resident_bytes", lambda: 0)
+    job = {**recipe, "batch_size": None}
+    whole = ff.plan(job, device="cpu")
+    assert whole.chunk == ROWS * TOKENS
+    less = ff.plan(job, device="cpu", host_memory=whole.host_bytes - 1)
+    assert less.problems == []
+    assert less.chunk == ROWS * TOKENS // 2
+
+
 def test_what_no_key_can_make_fit_says_so(recipe: dict) -> None:
-    plan = ff.plan({**recipe, "samples": 4}, device="cpu", host_memory=1 << 20)
+    plan = ff.plan({**recipe, "samples": 32}, device="cpu", host_memory=1 << 20)
     assert len(plan.problems) == 1
     assert plan.problems[0].startswith("host memory: the job needs")
     assert "but 1 MiB may be used (--host-memory)" in plan.problems[0]
-    assert "no smaller batch_size or samples or max_length alone would fit (the least is" in plan.problems[0]
+    assert "no smaller batch_size or samples alone would fit (the least is" in plan.problems[0]
 
 
 def test_the_first_key_that_fits_is_named(recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +228,7 @@ def test_bytes_are_read_and_said_with_units() -> None:
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+    environment["XDG_CACHE_HOME"] = "/nonexistent"  # no rate of a run before
     code = [sys.executable, "-m", "featcal_fast.cli", "plan", *arguments]
     return subprocess.run(code, env=environment, capture_output=True, text=True, check=False)
 
@@ -191,6 +241,8 @@ def test_the_command_says_it_all_and_its_exit_code_whether_it_fits(recipe: dict,
     for text in ("q_proj, k_proj, v_proj", "RMSNorm has no closed-form update", "peaks: host", "at 2 TFLOP/s"):
         assert text in good.stdout
     assert "time:" not in command(str(path), "--device", "cpu").stdout
+    for rate in ("0", "-1", "nan"):
+        assert "--rate" in command(str(path), "--device", "cpu", "--rate", rate).stderr
     small = command(str(path), "--device", "cpu", "--host-memory", "10MiB")
     assert small.returncode == 1
     assert "host memory: the job needs" in small.stderr
@@ -209,12 +261,12 @@ def test_a_plan_refuses_what_a_run_would(name: str, recipe: dict, tmp_path: Path
             run(recipe)
 
 
-def test_tensors_that_are_no_model_inputs_are_left_to_the_reader(recipe: dict, tmp_path: Path) -> None:
+def test_tensors_that_are_no_model_inputs_are_refused(recipe: dict, tmp_path: Path) -> None:
     save_file({"input_ids": torch.arange(8)}, tmp_path / "flat.safetensors")
     recipe["experts"]["task0"]["data"] = str(tmp_path / "flat.safetensors")
-    assert not ff.plan({**recipe, "batch_size": None}).exact
-    with pytest.raises(ff.FeatCalError, match=r"flat.safetensors, sample \d, input_ids: found"):
-        ff.calibrate({**recipe, "batch_size": None})
+    for run in (ff.plan, ff.calibrate):
+        with pytest.raises(ff.FeatCalError, match=r"flat.safetensors, sample \d, input_ids: found"):
+            run({**recipe, "batch_size": None})
 
 
 def test_a_picture_beside_tables_is_not_the_data(recipe: dict, tmp_path: Path) -> None:

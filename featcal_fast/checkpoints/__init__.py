@@ -6,7 +6,7 @@ from featcal_fast.checkpoints.hosted import STORAGES, HostedExpert, kept_bytes
 from featcal_fast.checkpoints.quantised import BitsAndBytesCheckpoint
 from featcal_fast.checkpoints.reader import Checkpoint, TensorSource, canonical
 from featcal_fast.checkpoints.shards import TensorInfo, is_finite
-from featcal_fast.checkpoints.writer import CheckpointWriter, check_output
+from featcal_fast.checkpoints.writer import CheckpointWriter, check_output, existing
 
 __all__ = [
     "STORAGES",
@@ -19,6 +19,7 @@ __all__ = [
     "TensorSource",
     "canonical",
     "check_output",
+    "existing",
     "find_checkpoint",
     "find_expert",
     "is_finite",

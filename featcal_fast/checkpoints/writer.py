@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -19,11 +21,17 @@ from featcal_fast.errors import OutputError
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def existing(path: Path) -> Path:
+    """`path`, or the nearest of its parents that exists."""
+    path = path.resolve()
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
 def check_output(out: Path, inputs: list[Path], nbytes: int) -> None:
     """Refuse an output folder before any work is done.
 
     Raises:
-        OutputError: it holds something, lies in an input folder, or the disk lacks `nbytes`.
+        OutputError: it holds something, lies in an input folder, cannot be made, or the disk lacks `nbytes`.
     """
     resolved = out.resolve()
     for folder in inputs:
@@ -33,8 +41,12 @@ def check_output(out: Path, inputs: list[Path], nbytes: int) -> None:
             )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"out: {out} already holds something; choose another folder, or remove it first")
-    parent = next(path for path in resolved.parents if path.exists())
-    if not os.access(parent, os.W_OK):
+    if resolved.is_mount():  # a finished folder is renamed to it, which cannot be done to a mount point
+        raise OutputError(f"out: {out} is a mount point; name a folder in it, for example {out / 'calibrated'}")
+    parent = existing(resolved.parent)
+    if not parent.is_dir():
+        raise OutputError(f"out: {out} cannot be made, because {parent} is a file; choose another folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"out: {parent} cannot be written to; choose another folder")
     free = shutil.disk_usage(parent).free
     if free < nbytes:
@@ -44,7 +56,8 @@ def check_output(out: Path, inputs: list[Path], nbytes: int) -> None:
 class CheckpointWriter:
     """Streams tensors into safetensors files laid out like `layout`'s: same names, shapes, dtypes and shards.
 
-    Used as a context manager: a clean exit publishes the folder, an exception removes what was written.
+    Used as a context manager: a clean exit publishes the folder, an exception removes what was written. Should a
+    finished folder not get its name, it stays under another, which the error says.
 
     Args:
         out: the folder to make; must not hold anything.
@@ -52,19 +65,20 @@ class CheckpointWriter:
     """
 
     def __init__(self, out: Path, layout: TensorSource) -> None:
-        self.out, self.layout = out, layout
-        self.partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+        self.out, self.layout = out.resolve(), layout  # of a link, what it points to
+        self.partial = self.out.parent / f".{self.out.name}.partial-{uuid4().hex[:8]}"
         self._files: dict[str, BinaryIO] = {}
         self._offsets: dict[str, int] = {}
         self._missing = set(layout.tensors)
 
     def __enter__(self) -> CheckpointWriter:
-        self.partial.mkdir(parents=True)
         try:
-            for file in sorted({info.file for info in self.layout.tensors.values()}):
-                self._start(file)
-            for path in self.layout.side_files():
-                shutil.copyfile(path, self.partial / path.name)
+            with self._blame():
+                self.partial.mkdir(parents=True)
+                for file in sorted({info.file for info in self.layout.tensors.values()}):
+                    self._start(file)
+                for path in self.layout.side_files():
+                    shutil.copyfile(path, self.partial / path.name)
         except BaseException:
             self._discard()
             raise
@@ -73,8 +87,13 @@ class CheckpointWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
-                self._publish()
-        finally:
+                self._finish()
+        except BaseException:
+            self._discard()
+            raise
+        if kind is None:
+            self._publish()
+        else:
             self._discard()
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
@@ -94,20 +113,34 @@ class CheckpointWriter:
                     f"{name}: the new values do not fit {info.dtype}: some are not finite; nothing was written"
                 )
             file = self._files[info.file]
-            try:
+            with self._blame():
                 file.seek(self._offsets[name])
                 file.write(data.reshape(-1).view(torch.uint8).numpy().data)
-            except OSError as error:
-                raise OutputError(f"{self.partial / info.file}: {error.strerror}; nothing was left behind") from error
+
+    def copy(self, names: Iterable[str]) -> None:
+        """Copy the named tensors, where not written yet, from the layout's own checkpoint, one at a time."""
+        for name in names:
+            if name in self._missing:
+                self.write(self.layout.read([name]))
 
     def copy_rest(self) -> None:
-        """Copy every tensor not written yet from the layout's own checkpoint, one at a time."""
-        for name in [name for name in self.layout.tensors if name in self._missing]:
-            self.write(self.layout.read([name]))
+        """Copy every tensor not written yet."""
+        self.copy(self.layout.tensors)
 
     def add_text(self, name: str, text: str) -> None:
         """Put a text file beside the weights."""
-        (self.partial / name).write_text(text)
+        with self._blame():
+            (self.partial / name).write_text(text)
+
+    @contextmanager
+    def _blame(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"out: {self.out} cannot be written: {error.strerror}; nothing was left behind: free space or choose "
+                "another folder"
+            ) from error
 
     def _start(self, file: str) -> None:
         """Reserve a safetensors file: its header is known before any tensor is."""
@@ -132,7 +165,7 @@ class CheckpointWriter:
         handle.truncate(8 + len(text) + position)
         self._files[file] = handle
 
-    def _publish(self) -> None:
+    def _finish(self) -> None:
         if self._missing:
             raise OutputError(
                 f"{self.out}: {len(self._missing)} tensors were never written, {min(self._missing)} among them"
@@ -144,16 +177,26 @@ class CheckpointWriter:
                 "weight_map": {name: infos[name].file for name in sorted(infos)},
             }
             self.add_text(INDEX, json.dumps(index, indent=2) + "\n")
-        for handle in self._files.values():
-            handle.flush()
-            os.fsync(handle.fileno())
-            handle.close()
-        os.replace(self.partial, self.out)
-        parent = os.open(self.out.parent, os.O_RDONLY)
-        os.fsync(parent)
-        os.close(parent)
+        with self._blame():
+            for handle in self._files.values():
+                handle.flush()
+                os.fsync(handle.fileno())
+                handle.close()
+
+    def _publish(self) -> None:
+        try:
+            os.replace(self.partial, self.out)
+            parent = os.open(self.out.parent, os.O_RDONLY)
+            os.fsync(parent)
+            os.close(parent)
+        except OSError as error:
+            raise OutputError(
+                f"out: the finished model is in {self.partial}, because {self.out} could not be put in its place: "
+                f"{error.strerror}; rename it yourself"
+            ) from error
 
     def _discard(self) -> None:
         for handle in self._files.values():
-            handle.close()
+            with suppress(OSError):  # what could not be written will not be missed
+                handle.close()
         shutil.rmtree(self.partial, ignore_errors=True)

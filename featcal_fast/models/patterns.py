@@ -1,8 +1,8 @@
 """What the calls of a model's batches have in common, kept once: causal masks, rotary angles, position biases.
 
-Batches of one length are called alike, a shorter one with the upper left corner of what a longer one is called with, and
-padding does no more to a mask than hide columns of it, in some samples. So of each such tensor only the corner's size
-and the hidden columns are kept with the batch: memory for calls grows neither with samples nor with tasks.
+Batches of one length are called alike, a shorter one with the upper left corner of what a longer one is called with,
+and padding does no more to a mask than hide columns of it, in some samples. So of each such tensor only the corner's
+size and the hidden columns are kept with the batch: what calls take does not grow with the samples.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Remembered:
     def tensor(self) -> Tensor:
         """The tensor, with its bits."""
         corner = self.pattern.values[tuple(map(slice, self.sizes))]
-        if self.shown is None:
+        if self.shown is None or self.hidden is None:
             return corner.contiguous()
         return torch.where(_as_columns(self.shown, corner), corner, self.hidden)
 
