@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from featcal_fast.progress import Progress
 from featcal_fast.report import GroupReport, LayerReport, Report
 from featcal_fast.selection import check_patterns
 from featcal_fast.settings import Settings
-from featcal_fast.solve import Update, solve_layer
+from featcal_fast.solve import Update, check_finite, solve_layer
 from featcal_fast.sources import ModuleSource, Source, check_same_architecture
 from featcal_fast.systems import Anchor, LayerSystem
 from featcal_fast.tokens import TokenCounts, Tokens
@@ -177,21 +178,25 @@ def calibrate_source(
 
             update = solve_layer(system, moments, len(experts))
             probe.advance_merged(number, block)
-            groups = _group_reports(layout, moments, update, block)
+            changes = _changes(layout, update, block)
             new = _load(block, update)
             leaving = transfers.submit(partial(_to_host, new))
             probe.advance_calibrated(number, block)
+            # Besides the solve, the one time that the host waits for the device within a layer.
+            drift, changed, sums = _read(probe.drift(), changes, update.sums)
+            check_finite(system.systems, sums)
             if index < len(structure.layers) - 1:
                 for task, stream in student_streams.items():
                     for i, counted in enumerate(tokens[task]):
                         chunks.each(counted.extent, partial(stream.advance, number, block, i))
             write(index, leaving.on_host())  # while a GPU advances
 
-            done = LayerReport(index, *probe.drift(), time.perf_counter() - began, groups, list(moments.norms))
+            groups = _group_reports(layout, moments, update, changed)
+            done = LayerReport(index, drift[0], drift[1], time.perf_counter() - began, groups, list(moments.norms))
             report.layers.append(done)
             report.kept |= layout.kept
             progress.layer(done)
-            del block, anchor, system, moments, update, new, leaving  # before the next layer's are made
+            del block, anchor, system, moments, update, new, leaving, changes  # before the next layer's are made
     report.seconds = time.perf_counter() - started
     return report
 
@@ -278,12 +283,23 @@ def _to_host(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _group_reports(layout: Layout, moments: TaskMoments, update: Update, merged: nn.Module) -> list[GroupReport]:
+def _changes(layout: Layout, update: Update, merged: nn.Module) -> list[Tensor]:
+    """`||W' - W_merged||_F / ||W_merged||_F` of each group: scalars on the device."""
     before, changes = oriented(merged), []
     for group in layout.groups:
         names = [f"{name}.weight" for name in group.modules]
         change = torch.stack([(update.parameters[name] - before[name].float()).norm() for name in names]).norm()
         changes.append(change / torch.stack([before[name].float().norm() for name in names]).norm().clamp_min(1e-30))
+    return changes
+
+
+def _read(*scalars: list[Tensor]) -> list[list[float]]:
+    """Lists of scalars, read from the device in one go."""
+    values = iter(torch.stack([each.double() for one in scalars for each in one]).tolist())
+    return [list(islice(values, len(one))) for one in scalars]
+
+
+def _group_reports(layout: Layout, moments: TaskMoments, update: Update, changes: list[float]) -> list[GroupReport]:
     return [
         GroupReport(
             modules=list(group.modules),
@@ -293,7 +309,7 @@ def _group_reports(layout: Layout, moments: TaskMoments, update: Update, merged:
             solver=update.solver[group.leader],
             change=change,
         )
-        for group, change in zip(layout.groups, torch.stack(changes).tolist() if changes else [], strict=True)
+        for group, change in zip(layout.groups, changes, strict=True)
     ]
 
 

@@ -65,10 +65,9 @@ class Probe:
         for task, stream in self._calibrated.items():
             self._advance(task, stream, number, block)
 
-    def drift(self) -> tuple[float, float]:
-        """Drift before and after, once all three models have passed the layer."""
-        before, after = torch.stack([self._distance(self._merged), self._distance(self._calibrated)]).tolist()
-        return before, after
+    def drift(self) -> list[Tensor]:
+        """Drift before and after, once all three models have passed the layer: scalars on the device."""
+        return [self._distance(self._merged), self._distance(self._calibrated)]
 
     def _advance(self, task: str, stream: Stream, number: int, block: nn.Module) -> None:
         self._chunks.each(self._tokens[task].extent, partial(stream.advance, number, block, 0))

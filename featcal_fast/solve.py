@@ -5,13 +5,14 @@ The ladder, a system at a time, when a factorisation fails:
     1. Cholesky in the chosen precision (design 3.7), in place in the accumulated buffers: no copy of A or R is made.
     2. Cholesky in float64, of the same system.
     3. float64 with the diagonal raised, tenfold each time, from 1e-7 of its mean; what was added is reported.
-    4. SolveError. A result that is not finite is a SolveError at once: no ladder mends NaN features.
+    4. SolveError. A result that is not finite is a SolveError too: no ladder mends NaN features.
 
 A system that is solved from the token side has steps 1, 2 and 4, and buffers of its own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -40,10 +41,17 @@ MAX_BATCHED = 1024  # cuSOLVER's batched Cholesky is made for small systems, and
 
 @dataclass
 class Update:
-    """A layer's new parameters by name, float32, and how each group was solved."""
+    """A layer's new parameters, and how they were found.
+
+    Attributes:
+        parameters: by name, float32.
+        solver: by group leader: "float32", "float64", "float64 + 1e-07".
+        sums: of each system's new weights, in the order of the systems, for `check_finite`.
+    """
 
     parameters: dict[str, Tensor] = field(default_factory=dict)
-    solver: dict[str, str] = field(default_factory=dict)  # group leader -> "float32", "float64", "float64 + 1e-07"
+    solver: dict[str, str] = field(default_factory=dict)
+    sums: list[Tensor] = field(default_factory=list)
 
 
 def solve_dtype(settings: Settings, tasks: int) -> torch.dtype:
@@ -57,13 +65,15 @@ def solve_dtype(settings: Settings, tasks: int) -> torch.dtype:
 def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
     """Solve a layer's systems, in place in `layer`'s buffers (they are used up).
 
+    The device is read once, unless the ladder is needed; whether the result is finite is for `check_finite` to say.
+
     Args:
         layer: complete sums.
         scratch: the layer's task moments; their `s` buffers, free by now, hold copies of the systems for the ladder.
         tasks: how many tasks were folded.
 
     Raises:
-        SolveError: names the modules; not finite, or not positive definite at the ladder's end.
+        SolveError: names the modules; not positive definite at the ladder's end.
     """
     settings, update = layer.settings, Update()
     dtype = solve_dtype(settings, tasks)
@@ -95,7 +105,6 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
         if isinstance(rows_system, RowSystem):
             update.solver[rows_system.group.leader] = _solve_rows(rows_system, layer.anchor, settings, dtype)
 
-    _check_finite(layer.systems)
     for solved in layer.systems:
         for name, rows in solved.rows().items():
             weight = solved.r[rows]
@@ -104,6 +113,7 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
             update.parameters[f"{name}.weight"] = weight
             if name in solved.biases:
                 update.parameters[f"{name}.bias"] = _solve_bias(layer, solved, name, weight)
+        update.sums.append(solved.r.sum())
     for name, sums in layer.norms.items():
         anchor = layer.anchor[f"{name}.weight"].double(), layer.anchor[f"{name}.bias"].double()
         gamma, beta = solve_layernorm(sums, *anchor, settings)
@@ -198,12 +208,14 @@ def _solve_rows(system: RowSystem, anchor: Anchor, settings: Settings, dtype: to
     )
 
 
-def _check_finite(systems: Sequence[InputSystem]) -> None:
-    if not systems:
-        return
-    sums = torch.stack([system.r.sum() for system in systems]).isfinite().tolist()  # NaN and Inf come through
-    for system, ok in zip(systems, sums, strict=True):
-        if not ok and not is_finite(system.r):
+def check_finite(systems: Sequence[InputSystem], sums: Sequence[float]) -> None:
+    """Whether a layer's new weights are finite, told by `Update.sums`: NaN and Inf come through a sum.
+
+    Raises:
+        SolveError: names the modules whose weights are not.
+    """
+    for system, value in zip(systems, sums, strict=True):
+        if not math.isfinite(value) and not is_finite(system.r):
             raise SolveError(_not_finite(system))
 
 

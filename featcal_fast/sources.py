@@ -58,6 +58,12 @@ class ModuleSource:
         self.model, self.label, self.device = model, label, device
         self.structure = find_structure(model, label)
         self.patterns = Patterns()
+        for index, block in enumerate(self.structure.blocks):
+            for name, parameter in block.named_parameters():
+                if not is_finite(parameter):
+                    raise ModelMismatchError(
+                        f"{label}: block {index}, {name} holds NaN or Inf; expected finite weights"
+                    )
 
     def first_hidden(
         self, batch: Mapping[str, Tensor], stage: int = 0, previous: Tensor | None = None
@@ -73,11 +79,6 @@ class ModuleSource:
     def block(self, index: int) -> nn.Module:
         with STEPPING:
             block = copy.deepcopy(self.structure.blocks[index])
-        for name, parameter in block.named_parameters():
-            if not is_finite(parameter):
-                raise ModelMismatchError(
-                    f"{self.label}: block {index}, {name} holds NaN or Inf; expected finite weights"
-                )
         return block.eval().requires_grad_(False)
 
 

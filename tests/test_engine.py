@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from itertools import pairwise
 
 import pico
 import pytest
@@ -14,6 +15,8 @@ from torch import nn
 import featcal_fast as ff
 from featcal_fast import reference
 from featcal_fast.features import tapped
+from featcal_fast.progress import Progress
+from featcal_fast.report import LayerReport
 
 ROUNDING = 2.0**-24
 
@@ -218,6 +221,33 @@ def test_features_that_are_not_finite_are_named() -> None:
     job.batches["task0"][1]["pixel_values"][0, 0, 0, 0] = float("inf")
     with pytest.raises(ff.FeatCalError, match=r"self_attn.*not finite"):
         ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches=job.batches)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_layer_reads_the_device_once_for_the_solve_and_once_for_its_report(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, each read is a wait. However many batches and tasks there are."""
+    reads, layers = [], []
+
+    def counted(name: str):
+        method = getattr(torch.Tensor, name)
+
+        def read(tensor: torch.Tensor, *args: object) -> object:
+            reads.append(name)
+            return method(tensor, *args)
+
+        return read
+
+    class Layers(Progress):
+        def layer(self, report: LayerReport) -> None:
+            layers.append(len(reads))
+
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    job = pico.job(kind, 3)
+    ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches=job.batches, progress=Layers())
+    assert [after - before for before, after in pairwise(layers)] == [2] * (len(layers) - 1)
 
 
 def test_tasks_must_agree() -> None:
