@@ -110,16 +110,19 @@ class _Here:
 
     def __init__(self) -> None:
         self._states: dict[int, Tensor] = {}
-        self._parts: list[Tensor] = []
+        self._coming: Tensor | None = None  # a batch's new states, part by part
 
     def load(self, batch: int, rows: slice | None) -> Tensor:
         return self._states[batch] if rows is None else self._states[batch][rows]
 
     def store(self, batch: int, rows: slice, hidden: Tensor, samples: int) -> None:
-        self._parts.append(hidden)
+        if rows.stop - rows.start < samples:
+            if self._coming is None:
+                self._coming = hidden.new_empty(samples, *hidden.shape[1:])
+            self._coming[rows] = hidden
+            hidden = self._coming
         if rows.stop == samples:
-            self._states[batch] = torch.cat(self._parts) if len(self._parts) > 1 else hidden
-            self._parts.clear()
+            self._states[batch], self._coming = hidden, None
 
 
 class _Slot(NamedTuple):

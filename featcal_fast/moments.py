@@ -257,8 +257,9 @@ class TaskMoments:
 
 def _column_sums(x: Tensor, weights: Tensor | None) -> Tensor:
     """`[tokens, d] -> [d]` float64: float32 tree sums of a chunk, to be added up in float64."""
-    x = x.float() if weights is None else x.float() * weights[:, None]
-    return x.sum(0).double()
+    if weights is None:
+        return x.sum(0, dtype=torch.float32).double()
+    return (x.float() * weights[:, None]).sum(0).double()
 
 
 def _layer_norm(block: nn.Module, name: str) -> nn.LayerNorm:

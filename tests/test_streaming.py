@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import featcal_fast as ff
-from featcal_fast.activations import Stream, _Away, _HostMemory, _ScratchFile
+from featcal_fast.activations import Stream, _Away, _Here, _HostMemory, _ScratchFile
 from featcal_fast.errors import OutputError
 from featcal_fast.experts import BlockReader
 from featcal_fast.moments import TaskMoments
@@ -109,6 +109,17 @@ def test_states_that_wait_elsewhere_are_those_that_were_stored(memory: str, tmp_
                         assert torch.equal(away.load(batch, slice(first, size)), expected[batch][first:])
                     away.store(batch, slice(first, end), new[first:end].clone(), size)
                 expected[batch] = new
+
+
+def test_states_that_wait_on_the_device_are_replaced_when_all_are_there() -> None:
+    """A part may come twice: memory ran out after it was stored."""
+    here, old, new = _Here(), torch.randn(6, 3, 2), torch.randn(6, 3, 2)
+    here.store(0, slice(0, 6), old, 6)
+    for part in (slice(0, 4), slice(0, 2), slice(2, 4)):
+        here.store(0, part, new[part], 6)
+        assert torch.equal(here.load(0, None), old)
+    here.store(0, slice(4, 6), new[4:], 6)
+    assert torch.equal(here.load(0, None), new)
 
 
 def test_states_are_fetched_and_stored_while_a_chunk_is_computed() -> None:
