@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import featcal_fast as ff
@@ -40,10 +42,13 @@ def write_holes(folder: Path, config: LlamaConfig) -> None:
 @pytest.mark.parametrize(("size", "limit"), [("8B", 8), ("70B", 24)])
 def test_five_experts_with_256_samples_of_512_tokens_fit(size: str, limit: int, tmp_path: Path) -> None:
     config = LlamaConfig(**LLAMA, **SIZES[size])
-    (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n' * 256)
+    mask = (torch.arange(512) < torch.arange(257, 513)[:, None]).long()
+    save_file(
+        {"input_ids": torch.zeros(256, 512, dtype=torch.long), "attention_mask": mask}, tmp_path / "ids.safetensors"
+    )
     for name in ("base", "merged", *"abcde"):
         write_holes(tmp_path / name, config)
-    experts = {task: {"model": str(tmp_path / task), "data": str(tmp_path / "texts.jsonl")} for task in "abcde"}
+    experts = {task: {"model": str(tmp_path / task), "data": str(tmp_path / "ids.safetensors")} for task in "abcde"}
     recipe = {"base_model": str(tmp_path / "base"), "merged_model": str(tmp_path / "merged"), "experts": experts}
     started = time.perf_counter()
     plan = ff.plan(recipe, device="cuda", device_memory=limit * GIB, host_memory=64 * GIB, scratch=tmp_path)
