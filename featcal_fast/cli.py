@@ -143,7 +143,7 @@ def plan(
     for table in found.tables():
         console.print(table)
     known = known_rate(torch.device(found.device)) if rate is None else rate * 1e12
-    console.print(found.summary(known), highlight=False)
+    console.print(found.summary(known), soft_wrap=True, highlight=False)
     found.check()
 
 
