@@ -83,7 +83,7 @@ def test_arithmetic_by_hand(recipe: dict) -> None:
     student = expert - 2 * WIDTH * INNER  # stops before down_proj
     assert flops["forward"] == positions * (LAYERS * (expert + student) + (LAYERS - 1) * expert)
 
-    triangle = INNER * 128 + (INNER - 128) * (INNER - 128)
+    triangle = INNER * INNER  # one block of rows
     moments = 2 * (3 * WIDTH * WIDTH + triangle) + 2 * (3 * WIDTH * WIDTH + INNER * WIDTH)
     assert flops["moments"] == positions * LAYERS * moments
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 128  # rows of the triangle at a time: (d/128 + 1) / (2 d/128) of the full product's work
+BLOCK = 384  # rows of the triangle at a time: (d/384 + 1) / (2 d/384) of the work; narrower products are slow on a CPU
 PASS = 512  # rows at a time of what only passes over a matrix
 
 
