@@ -85,7 +85,8 @@ def load_batches(
             empty, not finite, longer than the model takes or outside its vocabulary; a folder's tokenizer or
             image processor cannot be loaded, or none has one; an optional library is missing.
     """
-    drawn = _read(source, samples, seed)
+    with os_errors(source):
+        drawn = _read(source, samples, seed)
     padding = 0
     if tuple(drawn[0].values) in TEXT_KINDS:
         if max_positions is not None and max_length > max_positions:
@@ -427,6 +428,17 @@ def _optional(module: str, package: str, source: object) -> Any:
         return import_module(module)
     except ImportError as error:
         raise DataError(f"{source}: cannot be read without {package}; pip install {package}") from error
+
+
+@contextmanager
+def os_errors(source: object) -> Iterator[None]:
+    """Turn what the operating system says of a user's file into a DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{source}: cannot be read: {error.strerror or error}; check the file and its rights"
+        ) from error
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from featcal_fast.checkpoints import (
     find_checkpoint,
     find_expert,
 )
-from featcal_fast.data import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, check_exists, load_batches
+from featcal_fast.data import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, check_exists, load_batches, os_errors
 from featcal_fast.errors import DataError, RecipeError
 from featcal_fast.merge import MergedCheckpoint
 from featcal_fast.recipe import Recipe
@@ -226,8 +226,9 @@ def describe_data(recipe: Recipe, models: Models, device: torch.device) -> dict[
         samples, length = expert.samples or recipe.samples, expert.max_length or recipe.max_length
         path = _local(recipe, expert.data)
         check_exists(path)
-        forms, found = _forms(path, models.merged.config, length)
-        unpadded = found is not None and _unpadded(path)
+        with os_errors(path):
+            forms, found = _forms(path, models.merged.config, length)
+            unpadded = found is not None and _unpadded(path)
         if found == 0:
             raise DataError(f"{path}: found zero samples; expected at least one")
         rows = samples if found is None else min(samples, found)

@@ -342,3 +342,14 @@ def test_batches_of_texts_have_as_many_tokens_as_a_chunk_takes(write, bare):
     path = write(*({"text": " ".join("a" * length)} for length in lengths))
     batches = load_batches(path, folders=[bare], batch_tokens=8)
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(4, 2), (2, 4), (1, 9), (1, 12)]
+
+
+def test_a_file_that_cannot_be_read_is_named(write, bare, monkeypatch):
+    path = write({"text": "a"})
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(path), "open", denied)
+    with pytest.raises(ff.FeatCalError, match=r"data.jsonl: cannot be read: Permission denied"):
+        load_batches(path, folders=[bare])
