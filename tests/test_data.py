@@ -351,5 +351,5 @@ def test_a_file_that_cannot_be_read_is_named(write, bare, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(type(path), "open", denied)
-    with pytest.raises(ff.FeatCalError, match=r"data.jsonl: cannot be read: Permission denied"):
+    with pytest.raises(DataError, match=r"data.jsonl: cannot be read: Permission denied"):
         load_batches(path, folders=[bare])
