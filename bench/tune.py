@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from featcal_kernels import gram_cross_
 from featcal_kernels.configs import TABLE, Arch, Tile, arch_of
+from triton.runtime.jit import JITFunction
 
 from bench.gpu import Run, Shape, Table, environment, measure, measure_peak
 
@@ -40,6 +41,16 @@ def half_tiles(arch: Arch) -> list[Tile]:
     return [arch.half, *(tile for tile in tiles if tile != arch.half)]
 
 
+def split_tiles(arch: Arch) -> list[Tile]:
+    """Candidates for split operands, whose sums are promoted after as many tokens as the table's are."""
+    tokens = arch.split.promote * arch.split.k
+    tiles = [
+        replace(tile, promote=max(1, tokens // tile.k) if tokens else 0, halves=tile.halves or arch.split.halves)
+        for tile in half_tiles(arch)
+    ]
+    return [arch.split, *(tile for tile in dict.fromkeys(tiles) if tile != arch.split)]
+
+
 def single_tiles(arch: Arch) -> list[Tile]:
     """Candidates for float32 operands multiplied as such."""
     shapes = product(((128, 128), (64, 128), (64, 64)), (16, 32), (4, 8), (2, 3))
@@ -54,7 +65,9 @@ def time_tiles(tiles: Sequence[Tile], kind: str, arch: Arch, shapes: Sequence[Sh
         s, h, x, y = _problem(shape, run)
         calls: dict[str, Callable[[], object]] = {}
         for i, tile in enumerate(tiles):
-            call = _call(s, h, x, y, replace(arch, **{kind: tile}), "triton", run)
+            call = _call(
+                s, h, x, y, replace(arch, **{kind: tile}), "triton", run, "ieee" if kind == "single" else "fp16x3"
+            )
             if _works(call):
                 calls[str(i)] = call
         measured = measure(calls, run, 0.02 * len(calls))
@@ -103,21 +116,33 @@ def _problem(shape: Shape, run: Run) -> tuple[torch.Tensor, ...]:
     return s, h, *shape.features(run.device)
 
 
-def _call(s, h, x, y, arch: Arch, path: str, run: Run) -> Callable[[], object]:
+def _call(s, h, x, y, arch: Arch, path: str, run: Run, precision: str = "fp16x3") -> Callable[[], object]:
     if run.dry:
         return lambda: gram_cross_(s, h, x, y)
     from featcal_kernels import launch
 
-    precision = "ieee" if x.dtype == torch.float32 else "fp16x3"
     return lambda: launch.moments_(s, h, x, y, arch=arch, path=path, precision=precision)
 
 
 def _works(call: Callable[[], object]) -> bool:
-    """Whether a candidate compiles, fits and runs."""
+    """Whether a candidate compiles, fits, runs, and spills no registers."""
+    launched: list[Any] = []
+    run = JITFunction.run
+
+    def noted(kernel: JITFunction, *args: Any, **options: Any) -> Any:
+        launched.append(run(kernel, *args, **options))
+        return launched[-1]
+
+    JITFunction.run = noted
     try:
         call()
     except Exception as error:  # the compiler has many ways to refuse a tile
         print(f"  left out: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}")
+        return False
+    finally:
+        JITFunction.run = run
+    if any(getattr(kernel, "n_spills", None) for kernel in launched):
+        print("  left out: spills")
         return False
     return True
 
@@ -146,9 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"the kernels do not support {torch.cuda.get_device_name(device)}")
 
     if run.dry:
-        half_shapes = single_shapes = path_shapes = [Shape(48, 32, 100, torch.bfloat16)]
+        half_shapes = split_shapes = single_shapes = path_shapes = [Shape(48, 32, 100, torch.bfloat16)]
     else:
         half_shapes = [Shape(d, m, 16384, torch.bfloat16) for d, m in ((1024, 1024), (4096, 4096), (14336, 4096))]
+        split_shapes = [Shape(d, d, 16384, torch.float32) for d in (1024, 4096)]
         single_shapes = [Shape(2048, 2048, 4096, torch.float32)]
         path_shapes = [
             Shape(d, min(d, 4096), n * 1024, torch.bfloat16)
@@ -162,8 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     half = best(tile_times)
     bands = [replace(half, group=group) for group in dict.fromkeys((half.group, *GROUPS))]
     band_times = time_tiles(bands, "half", arch, half_shapes, run)
+    split_times = time_tiles(split_tiles(arch)[:limit], "split", arch, split_shapes, run)
     single_times = time_tiles(single_tiles(arch)[:limit], "single", arch, single_shapes, run)
-    arch = replace(arch, half=best(band_times), single=best(single_times))
+    arch = replace(arch, half=best(band_times), split=best(split_times), single=best(single_times))
     paths = time_paths(arch, path_shapes, run) if run.dry or _blas(device) else []
     if paths:
         blas_flops, blas_columns = crossovers(paths)
@@ -172,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables = [
         _table("16-bit tiles, ms", tile_times, half_shapes),
         _table("16-bit bands, ms", band_times, half_shapes),
+        _table("split tiles, ms", split_times, split_shapes),
         _table("float32 tiles, ms", single_times, single_shapes),
     ]
     if paths:

@@ -20,6 +20,7 @@ class Tile:
     Attributes:
         halves: write the tile back in two halves, which takes fewer registers.
         group: tile rows of a band of the schedule.
+        promote: steps after which what a matrix unit summed up is added to a sum in float32; 0 for at the end.
         options: compile options of the backend.
     """
 
@@ -30,6 +31,7 @@ class Tile:
     stages: int
     halves: bool = False
     group: int = 8
+    promote: int = 0
     options: tuple[tuple[str, int], ...] = ()
 
 
@@ -39,6 +41,7 @@ class Arch:
 
     Attributes:
         half: tile for 16-bit operands.
+        split: tile for float32 operands that are split in two float16 ones, and for weighted 16-bit ones.
         single: tile for float32 operands that are multiplied as such.
         descriptors: 16-bit operands take the descriptor kernel.
         blas_rectangles: `cross_` of 16-bit features takes cuBLAS, which has no triangle to miss there.
@@ -47,6 +50,7 @@ class Arch:
     """
 
     half: Tile
+    split: Tile
     single: Tile
     descriptors: bool = False
     blas_rectangles: bool = True
@@ -58,21 +62,34 @@ AMD = (("matrix_instr_nonkdim", 16), ("kpack", 2))
 
 # Every row is compiled by the tests: no spills on triton 3.6, 3.7 and 3.9. "Not timed" rows are the largest tile that
 # compiles so, and take cuBLAS for less than about 30 us of work, the time that the launches of a Triton kernel take.
+# Split operands are promoted about every 64 or 128 tokens.
 TABLE = {
-    # Not timed. 190 registers, 64 KiB of shared memory.
-    "sm_80": Arch(half=Tile(128, 128, 64, 8, 3), single=Tile(128, 128, 16, 8, 3), blas_flops=8e9),
-    # Not timed. 190 registers, 48 KiB of the 99 KiB there are.
-    "sm_89": Arch(half=Tile(128, 128, 32, 8, 4), single=Tile(128, 128, 16, 8, 3), blas_flops=4e9),
-    # Not timed. 179 registers, 192 KiB; 255 and spills without `halves`.
+    # Not timed. 184 registers, split 195; 64 KiB of shared memory.
+    "sm_80": Arch(
+        half=Tile(128, 128, 64, 8, 3),
+        split=Tile(128, 128, 64, 8, 3, promote=1),
+        single=Tile(128, 128, 16, 8, 3),
+        blas_flops=8e9,
+    ),
+    # Not timed. 178 registers, split 242; 48 KiB of the 99 KiB there are.
+    "sm_89": Arch(
+        half=Tile(128, 128, 32, 8, 4),
+        split=Tile(128, 128, 32, 8, 4, promote=2),
+        single=Tile(128, 128, 16, 8, 3),
+        blas_flops=4e9,
+    ),
+    # Not timed. 178 registers, 192 KiB; 255 and spills without `halves`. Split 155, 128 KiB; spills at 128x256.
     "sm_90": Arch(
         half=Tile(128, 256, 64, 8, 4, halves=True),
+        split=Tile(128, 128, 64, 8, 4, halves=True, promote=2),
         single=Tile(128, 128, 16, 8, 3),
         descriptors=True,
         blas_flops=2e10,
     ),
-    # Not timed. 122 registers, 32 KiB; hipBLASLt through torch has no 16-bit product with float32 output.
+    # Not timed. 124 registers, 32 KiB; hipBLASLt through torch has no 16-bit product with float32 output.
     "gfx942": Arch(
         half=Tile(128, 128, 64, 8, 2, options=AMD),
+        split=Tile(128, 128, 64, 8, 2, options=AMD),  # whose matrix units add up in float32
         single=Tile(128, 128, 16, 8, 2, options=AMD[:1]),
         blas_rectangles=False,
     ),

@@ -108,11 +108,11 @@ def _launch(
     gram: Tensor | None, cross: Tensor | None, x: Operand, y: Operand, b: Operand, scale: Tensor | None, arch: Arch
 ) -> None:
     half = b.data.dtype != torch.float32
-    tile = arch.half if half else arch.single
+    runs = 1 + (b.low is not None) + (x.low is not None or y.low is not None)
+    tile = (arch.split if runs > 1 else arch.half) if half else arch.single
     n, m, d = b.tokens, y.columns, b.columns
     device = b.data.device
     table = _table(0 if gram is None else d, 0 if cross is None else m, d, tile, device)
-    runs = 1 + (b.low is not None) + (x.low is not None or y.low is not None)
     splits = schedule.token_splits(len(table), runs * ceil_div(n, tile.k), _slots(device))
     by_slabs = splits > 1 or d % COLUMN_PAD > 0
     slabs = torch.empty(len(table) * splits * tile.m * tile.n, device=device) if by_slabs else None
@@ -128,8 +128,8 @@ def _launch(
         triton.set_allocator(_descriptor_memory)
     kernel[(len(table), splits)](
         *outputs, slabs, table, *operands, scale, n, part_rows(n), m, d,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, HALVES=tile.halves, SPLIT=runs > 1, SLABS=by_slabs,
-        UPCAST=knobs.runtime.interpret and b.data.dtype == torch.bfloat16,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, HALVES=tile.halves, PROMOTE=tile.promote, SPLIT=runs > 1,
+        SLABS=by_slabs, UPCAST=knobs.runtime.interpret and b.data.dtype == torch.bfloat16,
         num_warps=tile.warps, num_stages=tile.stages, **dict(tile.options),
     )  # fmt: skip
     if by_slabs:

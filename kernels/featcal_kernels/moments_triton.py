@@ -11,6 +11,9 @@ With `SPLIT` the operands may be sums of a high and a low part, `rows` rows apar
 `operands_triton`). A program then runs over its tokens up to three times: high * high, high * low, low * high; and
 takes the powers off its sum. A run is left out where the operand's `low` flag says that its low parts are zero.
 
+NVIDIA's matrix units cut their sums off at 24 or 25 bits instead of rounding them, which over thousands of tokens is
+more than what splitting keeps. With `PROMOTE` a sum is taken from them after so many steps, and added up in float32.
+
 Operands are aligned and their columns padded to a multiple of 16. A sum with unaligned rows is written by way of
 slabs too: adding a whole tile element by element would spill registers.
 """
@@ -115,13 +118,26 @@ def _dot(a, b, acc, UPCAST: tl.constexpr):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
+@triton.jit
+def _add(a, b, acc, part, step, PROMOTE: tl.constexpr, UPCAST: tl.constexpr):
+    """The sum with one more product in it, and the part of it that is still in the matrix unit's hands."""
+    if PROMOTE:
+        part = _dot(a, b, part, UPCAST)
+        if step % PROMOTE == PROMOTE - 1:
+            acc += part
+            part = tl.zeros_like(part)
+    else:
+        acc = _dot(a, b, acc, UPCAST)
+    return acc, part
+
+
 @triton.jit(do_not_specialize=["x_n", "y_n", "b_n", "n", "rows", "m"])
 def pointer_kernel(
     gram, cross, slabs, table,
     x, x_low, x_bound, x_ld, x_n, y, y_low, y_bound, y_ld, y_n, b, b_low, b_bound, b_ld, b_n,
     scale, n, rows, m, d,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    HALVES: tl.constexpr, SPLIT: tl.constexpr, SLABS: tl.constexpr, UPCAST: tl.constexpr,
+    HALVES: tl.constexpr, PROMOTE: tl.constexpr, SPLIT: tl.constexpr, SLABS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     is_cross, i, j = _tile(table)
     steps, first, last, b_has_low = _step_range(n, x_low, y_low, b_low, is_cross, BLOCK_K, SPLIT, SLABS)
@@ -140,12 +156,15 @@ def pointer_kernel(
     b_ld = b_ld.to(tl.int64)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    part = acc
     for t in tl.range(first, last):
         k, a_row, b_row = _step(t, steps, rows, b_has_low, BLOCK_K, SPLIT)
         inside = k + token < n
         a_tile = tl.load(a + a_row * a_ld + a_offset, mask=inside[None, :] & a_inside, other=0.0)
         b_tile = tl.load(b + b_row * b_ld + b_offset, mask=inside[:, None] & b_inside, other=0.0)
-        acc = _dot(a_tile, b_tile, acc, UPCAST)
+        acc, part = _add(a_tile, b_tile, acc, part, t - first, PROMOTE, UPCAST)
+    if PROMOTE:
+        acc += part
     acc = _scaled(acc, tl.where(is_cross, y_bound, x_bound), b_bound, scale, SPLIT)
     out = tl.where(is_cross, cross, gram)
     _finish(acc, out, slabs, i, j, out_rows, d, is_cross, SLABS, BLOCK_M, BLOCK_N, HALVES)
@@ -157,7 +176,7 @@ def descriptor_kernel(
     x, x_low, x_bound, x_ld, x_n, y, y_low, y_bound, y_ld, y_n, b, b_low, b_bound, b_ld, b_n,
     scale, n, rows, m, d,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    HALVES: tl.constexpr, SPLIT: tl.constexpr, SLABS: tl.constexpr, UPCAST: tl.constexpr,
+    HALVES: tl.constexpr, PROMOTE: tl.constexpr, SPLIT: tl.constexpr, SLABS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     is_cross, i, j = _tile(table)
     steps, first, last, b_has_low = _step_range(n, x_low, y_low, b_low, is_cross, BLOCK_K, SPLIT, SLABS)
@@ -176,11 +195,14 @@ def descriptor_kernel(
     )
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    part = acc
     for t in tl.range(first, last):
         _, a_row, b_row = _step(t, steps, rows, b_has_low, BLOCK_K, SPLIT)
         a_tile = a.load([a_row, i * BLOCK_M])
         b_tile = right.load([b_row, j * BLOCK_N])
-        acc = _dot(a_tile.T, b_tile, acc, UPCAST)
+        acc, part = _add(a_tile.T, b_tile, acc, part, t - first, PROMOTE, UPCAST)
+    if PROMOTE:
+        acc += part
     acc = _scaled(acc, tl.where(is_cross, y_bound, x_bound), b_bound, scale, SPLIT)
     out = tl.where(is_cross, cross, gram)
     _finish(acc, out, slabs, i, j, out_rows, d, is_cross, SLABS, BLOCK_M, BLOCK_N, HALVES)

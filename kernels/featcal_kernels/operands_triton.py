@@ -2,7 +2,8 @@
 
 A float32 value is split in two float16 ones, high and low, which together hold 22 bits of it; the product of two such
 sums without the term low * low takes three 16-bit products and is good to 2^-22; three bfloat16 products, the usual
-way, are good to 2^-17 only. (How a GPU's matrix units round while they add up comes on top.) Float16's narrow range is
+way, are good to 2^-17 only. (Of the sums, matrix units are left no more than they add up well: `promote` in
+`configs`.) Float16's narrow range is
 met by a power of two: the largest value is brought to between 2^14 and 2^15, so that of anything down to 2^-18 of it no
 bit of the 22 is lost; the sum takes the powers off again (see `moments_triton`).
 

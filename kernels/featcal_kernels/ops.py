@@ -7,14 +7,15 @@ A *triangle* is the upper one of a row-major buffer, which is the lower one of i
 `torch.linalg.cholesky_ex(out.mT, out=(out.mT, info))` factors it in place. Entries below the diagonal are unspecified
 after `gram_` and `gram_cross_`, and never read by `frobenius` and `symmetrize_`.
 
-How exact the products are, before sums are rounded (matrix units may round theirs more coarsely than float32 is):
+How exact the products are, before sums are rounded:
 
-- 16-bit features: exact. On a GPU a weighted feature that 16 bits cannot hold is split in two, good to 2^-22, which
-  costs a second product (weights of 0 and 1 cost none). A CPU multiplies them in float32; bfloat16 in matrix units, if
-  `allow_bf16_units` was called.
+- 16-bit features: exact. Matrix units may round their sums more coarsely than float32 (NVIDIA's cut them off at 24 or
+  25 bits: simulated, 8e-6 of a sum over 2,048 tokens), here as in cuBLAS. On a GPU a weighted feature that 16 bits
+  cannot hold is split in two, good to 2^-22, which costs a second product (weights of 0 and 1 cost none). A CPU
+  multiplies them in float32; bfloat16 in matrix units, if `allow_bf16_units` was called.
 - float32 features: on a GPU `precision="fp16x3"` splits each value into two float16 parts and leaves out the product of
-  the low ones, good to 2^-22 of the largest values' products; `"ieee"` multiplies in float32, many times slower. A CPU
-  always multiplies in float32.
+  the low ones, good to 2^-22 of the largest values' products, and what matrix units sum up is added up in float32 every
+  128 tokens or sooner; `"ieee"` multiplies in float32, many times slower. A CPU always multiplies in float32.
 
 Column sums are no by-product here: the tensor cores take their tiles from shared memory, and a sum in the same pass
 would pull each tile through registers too. `x.sum(0, dtype=torch.float32)` reads `x` once.

@@ -17,7 +17,7 @@ ARCHS = tuple(SHARED_LIMIT)
 MATRIX_INSTRUCTION = {
     "sm_80": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
     "sm_89": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
-    "sm_90": r"wgmma\.mma_async\.sync\.aligned\.m64n256k16\.f32\.bf16\.bf16",
+    "sm_90": r"wgmma\.mma_async\.sync\.aligned\.m64n(256|128)k16\.f32\.bf16\.bf16",
     "gfx942": r"v_mfma_f32_\w+_bf16",
 }
 PTX = {"bf16": "bf16", "fp16": "f16"}
@@ -31,7 +31,7 @@ OUTPUTS = {"gram": "*fp32", "cross": "*fp32", "slabs": "*fp32", "table": "*i32",
 
 
 def moments(arch: str, dtype: str, unaligned: tuple[str, ...] = (), **constants) -> Compiled:
-    tile: Tile = TABLE[arch].single if dtype == "fp32" else TABLE[arch].half
+    tile: Tile = getattr(TABLE[arch], "single" if dtype == "fp32" else "split" if constants["SPLIT"] else "half")
     kernel = descriptor_kernel if TABLE[arch].descriptors and dtype != "fp32" else pointer_kernel
     arguments: dict[str, Any] = {**OUTPUTS, "n": "i32", "rows": "i32"}
     for name in ("x", "y", "b"):
@@ -41,6 +41,7 @@ def moments(arch: str, dtype: str, unaligned: tuple[str, ...] = (), **constants)
         arguments["slabs"] = None
     arguments["scale"] = "*fp32" if constants["SPLIT"] else None
     arguments |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "HALVES": tile.halves, "UPCAST": False}
+    arguments["PROMOTE"] = tile.promote
     arguments |= constants
     options = {"num_warps": tile.warps, "num_stages": tile.stages, **dict(tile.options)}
     return compile_kernel(kernel, arch, arguments, unaligned=unaligned, **options)
@@ -81,7 +82,7 @@ def test_other_16_bit_type_and_single_column(arch: str):
 @pytest.mark.parametrize("unaligned", [(), ("d",)], ids=["aligned", "odd"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_reduce(arch: str, unaligned: tuple[str, ...]):
-    for tile in (TABLE[arch].half, TABLE[arch].single):
+    for tile in (TABLE[arch].half, TABLE[arch].split, TABLE[arch].single):
         constants = {"splits": "i32", "BLOCK_M": tile.m, "BLOCK_N": tile.n, "ROWS": REDUCE_ROWS}
         compiled = compile_kernel(reduce_kernel, arch, OUTPUTS | constants, unaligned=unaligned)
         assert_fits(compiled, arch)
@@ -111,6 +112,6 @@ def test_triangle(arch: str):
 
 def test_tiles_divide_the_padding():
     for arch in TABLE.values():
-        for tile in (arch.half, arch.single):
+        for tile in (arch.half, arch.split, arch.single):
             assert ROW_PAD % tile.k == 0
             assert tile.m % REDUCE_ROWS == 0

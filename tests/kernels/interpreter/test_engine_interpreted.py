@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pico
 import pytest
@@ -15,6 +16,7 @@ import featcal_fast as ff
 from featcal_fast import reference
 
 TILE = Tile(64, 64, 128, warps=4, stages=2)
+ARCH = Arch(half=TILE, split=replace(TILE, promote=1), single=TILE, descriptors=True)
 
 
 @pytest.mark.parametrize(("kind", "descriptors"), [("clip", True), ("llama", False)])
@@ -22,7 +24,7 @@ def test_update_is_exact(kind: str, descriptors: bool, monkeypatch: pytest.Monke
     job = pico.job(kind, 2)
     judge = _calibrated(reference.calibrate_model, job.double())
     monkeypatch.setattr(ops, "_gpu", lambda *tensors: launch)
-    monkeypatch.setattr(launch, "arch_of", lambda device: Arch(half=TILE, single=TILE, descriptors=descriptors))
+    monkeypatch.setattr(launch, "arch_of", lambda device: ARCH if descriptors else replace(ARCH, descriptors=False))
     called = []
     moments = launch.moments_
     monkeypatch.setattr(launch, "moments_", lambda *args, **kwargs: (called.append(1), moments(*args, **kwargs)))

@@ -6,6 +6,9 @@ runs on a GPU.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +19,7 @@ from featcal_kernels.operands_triton import operand
 from featcal_kernels.triangle_triton import frobenius, symmetrize_
 from moment_oracle import Problem, assert_as_good, assert_moments, poisoned
 from triton import knobs
+from triton.runtime import interpreter
 
 
 def versions(*texts: str) -> list[tuple[int, ...]]:
@@ -30,8 +34,8 @@ pytestmark = [
 
 TILE = Tile(64, 64, 64, warps=4, stages=2, group=2)
 WIDE = Tile(32, 128, 64, warps=4, stages=2, halves=True, group=2)
-POINTER = Arch(half=TILE, single=TILE)
-DESCRIPTOR = Arch(half=WIDE, single=TILE, descriptors=True)
+POINTER = Arch(half=TILE, split=replace(TILE, promote=1), single=TILE)
+DESCRIPTOR = Arch(half=WIDE, split=replace(WIDE, promote=2), single=TILE, descriptors=True)
 BODIES = pytest.mark.parametrize("arch", [POINTER, DESCRIPTOR], ids=["pointer", "descriptor"])
 
 
@@ -101,6 +105,41 @@ def test_tokens_are_split_over_programs(weights: str, arch: Arch, monkeypatch: p
 
 
 @BODIES
+@pytest.mark.parametrize(("splits", "promote"), [(1, 1), (1, 2), (1, 3), (3, 2), (7, 4)])
+def test_sums_are_promoted_wherever_a_program_begins_and_ends(
+    splits: int, promote: int, arch: Arch, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(schedule, "token_splits", lambda *_: splits)
+    problem = Problem.random(300, 80, 64, torch.float32)  # 5 steps a run, 15 in all
+    assert_moments(*run(problem, replace(arch, split=replace(arch.split, promote=promote))), problem)
+
+
+def cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products as NVIDIA's matrix units add them up: 16 at a time, the sum cut off at 24 bits."""
+
+    def dot(builder: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        exact, left, right = d.data.astype(np.float64), a.data.astype(np.float64), b.data.astype(np.float64)
+        for k in range(0, left.shape[-1], 16):
+            exact += left[..., k : k + 16] @ right[k : k + 16]
+            rounded = exact.astype(np.float32)
+            exact = np.where(abs(rounded) > abs(exact), np.nextafter(rounded, np.float32(0)), rounded).astype(
+                np.float64
+            )
+        return interpreter.TensorHandle(exact.astype(np.float32), d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+@BODIES
+def test_a_matrix_unit_that_cuts_sums_off_is_not_trusted_with_long_ones(arch: Arch, monkeypatch: pytest.MonkeyPatch):
+    cut_off(monkeypatch)
+    problem = Problem.random(2048, 32, 16, torch.float32)
+    assert_moments(*run(problem, arch), problem)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_moments(*run(problem, replace(arch, split=arch.half)), problem)
+
+
+@BODIES
 def test_one_of_the_sums_alone(arch: Arch):
     problem = Problem.random(64, 80, 48, torch.float16)
     s, h = poisoned(80), torch.zeros(48, 80)
@@ -119,7 +158,7 @@ def test_one_of_the_sums_alone(arch: Arch):
     ],
 )
 def test_path(n: int, d: int, rows: int | None, expected: str, monkeypatch: pytest.MonkeyPatch):
-    arch = Arch(half=TILE, single=TILE, blas_flops=2e6, blas_columns=256)
+    arch = replace(POINTER, blas_flops=2e6, blas_columns=256)
     gram, cross = torch.zeros(d, d), None if rows is None else torch.zeros(rows, d)
     x = torch.zeros(n, d).half()
     assert launch._path(gram, cross, x, arch) == "triton"  # not on a CPU
@@ -139,7 +178,7 @@ def test_operands_of_the_blas_path(dtype: torch.dtype, strided: bool, monkeypatc
     monkeypatch.setattr(launch.blas, "available", lambda device: True)
     problem = Problem.random(150, 101, 67, dtype, strided=strided)
     s, h = poisoned(101), torch.zeros(67, 101)
-    launch.moments_(s, h, problem.x, problem.y, arch=Arch(half=TILE, single=TILE, blas_flops=1e9))
+    launch.moments_(s, h, problem.x, problem.y, arch=replace(POINTER, blas_flops=1e9))
     assert_moments(s, h, problem)
 
 
@@ -148,7 +187,7 @@ def test_cublas_is_given_no_split_operands(dtype: torch.dtype, monkeypatch: pyte
     monkeypatch.setattr(launch.blas, "available", lambda device: True)
     problem = Problem.random(150, 101, 67, dtype, weights="any")
     s, h = poisoned(101), torch.zeros(67, 101)
-    arch = Arch(half=TILE, single=TILE, blas_flops=1e9, blas_columns=1)
+    arch = replace(POINTER, blas_flops=1e9, blas_columns=1)
     launch.moments_(s, h, problem.x, problem.y, weights=problem.weights, arch=arch)
     assert_moments(s, h, problem)
 
