@@ -149,6 +149,7 @@ def moments(run: Run) -> Table:
         "ms: path taken, Triton, cuBLAS block triangle; x.T @ x and y.T @ x by torch in the same type, in float32.",
         f"TFLOP/s: of the triangle and the rectangle alone; peak: share of the measured {run.peak:.0f} TFLOP/s.",
         "perfect: times faster than both full products at that peak. fp32 features take 3 tensor core products each.",
+        "other/taken: the other path's time by that of the one that the dispatch takes; errors: against float64.",
         f"slower path taken: {len(slower)} of {len(rows)} shapes",
     ]
     return Table("Gram matrix [d, d] and cross moment [m, d] of n tokens", rows, notes)
@@ -167,6 +168,7 @@ def _moments_row(shape: Shape, run: Run) -> dict[str, Any]:
     for path in paths:
         variants[path] = _by_path(path, s, h, x, y)
     ms = measure(variants, run)
+    chosen = _chosen(s, h, x) if len(paths) > 1 else None
     tflops = shape.needed / ms["taken"] * 1e-9
     perfect = 2 * shape.n * shape.d * (shape.d + shape.m) * shape.products / run.peak * 1e-9 if run.peak else None
     row = {
@@ -180,11 +182,17 @@ def _moments_row(shape: Shape, run: Run) -> dict[str, Any]:
         "torch/taken": ms["torch"] / ms["taken"],
         "fp32/taken": ms["fp32"] / ms["taken"],
         "perfect": perfect and perfect / ms["taken"],
-        "other/taken": min(ms[path] for path in paths) / ms["taken"] if paths else None,
+        "other/taken": chosen and min(ms[path] for path in paths if path != chosen) / ms[chosen],
+        **dict.fromkeys(("gram error", "cross error")),
     }
-    s.zero_(), h.zero_()
-    gram_cross_(s, h, x, y)
-    row["error"] = float((h - y32.mT @ x32).norm() / h.norm())
+    if shape.n <= 2048:  # float64 is slow on many GPUs
+        s.zero_(), h.zero_()
+        gram_cross_(s, h, x, y)
+        right = x.double()
+        for name, found, left in (("gram error", s.triu(), right), ("cross error", h, y.double())):
+            exact = left.mT @ right
+            exact = exact.triu() if found is not h else exact
+            row[name] = float((found - exact).norm() / exact.norm())
     return row
 
 
@@ -193,6 +201,16 @@ def _paths(dtype: torch.dtype, device: torch.device) -> list[str]:
     from featcal_kernels import blas
 
     return ["triton", "blas"] if dtype != torch.float32 and blas.available(device) else ["triton"]
+
+
+def _chosen(s: Tensor, h: Tensor, x: Tensor) -> str:
+    """The path that the dispatch takes."""
+    from featcal_kernels import launch
+    from featcal_kernels.configs import arch_of
+
+    arch = arch_of(x.device)
+    assert arch is not None
+    return launch._path(s, h, x, arch)
 
 
 def _by_path(path: str, s: Tensor, h: Tensor, x: Tensor, y: Tensor) -> Callable[[], object]:
@@ -284,7 +302,10 @@ def _solve_row(d: int, m: int, count: int, run: Run) -> dict[str, Any]:
 
 
 def llama_layer(run: Run) -> Table:
-    """A whole Llama-3.1-8B-shaped layer, five tasks of 32k tokens: the engine, and two reference schedules."""
+    """A whole Llama-3.1-8B-shaped layer, five tasks of 32k tokens: the engine, and two reference schedules.
+
+    Of the official demo's, once as it is published, with a float32 forward, and once with a bfloat16 one.
+    """
     work = layer.Workload(run.device, run.dry)
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -296,6 +317,7 @@ def llama_layer(run: Run) -> Table:
     times = {
         "engine": layer.milliseconds(layer.engine, work, {}),
         "official": layer.milliseconds(layer.official, work, each_task),
+        "official, bfloat16 forward": layer.milliseconds(layer.official_bfloat16, work, each_task),
         "FusionEval": layer.milliseconds(layer.fusioneval, work, each_task),
     }
     phases = ("forward", "moments", "fold", "solve", "advance")
@@ -310,7 +332,7 @@ def llama_layer(run: Run) -> Table:
     notes = [
         f"{work.tasks} tasks of {work.tokens} tokens; ideal: FLOPs needed at the measured {run.peak:.0f} TFLOP/s.",
         "engine's: times slower than the engine. The baselines' fold is in their solve.",
-        "How the baselines differ from their originals: bench/layer.py.",
+        "official and FusionEval: as published; where they differ from their originals: bench/layer.py.",
     ]
     if memory is not None:
         notes.append(f"peak device memory of the engine, hidden states of one task included: {memory:.2f} GiB")
@@ -353,6 +375,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def _write(out: Path, found: dict[str, Any], peak: float, name: str, table: Table) -> None:
+    """Put a section into the file; what other runs put there stays."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sections = json.loads(out.read_text())["sections"] if out.exists() else {}
+    content = {"environment": found, "peak_tflops": peak, "sections": {**sections, name: asdict(table)}}
+    out.write_text(json.dumps(content, indent=1) + "\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, at toy sizes")
@@ -370,16 +400,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = environment(device)
     run = Run(device, options.dry_run)
     run = Run(device, options.dry_run, measure_peak(run))
-    tables = {name: SECTIONS[name](run) for name in names}
-
     out = options.out
     if out is None and not run.dry:
         out = RESULTS / f"gpu-{found['device'].replace(' ', '-').lower()}.json"
+    tables = {}
+    for name in names:
+        tables[name] = SECTIONS[name](run)
+        if out is not None:  # at once: a run that is cut off leaves what it measured
+            _write(out, found, run.peak, name, tables[name])
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        sections = {name: asdict(table) for name, table in tables.items()}
-        content = {"environment": found, "peak_tflops": run.peak, "sections": sections}
-        out.write_text(json.dumps(content, indent=1) + "\n")
         print(f"written to {out}")
     print(", ".join(f"{name} {value}" for name, value in found.items() if value is not None))
     print(f"peak of a bfloat16 product: {run.peak:.3g} TFLOP/s")

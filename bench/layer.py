@@ -4,8 +4,8 @@ Weights are random; tasks share their batches' shape, so one task's moments and 
 
 Where the baselines differ from their originals, they are the faster for it:
 
-- official (github egangu/featcal): float32 moments and an LU solve for every linear module on its own, as there; its
-  forward is bfloat16 here, float32 there, and its statistics stay on the device here, go to the host there.
+- official (github egangu/featcal): float32 forward and moments and an LU solve for every linear module on its own, as
+  there; its statistics stay on the device here, go to the host there. Once more with a bfloat16 forward.
 - FusionEval (github Baicaihaochi/FusionEval_Benchmark): bfloat16 forward in chunks of 256 tokens, batch 1, float32
   moments a group of modules with one input, one solve a group, as there; chunks attend to themselves only here, to all
   tokens before them there, and the statistics stay on the device here, go to the host there.
@@ -87,6 +87,17 @@ class Workload:
         self.expert_hidden = self.student_hidden + 0.1 * torch.randn_like(self.student_hidden)
         self.device, self.config = device, config
 
+    def to(self, dtype: torch.dtype) -> Workload:
+        """Itself, in another dtype; what it was made from stays as it is."""
+        self.merged, self.base, self.expert = (
+            copy.deepcopy(each).to(dtype) for each in (self.merged, self.base, self.expert)
+        )
+        self.student_hidden, self.expert_hidden = self.student_hidden.to(dtype), self.expert_hidden.to(dtype)
+        (kwargs,) = self.calls.kwargs
+        angles = tuple(each.to(dtype) for each in kwargs["position_embeddings"])
+        self.calls = BatchCalls(self.calls.args, [{**kwargs, "position_embeddings": angles}])
+        return self
+
     def layout(self, block: nn.Module) -> Layout:
         tokens = Tokens(None, (self.samples, self.length), self.device)
         return find_layout(block, self.layer, self.student_hidden[0], self.calls, tokens, SETTINGS)
@@ -138,9 +149,14 @@ def engine(work: Workload, clock: Clock) -> Layout:
     return layout
 
 
-@torch.no_grad()
 def official(work: Workload, clock: Clock) -> None:
-    """The demo's schedule: each linear module's float32 moments by themselves, LU solves."""
+    """The demo's schedule: a float32 forward, each linear module's float32 moments by themselves, LU solves."""
+    official_bfloat16(copy.copy(work).to(torch.float32), clock)
+
+
+@torch.no_grad()
+def official_bfloat16(work: Workload, clock: Clock) -> None:
+    """The same with the checkpoint's own forward."""
     names = [name for name, module in work.merged.named_modules() if isinstance(module, nn.Linear)]
     _baseline(work, clock, [[name] for name in names], work.student_hidden, work.expert_hidden, work.calls)
 

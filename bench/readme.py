@@ -99,6 +99,8 @@ def gpu_tables(results: dict[str, Any]) -> str:
         "llama_layer": ("way", "forward", "moments", "fold", "solve", "advance", "ms", "share of ideal", "engine's"),
     }
     for name, keys in columns.items():
+        if name not in sections:  # a run of some sections only
+            continue
         section = sections[name]
         rows = [[_figure(row[key]) for key in keys] for row in section["rows"]]
         table = "\n".join(_row(cells) for cells in ([*keys], ["---", *["---:"] * (len(keys) - 1)], *rows))

@@ -6,11 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from featcal_fast.errors import MemoryBudgetError
 from featcal_fast.features import Layout
+
+if TYPE_CHECKING:  # only terminals need it, and bench.gpu runs without
+    from rich.table import Table
 
 GIB = 2**30
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -120,6 +122,8 @@ class Plan:
 
     def tables(self) -> list[Table]:
         """For a terminal: layers, weights that stay, memory."""
+        from rich.table import Table
+
         layers = Table(title="Layers", caption="layers that are alike share a row")
         for name in ("layer", "calibrated, by shared input", "in x out"):
             layers.add_column(name)

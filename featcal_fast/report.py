@@ -6,14 +6,16 @@ import json
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
 
 from featcal_fast.errors import FeatCalError
 from featcal_fast.settings import Settings
 from featcal_fast.version import __version__
+
+if TYPE_CHECKING:  # only terminals need it, and bench.gpu runs without
+    from rich.table import Table
 
 
 @dataclass
@@ -107,6 +109,8 @@ class Report:
 
     def table(self) -> Table:
         """A layer a row, for a terminal."""
+        from rich.table import Table
+
         table = Table(title="Feature drift to the experts", caption="||H - H_expert|| / ||H_expert||, mean over tasks")
         for name in ("layer", "before", "after", "weight change", "seconds"):
             table.add_column(name, justify="right")
