@@ -13,7 +13,7 @@ import yaml
 from featcal_fast.checkpoints import STORAGES
 from featcal_fast.errors import RecipeError
 from featcal_fast.merge import METHODS
-from featcal_fast.settings import Settings
+from featcal_fast.settings import Settings, number
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ RecipeLike = Recipe | Mapping[str, Any] | str | Path  # what `Recipe.load` takes
 
 # What YAML may hold for a field, by its annotation.
 _TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+_NAMES = {"str": "a text", "int": "an integer", "float": "a number"}
 
 
 def _checked(cls: type, values: Any, where: str) -> dict[str, Any]:
@@ -158,9 +159,11 @@ def _checked(cls: type, values: Any, where: str) -> dict[str, Any]:
     for name, item in known.items():
         kind, _, optional = str(item.type).partition(" | ")
         value = values.get(name)
+        if kind == "float" and name in values:
+            values[name] = number(value)
         if name in values and kind in _TYPES and not (value is None and optional):
-            if isinstance(value, bool) or not isinstance(value, _TYPES[kind]) or value == "":
-                raise RecipeError(f"{where}{name}: found {value!r}, expected a {kind}")
+            if isinstance(value, bool) or not isinstance(values[name], _TYPES[kind]) or value == "":
+                raise RecipeError(f"{where}{name}: found {value!r}, expected {_NAMES[kind]}")
         elif name not in values and name in _REQUIRED[cls.__name__]:
             raise RecipeError(f"{where}{name}: missing; it is required")
     return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -25,6 +26,14 @@ def _patterns(name: str, value: Any) -> Patterns | None:
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(item, str) and item for item in value):
         raise RecipeError(f"settings.{name}: found {value!r}, expected a regular expression or a list of name suffixes")
     return tuple(value)
+
+
+def number(value: Any) -> float | None:
+    """`value` where it is a finite number, or a text like `1e-5`, which YAML does not take for one; else None."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        value = float(value)
+    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return value if finite else None
 
 
 @dataclass(frozen=True)
@@ -69,9 +78,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("ridge_lambda", "anchor_rho", "teacher_alpha", "covariance_eps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-                raise RecipeError(f"settings.{name}: found {value!r}, expected a number")
+            value = number(getattr(self, name))
+            if value is None:
+                raise RecipeError(f"settings.{name}: found {getattr(self, name)!r}, expected a number")
+            object.__setattr__(self, name, value)
         for name in ("calibrate_bias", "calibrate_layernorm"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"settings.{name}: found {getattr(self, name)!r}, expected true or false")
@@ -95,12 +105,12 @@ class Settings:
         """Settings from a recipe's mapping: an optional `preset`, then single values on top of it."""
         values = dict(values)
         preset = values.pop("preset", "default")
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise RecipeError(f"settings.preset: found {preset!r}, expected one of {', '.join(PRESETS)}")
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
-                near = get_close_matches(key, [*known, "preset"], n=1, cutoff=0)[0]
+                near = get_close_matches(str(key), [*known, "preset"], n=1, cutoff=0)[0]
                 raise RecipeError(f"settings.{key}: unknown key; did you mean {near!r}?")
         return replace(PRESETS[preset], **values)
 

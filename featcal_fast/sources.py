@@ -255,14 +255,19 @@ def _meta_model(checkpoint: TensorSource, device: torch.device) -> tuple[nn.Modu
     import transformers
 
     config = checkpoint.config
-    names = getattr(config, "architectures", None) or []
-    cls = getattr(transformers, names[0], None) if names else None
+    names = getattr(config, "architectures", None) or [None]
+    cls = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
     if cls is None or not issubclass(cls, transformers.PreTrainedModel):
         raise UnsupportedModelError(
             f"{checkpoint.label}: config.json names the architectures {names}, expected one that transformers "
             f"{transformers.__version__} has; models with code of their own cannot be calibrated"
         )
-    model = copy.deepcopy(_empty_model(cls, _Config(config)))
+    try:
+        model = copy.deepcopy(_empty_model(cls, _Config(config)))
+    except Exception as error:  # whatever a model's code makes of values that are not what they should be
+        raise UnsupportedModelError(
+            f"{checkpoint.label}: config.json describes no {names[0]} that can be built: {error}"
+        ) from error
     stored = StoredNames((canonical(name) for name in model.state_dict()), checkpoint.names)
     for names in _tied(model):
         for name in names[1:]:

@@ -59,6 +59,58 @@ BROKEN = {
         lambda root: _adapter(root, lambda t: [t.pop(f"{Q1}.lora_{f}.weight") for f in "AB"]),
         rf"adapter_model.safetensors has no lora_A and lora_B for {Q1}",
     ),
+    "missing target": (
+        lambda root: _adapter(root, target_modules=["q_proj", "o_proj"]),
+        r"has no lora_A and lora_B for model.layers.0.self_attn.o_proj, which adapter_config.json says is adapted",
+    ),
+    "missing target of an expression": (
+        lambda root: _adapter(root, target_modules=r".*\.[qo]_proj"),
+        r"has no lora_A and lora_B for model.layers.0.self_attn.o_proj",
+    ),
+    "missing layer of some": (
+        lambda root: _adapter(root, lambda t: _only(t, layer=1), layers_to_transform=[1, 2]),
+        r"has no lora_A and lora_B for model.layers.2.self_attn.q_proj",
+    ),
+    "missing layer of all": (
+        lambda root: _adapter(
+            root, lambda t: [t.pop(f"{Q1}.lora_{f}.weight") for f in "AB"], target_modules="all-linear"
+        ),
+        rf"has no lora_A and lora_B for {Q1}",
+    ),
+    "missing saved module": (
+        lambda root: _adapter(root, modules_to_save=["lm_head"]),
+        r"has nothing for lm_head.weight, though adapter_config.json has lm_head among its modules_to_save",
+    ),
+    "no factors": (
+        lambda root: _adapter(root, lambda t: t.clear()),
+        r"adapter_model.safetensors holds no lora_A and lora_B; the adapter changes nothing",
+    ),
+    "integer factors": (
+        lambda root: _adapter(root, lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 64, dtype=torch.int8)})),
+        rf"tensor base_model.model.{Q0}.lora_A.weight has dtype torch.int8, expected plain floating-point factors",
+    ),
+    "tied output layer": (lambda root: _tied(root), r"adapts lm_head.weight, which .* shares with its embedding"),
+    "another base by name": (
+        lambda root: _adapter(
+            root, lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 32)}), base_model_name_or_path="org/other"
+        ),
+        r"another base model \(adapter_config.json names org/other\)",
+    ),
+    **{
+        f"bad {key}": (
+            lambda root, key=key, value=value: _adapter(root, **{key: value}),
+            rf"adapter_config.json: {key}: found .*, expected",
+        )
+        for key, value in {
+            "lora_alpha": None,
+            "r": "4",
+            "rank_pattern": ["q_proj"],
+            "alpha_pattern": {"(": 1},
+            "target_modules": "q_(",
+            "modules_to_save": "lm_head",
+            "layers_to_transform": "1",
+        }.items()
+    },
     "another architecture": (
         lambda root: _adapter(
             root, lambda t: t.update({"model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(4, 64)})
@@ -143,6 +195,20 @@ BROKEN = {
 }
 
 
+def _only(tensors: dict, layer: int) -> None:
+    for name in [name for name in tensors if f".{layer}." not in name]:
+        del tensors[name]
+
+
+def _tied(root: Path) -> Path:
+    for model in ("base", "merged", "task0"):
+        config = json.loads((root / model / "config.json").read_text())
+        (root / model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+        _edit(root / model, lambda weights: weights.pop("lm_head.weight"))
+    lora = {"lm_head.lora_A.weight": torch.ones(4, 64), "lm_head.lora_B.weight": torch.ones(100, 4)}
+    return _adapter(root, lambda t: t.update(lora))
+
+
 def _truncated(folder: Path, file: str) -> Path:
     (folder / file).write_bytes((folder / file).read_bytes()[:-50])
     return folder
@@ -164,6 +230,18 @@ def test_bad_experts_are_named_before_any_compute(
     with pytest.raises(ff.FeatCalError, match=f"(?s)expert task1: .*{message}"):
         ff.calibrate({**recipe, **changes})
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model_type": ["llama"]}, {"num_hidden_layers": "three"}, {"architectures": [7]}, {"hidden_size": -4}],
+    ids=str,
+)
+def test_a_config_that_describes_no_model_is_named(change: dict, recipe: dict, tmp_path: Path) -> None:
+    path = tmp_path / "task1" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ff.FeatCalError, match="expert task1: .*config.json"):
+        ff.plan(recipe)
 
 
 @pytest.mark.parametrize("role", ["base_model", "merged_model"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 import featcal_fast as ff
 
@@ -57,10 +58,19 @@ def test_a_recipe_is_plain_data_again() -> None:
         ({"experts": {"math": {"model": "m"}}}, "experts.math.data: missing"),
         ({"experts": {"math": "m"}}, "experts.math: found 'm', expected a mapping"),
         ({"experts": {"math": {"model": "m", "data": ""}}}, "experts.math.data: found ''"),
-        ({"base_model": 7}, "base_model: found 7, expected a str"),
+        ({"base_model": 7}, "base_model: found 7, expected a text"),
         ({"samples": 0}, "samples: found 0, expected 1 or more"),
-        ({"samples": "many"}, "samples: found 'many', expected a int"),
-        ({"batch_size": True}, "batch_size: found True, expected a int"),
+        ({"samples": "many"}, "samples: found 'many', expected an integer"),
+        ({"batch_size": True}, "batch_size: found True, expected an integer"),
+        ({"settings": {"preset": [1]}}, r"settings.preset: found \[1\], expected one of default"),
+        ({"settings": {1: 2}}, "settings.1: unknown key; did you mean"),
+        ({"settings": {"anchor_rho": float("inf")}}, "settings.anchor_rho: found inf, expected a number"),
+        ({"settings": {"anchor_rho": float("nan")}}, "settings.anchor_rho: found nan, expected a number"),
+        (
+            {"merge": {"method": "task_arithmetic", "scaling": float("nan")}},
+            "merge.scaling: found nan, expected a number",
+        ),
+        ({"merge": {"method": "task_arithmetic", "scaling": "a"}}, "merge.scaling: found 'a', expected a number"),
     ],
 )
 def test_mistakes_are_named(change: dict, message: str) -> None:
@@ -81,3 +91,11 @@ def test_files_that_are_no_recipe_are_named(tmp_path: Path) -> None:
     path.write_text("base_model: x")
     with pytest.raises(ff.FeatCalError, match=r"recipe.yaml: experts: missing"):
         ff.Recipe.load(path)
+
+
+def test_numbers_that_yaml_takes_for_texts_are_numbers() -> None:
+    text = "{settings: {ridge_lambda: 1e-5}, merge: {method: task_arithmetic, scaling: 3e-1}}"
+    recipe = ff.Recipe.load({**GOOD, **yaml.safe_load(text)})
+    assert recipe.settings.ridge_lambda == 1e-5
+    assert recipe.merge is not None
+    assert recipe.merge.scaling == 0.3

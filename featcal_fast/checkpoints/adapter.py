@@ -10,9 +10,10 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors`. In the lat
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from featcal_fast.errors import CheckpointError, ModelMismatchError, Unsupported
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 ROWS = 2048  # of a weight that its change is formed for at a time
+OUTPUTS = ("lm_head.", "embed_out.")  # layers that may share the embedding's weight
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
 # What makes an adapter something else than W + scale * B A, by its key in adapter_config.json.
 VARIANTS = {
@@ -66,7 +68,7 @@ class LoraExpert:
         base: the model that it adapts.
 
     Raises:
-        CheckpointError: not an adapter, truncated, or a factor is missing.
+        CheckpointError: not an adapter, truncated, or something that its config tells of is missing.
         UnsupportedModelError: another kind of adapter.
         ModelMismatchError: made for another base model.
     """
@@ -76,6 +78,7 @@ class LoraExpert:
         self.base = Checkpoint(base.path, f"{label}, base model")  # of its own, so that reads are told apart
         self.values = read_json(path, ADAPTER_CONFIG, label)
         self._check_kind()
+        self._check_values()
         self.shards = Shards(path, label, WEIGHTS, f"{WEIGHTS}.index.json")
         self.tensors = dict(self.base.tensors)
         self.low_rank: dict[str, LowRank] = {}  # by the base's tensor
@@ -89,7 +92,7 @@ class LoraExpert:
                 self._replace(name, re.sub(r"\.modules_to_save(\.default)?\.", ".", inner))
         for module, found in factors.items():
             self._adapt(module, found)
-        self._check_every_layer(factors)
+        self._check_complete(factors)
 
     @cached_property
     def config(self) -> Any:
@@ -163,6 +166,11 @@ class LoraExpert:
         keys = ("embedding_A", "embedding_B") if embedding else ("A", "B")
         some = next(iter(factors.values()))
         for key in keys:
+            if key in factors and not self.shards.tensors[factors[key]].dtype.is_floating_point:
+                raise UnsupportedModelError(
+                    f"{self.label}: {self.shards.where(factors[key])} has dtype "
+                    f"{self.shards.tensors[factors[key]].dtype}, expected plain floating-point factors"
+                )
             if key not in factors:
                 raise CheckpointError(
                     f"{self.label}: {self.shards.where(some)} is there, but its factor lora_{key} is missing; the "
@@ -180,7 +188,7 @@ class LoraExpert:
         if self.tensors[own].shape != shape:
             raise ModelMismatchError(
                 f"{self.label}: {self.shards.where(some)} belongs to a weight of shape {shape}, but {own} of the base "
-                f"model ({self.base.path}) has {self.tensors[own].shape}; the adapter was made for another base model"
+                f"model ({self.base.path}) has {self.tensors[own].shape}; the adapter was made for {self._made_for}"
             )
         rank = self._pattern("rank_pattern", module, self.values.get("r", a[0]))
         if rank != a[0]:
@@ -203,7 +211,7 @@ class LoraExpert:
         if info.shape != base.shape and not (vocabulary and info.shape[1:] == base.shape[1:]):
             raise ModelMismatchError(
                 f"{self.label}: {self.shards.where(name)} has shape {info.shape}, but {own} of the base model "
-                f"({self.base.path}) has {base.shape}; the adapter was made for another base model"
+                f"({self.base.path}) has {base.shape}; the adapter was made for {self._made_for}"
             )
         self.replaced[own] = name
         self.tensors[own] = TensorInfo(info.file, info.shape, base.dtype)
@@ -211,10 +219,13 @@ class LoraExpert:
     def _base_name(self, inner: str, name: str) -> str:
         own = self.base.names.get(canonical(inner))
         if own is None:
-            raise ModelMismatchError(
-                f"{self.label}: {self.shards.where(name)} adapts {inner}, which the base model ({self.base.path}) has "
-                "not; the adapter was made for another base model"
-            )
+            adapts = f"{self.label}: {self.shards.where(name)} adapts {inner}, which the base model ({self.base.path})"
+            if self.base.config.tie_word_embeddings and inner.startswith(OUTPUTS):
+                raise UnsupportedModelError(
+                    f"{adapts} shares with its embedding (tie_word_embeddings); merge this adapter first, into a "
+                    "checkpoint with an output layer of its own"
+                )
+            raise ModelMismatchError(f"{adapts} has not; the adapter was made for {self._made_for}")
         return own
 
     def _pattern(self, key: str, module: str, default: Any) -> float:
@@ -243,21 +254,114 @@ class LoraExpert:
                 "(peft: save_pretrained with path_initial_model_for_weight_conversion)"
             )
 
-    def _check_every_layer(self, factors: Mapping[str, Mapping[str, str]]) -> None:
-        """A module that is adapted in one layer is adapted in all, unless the config chooses layers."""
-        targets = self.values.get("target_modules")
-        chosen = any(self.values.get(key) is not None for key in ("layers_to_transform", "exclude_modules"))
-        if chosen or not isinstance(targets, list) or re.search(r"\.\d+\.", " ".join(targets)):
-            return
-        adapted = {canonical(f"{module}.weight") for module in factors}
-        kinds = {_any_layer(name) for name in adapted if _any_layer(name) != name}
-        for name, own in self.base.names.items():
-            if name not in adapted and _any_layer(name) in kinds:
+    def _check_values(self) -> None:
+        """What is used of the config has the type that it should have."""
+        for key, (fits, expected) in VALUES.items():
+            if key in self.values and not fits(self.values[key]):
+                found = self.values[key]
                 raise CheckpointError(
-                    f"{self.label}: {self.path / WEIGHTS} has no lora_A and lora_B for {own.removesuffix('.weight')}, "
-                    "though the same module of another layer is adapted; the download is incomplete"
+                    f"{self.label}: {self.path / ADAPTER_CONFIG}: {key}: found {found!r}, expected {expected}"
                 )
+
+    def _check_complete(self, factors: Iterable[str]) -> None:
+        """Every module that the config tells to adapt has factors, and every one that it tells to save is there."""
+        if not self.low_rank and not self.replaced:
+            raise CheckpointError(
+                f"{self.label}: {self.path / WEIGHTS} holds no lora_A and lora_B; the adapter changes nothing"
+            )
+        adapted = {canonical(f"{module}.weight") for module in factors}
+        kinds, roots = {_any_layer(name) for name in adapted}, {_root(name) for name in adapted}
+        for name, own in self.base.names.items():
+            module = own.removesuffix(".weight")
+            # Of another root may be what the adapted model has not: the text tower beside a vision model, say. Experts
+            # are matrices of one parameter in a model, each of its own in a checkpoint.
+            if name in adapted or module == own or len(self.base.tensors[own].shape) != 2 or _root(name) not in roots:
+                continue
+            if self._is_target(module, _any_layer(name) in kinds) and ".experts." not in module:
+                raise CheckpointError(
+                    f"{self.label}: {self.path / WEIGHTS} has no lora_A and lora_B for {module}, which "
+                    f"{ADAPTER_CONFIG} says is adapted; the download is incomplete"
+                )
+        for saved in self.values.get("modules_to_save") or ():
+            known = [own for own in self.base.tensors if f".{saved}." in f".{own}"]
+            if known and self.replaced.keys().isdisjoint(known):
+                raise CheckpointError(
+                    f"{self.label}: {self.path / WEIGHTS} has nothing for {known[0]}, though {ADAPTER_CONFIG} has "
+                    f"{saved} among its modules_to_save; the download is incomplete"
+                )
+
+    def _is_target(self, module: str, adapted: bool) -> bool:
+        """Whether a module is adapted, as PEFT reads the config; `adapted`: whether it is in some layer."""
+        targets, layers = self.values.get("target_modules"), self.values.get("layers_to_transform")
+        excluded = self.values.get("exclude_modules")
+        if excluded and _matches(module, excluded):
+            return False
+        if not targets or targets == "all-linear":
+            return adapted and layers in (None, [])
+        if isinstance(targets, str) or layers in (None, []):
+            return _matches(module, targets)
+        patterns = self.values.get("layers_pattern") or [r"[^.]*"]
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            if index := re.match(rf".*\.{pattern}\.(\d+)\.", f"model.{module}"):
+                chosen = layers if isinstance(layers, list) else [layers]
+                return _matches(module, targets) and int(index[1]) in chosen
+        return False
+
+    @property
+    def _made_for(self) -> str:
+        found = self.values.get("base_model_name_or_path")
+        return f"another base model ({ADAPTER_CONFIG} names {found})" if found else "another base model"
 
 
 def _any_layer(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _root(name: str) -> str:
+    """What comes before a layer's number; the name itself where there is none."""
+    return re.split(r"\.\d+\.", name)[0]
+
+
+def _matches(module: str, patterns: str | list[str]) -> bool:
+    """As PEFT reads it: a string is a regular expression for a full name, a list holds last parts of names."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, module) is not None
+    return any(module == part or module.endswith(f".{part}") for part in patterns)
+
+
+def _is_expression(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and re.compile(value) is not None
+    except re.error:
+        return False
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_layers(value: Any) -> bool:
+    return all(type(item) is int for item in (value if isinstance(value, list) else [value]))
+
+
+def _is_pattern_values(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(_is_expression(key) and _is_number(own) for key, own in value.items())
+
+
+NAMES = (lambda value: value is None or _is_expression(value) or _is_names(value), "a regular expression or a list")
+PATTERN_VALUES = (lambda value: value is None or _is_pattern_values(value), "numbers by regular expression")
+VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (lambda value: type(value) is int and value > 0, "an integer above 0"),
+    "lora_alpha": (_is_number, "a number"),
+    "rank_pattern": PATTERN_VALUES,
+    "alpha_pattern": PATTERN_VALUES,
+    "target_modules": NAMES,
+    "exclude_modules": NAMES,
+    "layers_pattern": NAMES,
+    "layers_to_transform": (lambda value: value is None or _is_layers(value), "a layer's number, or a list of them"),
+    "modules_to_save": (lambda value: value is None or _is_names(value), "a list of names"),
+}

@@ -109,7 +109,7 @@ class Checkpoint:
 
         try:
             return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        except (ValueError, OSError, KeyError) as error:
+        except Exception as error:  # whatever transformers makes of values that are not what they should be
             raise UnsupportedModelError(f"{self.label}: {self.path / 'config.json'} cannot be used: {error}") from error
 
     @cached_property
@@ -185,6 +185,8 @@ def read_json(path: Path, file: str, label: str) -> dict[str, Any]:
         values = json.loads((path / file).read_text())
     except ValueError as error:
         raise CheckpointError(f"{label}: {path / file} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{label}: {path / file} cannot be read: {error.strerror}; check its rights") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{label}: {path / file}: found a JSON {type(values).__name__}, expected an object")
     return values
