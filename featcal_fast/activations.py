@@ -9,6 +9,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -24,6 +25,14 @@ Place = torch.device | Path  # of hidden states: a device's memory, or a folder 
 HOST = torch.device("cpu")
 
 
+@dataclass
+class Traffic:
+    """Bytes that went to scratch files and came from them."""
+
+    written: int = 0
+    read: int = 0
+
+
 class Stream:
     """One model's hidden states on one task's batches, kept between layers in the model's dtype.
 
@@ -33,6 +42,9 @@ class Stream:
         device: where blocks run.
         transfers: what brings states there and back.
         place: where hidden states wait meanwhile. Files in a folder have no name there and go with the process.
+
+    Attributes:
+        traffic: with scratch files.
     """
 
     def __init__(
@@ -40,6 +52,7 @@ class Stream:
     ) -> None:
         self.device = device
         self._source, self._task, self._transfers, self._place = source, task, transfers, place
+        self.traffic = Traffic()
         self._states: _Here | _Away | None = None
         self._calls: list[BatchCalls] = []
         self._shapes: list[tuple[int, int]] = []
@@ -73,7 +86,7 @@ class Stream:
     def _new_place(self) -> _Here | _Away:
         if self._place == self.device:
             return _Here()
-        memory = _ScratchFile(self._place) if isinstance(self._place, Path) else _HostMemory()
+        memory = _ScratchFile(self._place, self.traffic) if isinstance(self._place, Path) else _HostMemory()
         return _Away(self.device, self._transfers, memory)
 
     def __len__(self) -> int:
@@ -221,7 +234,7 @@ class _HostMemory:
 def check_scratch(folder: Path) -> None:
     """Raises:
     OutputError: no file can be made in `folder`."""
-    _ScratchFile(folder)
+    _ScratchFile(folder, Traffic())
 
 
 class _ScratchFile:
@@ -230,7 +243,8 @@ class _ScratchFile:
     Read and written, not mapped: mapped pages would count as this process's memory.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, traffic: Traffic) -> None:
+        self._traffic = traffic
         try:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as the stream)
         except OSError as error:
@@ -249,6 +263,7 @@ class _ScratchFile:
             data = on_host(tuple(hidden.shape), hidden.dtype, hidden.device).copy_(hidden, non_blocking=True)
             torch.cuda.current_stream(hidden.device).synchronize()  # the copy's own
         rest, position = _bytes(data), self._position(slot, rows)
+        self._traffic.written += rest.nbytes
         try:
             while rest:
                 written = os.pwrite(self._file.fileno(), rest, position)
@@ -259,6 +274,7 @@ class _ScratchFile:
     def read(self, slot: _Slot, rows: slice, into: Tensor) -> None:
         data = on_host(tuple(into.shape), into.dtype, into.device) if into.is_cuda else into
         rest, position = _bytes(data), self._position(slot, rows)
+        self._traffic.read += rest.nbytes
         while rest:
             read = os.preadv(self._file.fileno(), [rest], position)
             rest, position = rest[read:], position + read

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from featcal_fast.tokens import TokenCounts, Tokens
 from featcal_fast.transfers import Transfers, on_host
 
 Batches = Sequence[Mapping[str, Tensor]]
+SCRATCH = "hidden states"  # in a report of what was read and written
 
 
 def calibrate_model(
@@ -197,6 +199,10 @@ def calibrate_source(
             report.kept |= layout.kept
             progress.layer(done)
             del block, anchor, system, moments, update, new, leaving, changes  # before the next layer's are made
+    if isinstance(place, Path):
+        traffic = [stream.traffic for stream in (*student_streams.values(), *expert_streams.values())]
+        report.bytes_read[SCRATCH] = sum(each.read for each in traffic)
+        report.bytes_written[SCRATCH] = sum(each.written for each in traffic)
     report.seconds = time.perf_counter() - started
     return report
 

@@ -84,7 +84,8 @@ def calibrate(
         writer.copy_rest()
         report.flops = sum(plan.flops.values())
         report.recipe, report.out = recipe.to_dict(), str(folder)
-        report.bytes_read, report.bytes_written = models.bytes_read, {"calibrated model": models.nbytes}
+        report.bytes_read |= models.bytes_read
+        report.bytes_written["calibrated model"] = models.nbytes
         report.storage_error = models.storage_error
         writer.add_text("report.json", report.to_json())
     return report

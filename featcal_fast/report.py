@@ -61,8 +61,8 @@ class Report:
         kept: linear weights that keep their merged values, each with the reason.
         seconds: wall clock of the whole run.
         flops: floating-point operations of the layers, where there was a plan.
-        bytes_read: of tensors, by model, where there was a recipe.
-        bytes_written: of tensors.
+        bytes_read: of tensors, by model, where there was a recipe; and of hidden states, where they were on disk.
+        bytes_written: likewise.
         storage_error: `||W_kept - W||_F / ||W||_F` of experts kept in host memory, by task (`expert_storage`).
         recipe: the job, where there was a recipe.
         out: the folder written, where there is one.

@@ -240,7 +240,7 @@ def test_bad_experts_are_named_before_any_compute(
 def test_a_config_that_describes_no_model_is_named(change: dict, recipe: dict, tmp_path: Path) -> None:
     path = tmp_path / "task1" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ff.FeatCalError, match="expert task1: .*config.json"):
+    with pytest.raises(ff.FeatCalError, match=r"expert task1: .*config.json"):
         ff.plan(recipe)
 
 

@@ -418,10 +418,15 @@ def _tree(root: Path) -> dict[str, int]:
 def test_hidden_states_on_disk_change_nothing(llama_recipe: dict, tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     ff.calibrate(llama_recipe)
-    ff.calibrate(llama_recipe, out=tmp_path / "other", scratch=tmp_path / "scratch")
+    report = ff.calibrate(llama_recipe, out=tmp_path / "other", scratch=tmp_path / "scratch")
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "other"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert list((tmp_path / "scratch").iterdir()) == []
+    states = (
+        2 * 20 * 20 * 64 * 4
+    )  # of the student, and of the experts: the last block's output is stored for these only
+    assert report.bytes_written["hidden states"] == (3 + 4) * states
+    assert (5 + 3) * states <= report.bytes_read["hidden states"] <= (6 + 4) * states  # some are fetched too early
     with pytest.raises(ff.FeatCalError, match=r"scratch: .*nowhere cannot hold hidden states"):
         ff.calibrate(llama_recipe, out=tmp_path / "third", scratch=tmp_path / "nowhere")
 

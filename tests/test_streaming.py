@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import featcal_fast as ff
-from featcal_fast.activations import Stream, _Away, _Here, _HostMemory, _ScratchFile
+from featcal_fast.activations import Stream, Traffic, _Away, _Here, _HostMemory, _ScratchFile
 from featcal_fast.errors import OutputError
 from featcal_fast.experts import BlockReader
 from featcal_fast.moments import TaskMoments
@@ -89,7 +89,7 @@ def test_states_that_wait_elsewhere_are_those_that_were_stored(memory: str, tmp_
     """In whatever order and parts they are loaded and stored; what was fetched ahead is never stale."""
     rng = random.Random(0)
     with Transfers(CPU, "test") as transfers:
-        away = _Away(CPU, transfers, _HostMemory() if memory == "host" else _ScratchFile(tmp_path))
+        away = _Away(CPU, transfers, _HostMemory() if memory == "host" else _ScratchFile(tmp_path, Traffic()))
         sizes, expected = [4, 1, 6], {}
         for batch, size in enumerate(sizes):
             expected[batch] = torch.randn(size, 3, 2)
