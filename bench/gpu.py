@@ -1,9 +1,9 @@
 """What the kernels reach on the GPU at hand: `PYTHONPATH=.:kernels python -m bench.gpu`.
 
 Each section measures one thing, prints a table and adds its numbers to one JSON file with the versions of
-everything that matters. Variants of a measurement take turns, so that a drifting clock meets all of them; times are
-medians. `--dry-run` goes through the same motions on the CPU, at toy sizes, and writes nothing unless `--out` says
-where.
+everything that matters, before the next one begins. Variants of a measurement take turns, so that a drifting clock
+meets all of them; times are medians. `--dry-run` goes through the same motions on the CPU, at toy sizes, and writes
+nothing unless `--out` says where.
 """
 
 from __future__ import annotations
@@ -144,13 +144,15 @@ def moments(run: Run) -> Table:
         sizes = [(768, 768), (1024, 1024), (3072, 3072), (4096, 4096), (14336, 4096)]
         shapes = [Shape(d, m, n * 1024, dtype) for dtype in BYTES for d, m in sizes for n in (2, 16, 64)]
     rows = [_moments_row(shape, run) for shape in shapes]
-    slower = [row for row in rows if row["other/taken"] is not None and row["other/taken"] < 0.97]
+    ratios = [row["other/taken"] for row in rows if row["other/taken"] is not None]
+    slower = sum(ratio < 0.97 for ratio in ratios)
     notes = [
         "ms: path taken, Triton, cuBLAS block triangle; x.T @ x and y.T @ x by torch in the same type, in float32.",
         f"TFLOP/s: of the triangle and the rectangle alone; peak: share of the measured {run.peak:.0f} TFLOP/s.",
         "perfect: times faster than both full products at that peak. fp32 features take 3 tensor core products each.",
-        "other/taken: the other path's time by that of the one that the dispatch takes; errors: against float64.",
-        f"slower path taken: {len(slower)} of {len(rows)} shapes",
+        "errors: relative Frobenius, against float64 on the device; the Gram matrix's of its upper triangle.",
+        "other/taken: the other path's time by that of the one that the dispatch takes, where there are two.",
+        f"slower path taken, by more than 3%: {slower} of {len(ratios)} shapes.",
     ]
     return Table("Gram matrix [d, d] and cross moment [m, d] of n tokens", rows, notes)
 
@@ -185,7 +187,7 @@ def _moments_row(shape: Shape, run: Run) -> dict[str, Any]:
         "other/taken": chosen and min(ms[path] for path in paths if path != chosen) / ms[chosen],
         **dict.fromkeys(("gram error", "cross error")),
     }
-    if shape.n <= 2048:  # float64 is slow on many GPUs
+    if shape.n * shape.d * (shape.d + shape.m) <= 2**40:  # float64 is slow on many GPUs
         s.zero_(), h.zero_()
         gram_cross_(s, h, x, y)
         right = x.double()
@@ -308,7 +310,6 @@ def llama_layer(run: Run) -> Table:
     """
     work = layer.Workload(run.device, run.dry)
     if run.device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
         need = layer.flops(work, layer.engine(work, layer.Clock(run.device)))
@@ -316,9 +317,9 @@ def llama_layer(run: Run) -> Table:
     each_task = dict.fromkeys(("forward", "moments", "advance"), work.tasks)
     times = {
         "engine": layer.milliseconds(layer.engine, work, {}),
-        "official": layer.milliseconds(layer.official, work, each_task),
+        "official, as published": layer.milliseconds(layer.official, work, each_task),
         "official, bfloat16 forward": layer.milliseconds(layer.official_bfloat16, work, each_task),
-        "FusionEval": layer.milliseconds(layer.fusioneval, work, each_task),
+        "FusionEval, as published": layer.milliseconds(layer.fusioneval, work, each_task),
     }
     phases = ("forward", "moments", "fold", "solve", "advance")
     ideal = {phase: need[phase] / run.peak * 1e-9 for phase in phases}
@@ -332,7 +333,7 @@ def llama_layer(run: Run) -> Table:
     notes = [
         f"{work.tasks} tasks of {work.tokens} tokens; ideal: FLOPs needed at the measured {run.peak:.0f} TFLOP/s.",
         "engine's: times slower than the engine. The baselines' fold is in their solve.",
-        "official and FusionEval: as published; where they differ from their originals: bench/layer.py.",
+        "as published: but for what bench/layer.py names, which makes the baselines faster.",
     ]
     if memory is not None:
         notes.append(f"peak device memory of the engine, hidden states of one task included: {memory:.2f} GiB")
@@ -376,11 +377,17 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _write(out: Path, found: dict[str, Any], peak: float, name: str, table: Table) -> None:
-    """Put a section into the file; what other runs put there stays."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    sections = json.loads(out.read_text())["sections"] if out.exists() else {}
+    """Put a section into the file. Others that were measured there with the same versions stay."""
+    sections: dict[str, Any] = {}
+    if out.exists():
+        before = json.loads(out.read_text())
+        if {**before["environment"], "time": found["time"]} == found:
+            sections = before["sections"]
     content = {"environment": found, "peak_tflops": peak, "sections": {**sections, name: asdict(table)}}
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    whole = out.with_suffix(".part")
+    whole.write_text(json.dumps(content, indent=1) + "\n")
+    whole.replace(out)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -403,17 +410,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = options.out
     if out is None and not run.dry:
         out = RESULTS / f"gpu-{found['device'].replace(' ', '-').lower()}.json"
-    tables = {}
-    for name in names:
-        tables[name] = SECTIONS[name](run)
-        if out is not None:  # at once: a run that is cut off leaves what it measured
-            _write(out, found, run.peak, name, tables[name])
-    if out is not None:
-        print(f"written to {out}")
     print(", ".join(f"{name} {value}" for name, value in found.items() if value is not None))
-    print(f"peak of a bfloat16 product: {run.peak:.3g} TFLOP/s")
-    for table in tables.values():
-        print(f"\n{table}")
+    print(f"peak of a bfloat16 product: {run.peak:.3g} TFLOP/s" + (f"; results go to {out}" if out else ""), flush=True)
+    for name in names:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        table = SECTIONS[name](run)
+        if out is not None:
+            _write(out, found, run.peak, name, table)
+        print(f"\n{table}", flush=True)
 
 
 if __name__ == "__main__":

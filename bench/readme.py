@@ -98,10 +98,12 @@ def gpu_tables(results: dict[str, Any]) -> str:
         "moments": ("in", "d", "m", "n", "taken", "torch/taken", "fp32/taken", "perfect", "TFLOP/s", "peak"),
         "llama_layer": ("way", "forward", "moments", "fold", "solve", "advance", "ms", "share of ideal", "engine's"),
     }
-    for name, keys in columns.items():
+    columns["moments"] += ("other/taken", "gram error", "cross error")
+    for name, wanted in columns.items():
         if name not in sections:  # a run of some sections only
             continue
         section = sections[name]
+        keys = [key for key in wanted if key in section["rows"][0]]
         rows = [[_figure(row[key]) for key in keys] for row in section["rows"]]
         table = "\n".join(_row(cells) for cells in ([*keys], ["---", *["---:"] * (len(keys) - 1)], *rows))
         parts += [f"{section['title']}:", table, "; ".join(note.rstrip(".") for note in section["notes"]) + "."]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from featcal_kernels import blas, configs
 
 from bench import gpu, readme, tune
 
@@ -24,7 +28,7 @@ def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     rows = written["sections"]["moments"]["rows"]
     assert {row["in"] for row in rows} == {"bfloat16", "float32"}
     assert all(row["taken"] > 0 and max(row["gram error"], row["cross error"]) < 1e-6 for row in rows)
-    assert "slower path taken: 0" in capsys.readouterr().out
+    assert "by more than 3%: 0 of 0 shapes" in capsys.readouterr().out
     tables = readme.gpu_tables(written).splitlines()
     assert tables[0].startswith("**cpu** (torch ")
     assert sum(line.startswith("| ") for line in tables) == len(rows) + 4 + 5  # and two heads; four ways and the ideal
@@ -37,6 +41,54 @@ def test_sections_are_added_to_what_was_measured_before(tmp_path: Path):
     written = json.loads(out.read_text())
     assert set(written["sections"]) == {"fold", "solve"}
     assert readme.gpu_tables(written).startswith("**cpu** (torch ")
+
+
+def test_sections_of_other_versions_do_not_stay(tmp_path: Path):
+    out = tmp_path / "result.json"
+    gpu.main(["--dry-run", "--sections", "fold", "--out", str(out)])
+    out.write_text(out.read_text().replace(torch.__version__, "2.0"))
+    gpu.main(["--dry-run", "--sections", "solve", "--out", str(out)])
+    assert set(json.loads(out.read_text())["sections"]) == {"solve"}
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "result.json"
+    monkeypatch.setitem(gpu.SECTIONS, "solve", lambda run: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gpu.main(["--dry-run", "--sections", "fold,solve", "--out", str(out)])
+    assert set(json.loads(out.read_text())["sections"]) == {"fold"}
+
+
+def test_sections_keep_no_tensors():
+    """Not even until garbage is collected: the next section's memory is its own."""
+    run = gpu.Run(torch.device("cpu"), dry=True, peak=1.0)
+    gpu.llama_layer(run)  # imports, which keep what they like
+    gc.collect()
+    gc.disable()
+    try:
+        before = set(map(id, _tensors()))
+        tables = [section(run) for section in gpu.SECTIONS.values()]
+        after = [x.shape for x in _tensors() if id(x) not in before]
+    finally:
+        gc.enable()
+    assert len(tables) == len(gpu.SECTIONS)
+    assert not after
+
+
+def _tensors() -> list[torch.Tensor]:
+    return [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+
+
+@pytest.mark.parametrize(("n", "other"), [(16, 3.0), (4096, 1 / 3)], ids=["blas", "triton"])
+def test_the_path_not_taken_is_held_against_the_one_that_is(n: int, other: float, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(blas, "available", lambda device: True)
+    monkeypatch.setattr(configs, "arch_of", lambda device: replace(configs.TABLE["sm_90"], blas_flops=1e7))
+    monkeypatch.setattr(gpu, "measure", lambda calls, run: dict.fromkeys(calls, 1.0) | {"triton": 6.0, "blas": 2.0})
+    shape = gpu.Shape(64, 48, n, torch.bfloat16)
+    run = gpu.Run(torch.device("cpu"), dry=False, peak=1.0)
+    assert gpu._moments_row(shape, run)["other/taken"] == pytest.approx(other)
+    assert gpu._moments_row(replace(shape, dtype=torch.float32), run)["other/taken"] is None
 
 
 def test_unknown_section(capsys: pytest.CaptureFixture[str]):
