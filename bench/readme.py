@@ -72,6 +72,7 @@ def jobs() -> str:
     for path in sorted(RESULTS.glob("jobs-*.json")):
         for name, found in _read(path.stem).items():
             label = name.removesuffix("-scratch").split(f"-{found['samples']}-samples")[0]
+            label += "".join(f", {layers} layers" for layers in re.findall(r"-(\d+)-layers", name))
             label += ", hidden states on disk" if name.endswith("-scratch") else ""
             label += f", {found['machine']['gpu']}" if found["peak_device_gib"] else ""
             sizes = [found["tasks"], found["samples"], f"{found['tokens_calibrated']:,}"]
