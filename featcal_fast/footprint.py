@@ -316,7 +316,8 @@ def _solving(layout: Layout, dtype: torch.dtype, counts: TokenCounts) -> int:
     for group in layout.groups:
         size, out, n = group.in_features, sum(group.out_features), counts.total
         if token_side(group, counts):
-            needs.append(dtype.itemsize * (n * n + n * out + out * size + copies * n * size))
+            change = (dtype.itemsize + 4 * copies) * out * size
+            needs.append(dtype.itemsize * (n * n + n * out + copies * n * size) + change)
         else:
             needs.append(copies * dtype.itemsize * size * (size + out))
     return max(needs)

@@ -177,7 +177,7 @@ def _solve_float64(system: GroupSystem, backup: Tensor) -> str:
 
 
 def _solve_rows(system: RowSystem, anchor: Anchor, settings: Settings, dtype: torch.dtype) -> str:
-    """The change from the token side, into `system.r`; float64 where float32 fails. With mu = lambda + eps,
+    """The change from the token side, as `system.r`; float64 where float32 fails. With mu = lambda + eps,
 
     `V' = Z' (Z Z' + mu I)^-1 (M + eps/mu Z W_a') - eps/mu W_a'`.
     """
@@ -196,7 +196,7 @@ def _solve_rows(system: RowSystem, anchor: Anchor, settings: Settings, dtype: to
         k.diagonal().add_(mu)
         if int(factor_(k)) == 0:
             solve_(k, right)
-            system.r.copy_(right.mT @ z)
+            system.r = (right.mT @ z).float()
             for rows, part, name in anchors:
                 system.r[rows, part].sub_(anchor.columns(name, part), alpha=share)
             return f"{str(each).removeprefix('torch.')}, token side"

@@ -85,7 +85,7 @@ class NormSums:
 class InputSystem:
     """What the two kinds of system of one input group share."""
 
-    r: Tensor  # [sum of out, in]: the right-hand side, or only the place for the change
+    r: Tensor  # [sum of out, in]: the right-hand side, and when it is solved the change
 
     def __init__(self, group: InputGroup) -> None:
         self.group = group
@@ -152,7 +152,6 @@ class RowSystem(InputSystem):
         out = sum(group.out_features)
         self._z = torch.empty(tokens, group.in_features, device=device)
         self._m = torch.empty(tokens, out, device=device)
-        self.r = torch.empty(out, group.in_features, device=device)
         self._filled = 0
 
     @property
