@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from featcal_fast.activations import HOST, Place, check_scratch
 from featcal_fast.calibrate import check_settings
-from featcal_fast.checkpoints import BitsAndBytesCheckpoint, HostedExpert, LoraExpert, TensorSource, canonical, existing
+from featcal_fast.checkpoints import BitsAndBytesCheckpoint, HostedExpert, LoraExpert, TensorSource, canonical
 from featcal_fast.checkpoints import kept_bytes as kept_in_host
 from featcal_fast.checkpoints.adapter import ROWS
 from featcal_fast.drift import PROBE_SAMPLES
@@ -25,15 +24,15 @@ from featcal_fast.inputs import Models, TaskData, load_data, output_folder
 from featcal_fast.machine import available_device_bytes, available_host_bytes, find_device, resident_bytes
 from featcal_fast.merge import MergedCheckpoint
 from featcal_fast.models.structure import Layer
-from featcal_fast.plan import LayerPlan, Plan, folded, format_bytes
+from featcal_fast.plan import LayerPlan, Plan, folded
 from featcal_fast.recipe import Recipe, RecipeLike
+from featcal_fast.remedies import problems
 from featcal_fast.sources import CheckpointSource, check_same_architecture
 from featcal_fast.tokens import TokenCounts
 
 States = dict[str, tuple[FirstStates, FirstStates]]  # the student's and the expert's, by task
 # Measured by bench/jobs.py: what libraries take once they compute (threads, their buffers, code paged in).
 RUNTIME = 40 * 2**20
-SMALLEST = {"batch_size": 1, "samples": 16, "max_length": 32}  # that a remedy names
 
 
 def plan(
@@ -96,7 +95,7 @@ def choose_place(
             if plan.fits:
                 break
         if plan.fits or recipe.batch_size or all(each.batch_size == 1 for each in sizes.values()):
-            plan.problems = planner.problems(plan, sizes)
+            plan.problems = problems(plan, sizes, recipe, planner.place, planner.measure)
             return plan, planner.place
         halves *= 2
 
@@ -124,8 +123,8 @@ class Planner:
     def plan(
         self, data: Mapping[str, TaskData], device_memory: int | None = None, host_memory: int | None = None
     ) -> Plan:
-        """The plan for data of this size, without a word on whether it fits."""
-        plan = self._measure(data)
+        """The plan for data of this size, and what there is; without a word on whether it fits."""
+        plan = self.measure(data)
         held = resident_bytes()
         plan.host_budget = held + available_host_bytes() if host_memory is None else host_memory
         if self.device.type == "cuda":
@@ -133,7 +132,8 @@ class Planner:
             plan.device_budget = free
         return plan
 
-    def _measure(self, data: Mapping[str, TaskData]) -> Plan:
+    def measure(self, data: Mapping[str, TaskData]) -> Plan:
+        """The plan for data of this size, without budgets."""
         states, patterns, turns = self._first_states(data)
         counts = [
             {task: round(data[task].batches * pair[0].hidden.shape[:2].numel()) for task, pair in stage.items()}
@@ -382,63 +382,6 @@ class Planner:
         else:
             host.update(max([*moments, Counter({"tensors that stay": largest})], key=_total))
         plan.host = {name: size for name, size in host.items() if size}
-
-    def problems(self, plan: Plan, data: Mapping[str, TaskData]) -> list[str]:
-        """Why a plan does not fit, each with what would."""
-        problems = []
-        for kind, flag in (("host", "--host-memory"), ("device", "--device-memory")):
-            need, budget = getattr(plan, f"{kind}_bytes"), getattr(plan, f"{kind}_budget")
-            if need > budget:
-                problems.append(
-                    f"{kind} memory: the job needs {format_bytes(need)}, but {format_bytes(budget)} may be used "
-                    f"({flag}); {self._remedy(kind, budget, data, plan)}"
-                )
-        return problems + self._disk_problems(plan)
-
-    def _disk_problems(self, plan: Plan) -> list[str]:
-        """Where a disk lacks room for the scratch files, and for the output if that is on it too."""
-        if not isinstance(self.place, Path):
-            return []
-        need = plan.disk["hidden states"]
-        if self.recipe.out is not None:
-            out = existing(self.recipe.root / Path(self.recipe.out).expanduser())
-            need += plan.disk["calibrated model"] if out.stat().st_dev == self.place.stat().st_dev else 0
-        free = shutil.disk_usage(self.place).free
-        if need <= free:
-            return []
-        return [
-            f"scratch: the disk of {self.place} needs {format_bytes(need)}, but {format_bytes(free)} are free; "
-            "choose a folder on another"
-        ]
-
-    def _remedy(self, kind: str, budget: int, data: Mapping[str, TaskData], plan: Plan) -> str:
-        """The flag, or else the first single key of the recipe and its largest halving, with which the job fits."""
-        if kind == "host":
-            over = plan.host_bytes - budget
-            if over <= plan.host.get("hidden states", 0):
-                return "--scratch DIR, a folder on a fast disk for hidden states, would fit"
-            if over <= plan.host.get("experts kept", 0):
-                return "expert_storage: disk would fit"
-        every = list(self.recipe.experts.values())
-        # What only one task has for itself is not for the recipe's key to change.
-        starts = {"batch_size": self.recipe.batch_size or 0}
-        starts["samples"] = 0 if any(each.samples for each in every) else self.recipe.samples
-        texts = all(each.cut for each in data.values()) and not any(each.max_length for each in every)
-        starts["max_length"] = self.recipe.max_length if texts else 0
-        smallest = None
-        for key, start in starts.items():
-            value = start // 2
-            while value >= SMALLEST[key]:
-                smaller = {task: each.resized(**{key: value}) for task, each in data.items()}
-                need = getattr(self._measure(smaller), f"{kind}_bytes")
-                if need <= budget:
-                    return f"{key}: {value} would fit"
-                smallest = need if smallest is None else min(smallest, need)
-                value //= 2
-        if smallest is None:
-            return "it takes a larger machine"
-        keys = " or ".join(key for key, start in starts.items() if start)
-        return f"no smaller {keys} alone would fit (the least is {format_bytes(smallest)}): it takes a larger machine"
 
 
 def _phantom(source: CheckpointSource) -> Phantom:

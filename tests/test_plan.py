@@ -157,7 +157,7 @@ def test_experts_that_need_not_be_in_memory_are_named(recipe: dict, monkeypatch:
 
 
 def test_a_full_scratch_disk_is_noticed_beforehand(recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featcal_fast.planner.shutil.disk_usage", lambda _: SimpleNamespace(free=700_000))
+    monkeypatch.setattr("featcal_fast.remedies.shutil.disk_usage", lambda _: SimpleNamespace(free=700_000))
     problem = r"scratch: the disk of \S+ needs 956 KiB, but 684 KiB are free"  # the model and the hidden states
     with pytest.raises(ff.FeatCalError, match=problem):
         ff.plan(recipe, device="cpu", scratch=Path(recipe["out"]).parent).check()

@@ -1,0 +1,84 @@
+"""Why a plan does not fit, and the one change with which it would."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from featcal_fast.activations import Place
+from featcal_fast.checkpoints import existing
+from featcal_fast.inputs import TaskData
+from featcal_fast.plan import Plan, format_bytes
+from featcal_fast.recipe import Recipe
+
+SMALLEST = {"batch_size": 1, "samples": 16, "max_length": 32}  # that is named
+Measure = Callable[[Mapping[str, TaskData]], Plan]
+
+
+def problems(plan: Plan, data: Mapping[str, TaskData], recipe: Recipe, place: Place, measure: Measure) -> list[str]:
+    """Each reason why a plan does not fit, with what would.
+
+    Args:
+        plan: with budgets.
+        data: the size of each task's, as planned.
+        recipe: the job.
+        place: where hidden states wait between layers.
+        measure: plans the job for data of another size.
+    """
+    found = []
+    for kind, flag in (("host", "--host-memory"), ("device", "--device-memory")):
+        need, budget = getattr(plan, f"{kind}_bytes"), getattr(plan, f"{kind}_budget")
+        if need > budget:
+            found.append(
+                f"{kind} memory: the job needs {format_bytes(need)}, but {format_bytes(budget)} may be used "
+                f"({flag}); {_remedy(kind, budget, plan, data, recipe, measure)}"
+            )
+    return found + _disk_problems(plan, recipe, place)
+
+
+def _disk_problems(plan: Plan, recipe: Recipe, place: Place) -> list[str]:
+    """Where a disk lacks room for the scratch files, and for the output if that is on it too."""
+    if not isinstance(place, Path):
+        return []
+    need = plan.disk["hidden states"]
+    if recipe.out is not None:
+        out = existing(recipe.root / Path(recipe.out).expanduser())
+        need += plan.disk["calibrated model"] if out.stat().st_dev == place.stat().st_dev else 0
+    free = shutil.disk_usage(place).free
+    if need <= free:
+        return []
+    return [
+        f"scratch: the disk of {place} needs {format_bytes(need)}, but {format_bytes(free)} are free; choose a folder "
+        "on another"
+    ]
+
+
+def _remedy(kind: str, budget: int, plan: Plan, data: Mapping[str, TaskData], recipe: Recipe, measure: Measure) -> str:
+    """The flag, or else the first single key of the recipe and its largest halving, with which the job fits."""
+    if kind == "host":
+        over = plan.host_bytes - budget
+        if over <= plan.host.get("hidden states", 0):
+            return "--scratch DIR, a folder on a fast disk for hidden states, would fit"
+        if over <= plan.host.get("experts kept", 0):
+            return "expert_storage: disk would fit"
+    every = list(recipe.experts.values())
+    # What only one task has for itself is not for the recipe's key to change.
+    starts = {"batch_size": recipe.batch_size or 0}
+    starts["samples"] = 0 if any(each.samples for each in every) else recipe.samples
+    texts = all(each.cut for each in data.values()) and not any(each.max_length for each in every)
+    starts["max_length"] = recipe.max_length if texts else 0
+    smallest = None
+    for key, start in starts.items():
+        value = start // 2
+        while value >= SMALLEST[key]:
+            smaller = {task: each.resized(**{key: value}) for task, each in data.items()}
+            need = getattr(measure(smaller), f"{kind}_bytes")
+            if need <= budget:
+                return f"{key}: {value} would fit"
+            smallest = need if smallest is None else min(smallest, need)
+            value //= 2
+    if smallest is None:
+        return "it takes a larger machine"
+    keys = " or ".join(key for key, start in starts.items() if start)
+    return f"no smaller {keys} alone would fit (the least is {format_bytes(smallest)}): it takes a larger machine"
