@@ -28,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 import featcal_fast as ff
 from bench.machine import machine
@@ -161,19 +162,24 @@ def difference(found: Path, judge: Path, merged: Path) -> dict[str, float]:
 
     Parameters that the judge moves by less than 1e-5 of their size are within rounding and left out.
     """
-    start, weights, exact = (_weights(path) for path in (merged, found, judge))
     worst = {"weight": 0.0, "bias": 0.0, "layernorm": 0.0}
-    for name, weight in start.items():
-        update = (exact[name] - weight).norm()
-        if update > 1e-5 * weight.norm():
-            kind = "layernorm" if "norm" in name else name.rpartition(".")[2]
-            worst[kind] = max(worst[kind], float((weights[name] - exact[name]).norm() / update))
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(_file(path), framework="pt")) for path in (merged, found, judge)]
+        stored = [{name.removeprefix("vision_model."): name for name in file.keys()} for file in files]  # noqa: SIM118
+        for name in stored[0]:  # a tensor at a time: models may be large
+            start, weight, exact = (file.get_tensor(own[name]) for file, own in zip(files, stored, strict=True))
+            if not start.is_floating_point():
+                continue
+            start, weight, exact = start.double(), weight.double(), exact.double()
+            update = (exact - start).norm()
+            if update > 1e-5 * start.norm():
+                kind = "layernorm" if "norm" in name else name.rpartition(".")[2]
+                worst[kind] = max(worst[kind], float((weight - exact).norm() / update))
     return worst
 
 
-def _weights(path: Path) -> dict[str, torch.Tensor]:
-    weights = load_file(path / "model.safetensors" if path.is_dir() else path)
-    return {name.removeprefix("vision_model."): w.double() for name, w in weights.items() if w.is_floating_point()}
+def _file(path: Path) -> Path:
+    return path / "model.safetensors" if path.is_dir() else path
 
 
 def _over(summary: Any, runs: list[dict[str, float]]) -> dict[str, float]:
