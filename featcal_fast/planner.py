@@ -76,7 +76,7 @@ def choose_place(
 ) -> tuple[Plan, Place]:
     """The plan, and where hidden states wait: in `scratch` if given, on a GPU if they fit there, or on the host.
 
-    Unless the recipe says how many samples pass at a time, they are halved until the job fits.
+    Unless the recipe says how many samples pass a layer at a time, they are halved until the job fits.
 
     Raises:
         OutputError: `scratch` cannot be written to.
