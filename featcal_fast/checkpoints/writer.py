@@ -186,14 +186,15 @@ class CheckpointWriter:
     def _publish(self) -> None:
         try:
             os.replace(self.partial, self.out)
-            parent = os.open(self.out.parent, os.O_RDONLY)
-            os.fsync(parent)
-            os.close(parent)
         except OSError as error:
             raise OutputError(
                 f"out: the finished model is in {self.partial}, because {self.out} could not be put in its place: "
                 f"{error.strerror}; rename it yourself"
             ) from error
+        with suppress(OSError):  # some file systems cannot; the folder is there all the same
+            parent = os.open(self.out.parent, os.O_RDONLY)
+            os.fsync(parent)
+            os.close(parent)
 
     def _discard(self) -> None:
         for handle in self._files.values():
