@@ -26,7 +26,7 @@ from featcal_fast.drift import Probe
 from featcal_fast.errors import DataError, UnsupportedModelError
 from featcal_fast.experts import BlockReader
 from featcal_fast.features import Kept, Layout, find_layout, tapped
-from featcal_fast.machine import find_device
+from featcal_fast.machine import find_device, reusing_freed_blocks
 from featcal_fast.models import Structure
 from featcal_fast.models.linear import is_linear, oriented
 from featcal_fast.models.structure import Layer
@@ -161,22 +161,23 @@ def calibrate_source(
 
             system = LayerSystem(layout, anchor, settings, device, TokenCounts.of(counts))
             moments = TaskMoments(layout, block, TokenCounts.of(counts), settings, device)
-            for task in experts:
-                progress.task(index, task)
-                teacher = blocks.next()
-                moments.reset()
-                for i, counted in enumerate(tokens[task]):
-                    moments.begin_batch()
-                    streams = expert_streams[task], student_streams[task]
-                    # No name for the step: it would keep the blocks and the moments beyond their time.
-                    chunks.each(
-                        counted.extent,
-                        partial(see_both, number, (teacher, block), streams, i, layout, moments, counted),
-                    )
-                    progress.tokens(counted.count)
-                system.fold(moments, teacher, task)
-                probe.advance_expert(number, task, teacher)
-                del teacher  # before the next but one is read
+            with reusing_freed_blocks():
+                for task in experts:
+                    progress.task(index, task)
+                    teacher = blocks.next()
+                    moments.reset()
+                    for i, counted in enumerate(tokens[task]):
+                        moments.begin_batch()
+                        streams = expert_streams[task], student_streams[task]
+                        # No name for the step: it would keep the blocks and the moments beyond their time.
+                        chunks.each(
+                            counted.extent,
+                            partial(see_both, number, (teacher, block), streams, i, layout, moments, counted),
+                        )
+                        progress.tokens(counted.count)
+                    system.fold(moments, teacher, task)
+                    probe.advance_expert(number, task, teacher)
+                    del teacher  # before the next but one is read
 
             update = solve_layer(system, moments, len(experts))
             probe.advance_merged(number, block)
@@ -188,9 +189,10 @@ def calibrate_source(
             drift, changed, sums = _read(probe.drift(), changes, update.sums)
             check_finite(system.systems, sums)
             if index < len(structure.layers) - 1:
-                for task, stream in student_streams.items():
-                    for i, counted in enumerate(tokens[task]):
-                        chunks.each(counted.extent, partial(stream.advance, number, block, i))
+                with reusing_freed_blocks():
+                    for task, stream in student_streams.items():
+                        for i, counted in enumerate(tokens[task]):
+                            chunks.each(counted.extent, partial(stream.advance, number, block, i))
             write(index, leaving.on_host())  # while a GPU advances
 
             groups = _group_reports(layout, moments, update, changed)

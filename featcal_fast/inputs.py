@@ -26,7 +26,7 @@ from featcal_fast.merge import MergedCheckpoint
 from featcal_fast.recipe import Recipe
 
 Batches = list[dict[str, Tensor]]
-CHUNK_TOKENS = {"cpu": 4096, "cuda": 16384}  # of a forward pass: enough for products to run at full speed
+CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}  # of a forward pass: enough for products to run at full speed
 
 
 class Models:

@@ -21,7 +21,7 @@ from featcal_fast.drift import PROBE_SAMPLES
 from featcal_fast.errors import DataError, FeatCalError
 from featcal_fast.footprint import FirstStates, Footprint, Phantom, measure_layer
 from featcal_fast.inputs import Models, TaskData, load_data, output_folder
-from featcal_fast.machine import available_device_bytes, available_host_bytes, find_device, resident_bytes
+from featcal_fast.machine import REUSED_BYTES, available_device_bytes, available_host_bytes, find_device, resident_bytes
 from featcal_fast.merge import MergedCheckpoint
 from featcal_fast.models.structure import Layer
 from featcal_fast.plan import LayerPlan, Plan, folded
@@ -332,6 +332,7 @@ class Planner:
             probe = max(probe, 1.5 * sum(_of_a_probe(state) for _, state in every))  # student's twice, expert's once
         there = round(sum(each.nbytes for each in data.values() if each.loaded))
         host["interpreter and libraries"] = resident_bytes() - there + RUNTIME
+        host["freed blocks kept for use"] = REUSED_BYTES
         stays = len(stages) > 1  # an encoder-decoder's inputs are needed again
         host["calibration data"] = round(sum(each.nbytes for each in data.values() if stays or not each.lazy))
         (device if on_device and self.place == self.device else host)["masks of batches"] = round(calls)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,34 @@ def test_limits_of_groups_around_ones_own_count(version: int, tmp_path: Path, mo
     monkeypatch.setattr(machine, "_lines", lambda path: lines if str(path) == "/proc/self/cgroup" else lookup(path))
     assert min(machine._cgroup_rest()) == 5000 - 3000 + 400
     assert machine.available_host_bytes() == 2400
+
+
+FAULTS = """
+import resource, torch
+from featcal_fast.machine import resident_bytes, reusing_freed_blocks, use_whole_machine
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2**21)  # 8 MiB, 2048 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+with reusing_freed_blocks():
+    pass  # nothing was set up
+use_whole_machine()
+fresh, before = faults(), resident_bytes()
+with reusing_freed_blocks():
+    reused = faults()
+    small = [torch.ones(2**18), torch.ones(2**20)]
+    del small[1]
+print(fresh, reused, resident_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is for Linux")
+def test_freed_blocks_are_used_again_while_batches_pass_and_go_back_after() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    fresh, reused, kept = map(int, done.stdout.split())
+    assert fresh > 20 * 2048 / 2
+    assert reused < fresh / 5
+    assert kept < 3 * 2**20  # the MiB in use, not what was freed

@@ -77,6 +77,7 @@ def _calibrate(student: nn.Module, root: Path, settings: ff.Settings, device: to
                 [weights[task] for task in tasks],
                 settings,
             )
+        del expert_block, base_block  # before the next layer's are read
         for task in tasks:
             own[task] = [(_run(index, block, hidden, calls, device), calls) for hidden, calls in own[task]]
 
