@@ -1,6 +1,6 @@
 """Everything in `bench/` at its default size, then the README's tables and figures anew: `python -m bench`.
 
-About half an hour on two cores, no network. The studies of accuracy take a core each and run side by side; what is
+About 25 minutes on two cores, no network. The studies of accuracy take a core each and run side by side; what is
 timed runs alone. Larger jobs, GPUs, the official demo and the paper's protocol have commands of their own: see
 `--help` of `bench.compare`, `bench.jobs`, `bench.gpu` and `bench.paper`.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = ("accuracy", "language llama", "language t5")
-TIMED = ("compare", "jobs", "cost", "overlap")
+TIMED = ("compare --reference --judge reference", "jobs", "cost", "overlap")
 
 
 def main() -> None:
