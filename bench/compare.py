@@ -112,7 +112,10 @@ def compare(name: str, label: str, args: argparse.Namespace) -> dict[str, Any]:
         worker, *own = (workers | judges)[way]
         shutil.rmtree(weights[way], ignore_errors=True)
         python = args.official_python if worker == "official" else sys.executable
-        return _run(python, worker, folder, weights[way], *own, "--device", args.device, *options)
+        found = _run(python, worker, folder, weights[way], *own, "--device", args.device, *options)
+        what = " ".join([way, *options])
+        print(f"{label}, {what}: {found['seconds']:.1f} s, {found['peak_gib']:.2f} GiB", flush=True)
+        return found
 
     weights = {way: out / way.replace(" ", "-") for way in workers | judges}
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in workers}

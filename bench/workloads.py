@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def write(work: Workload, folder: Path) -> dict[str, Any]:
     if path.exists():
         return json.loads(path.read_text())
     shutil.rmtree(folder, ignore_errors=True)
+    disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         base = random_model(work)

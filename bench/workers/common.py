@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar
 
 
 def tasks_of(folder: Path) -> list[str]:
@@ -28,6 +29,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
                     weight = model.get_parameter(name.removeprefix("base_model.model.").replace(".lora_A", ""))
                     weight.add_(change, alpha=config["lora_alpha"] / config["r"])
         return model
+    disable_progress_bar()
     cls = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
     return cls.from_pretrained(folder, dtype=dtype).eval()
 
