@@ -26,7 +26,7 @@ from featcal_fast.drift import Probe
 from featcal_fast.errors import DataError, UnsupportedModelError
 from featcal_fast.experts import BlockReader
 from featcal_fast.features import Kept, Layout, find_layout, tapped
-from featcal_fast.machine import find_device, reusing_freed_blocks
+from featcal_fast.machine import find_device, give_back_freed_blocks, reusing_freed_blocks
 from featcal_fast.models import Structure
 from featcal_fast.models.linear import is_linear, oriented
 from featcal_fast.models.structure import Layer
@@ -141,8 +141,9 @@ def calibrate_source(
             if layer.number == 0:  # a stage begins: most models have one, an encoder-decoder two
                 for task, expert in experts.items():
                     items = inputs[task] if layer.stage else _checked(task, batches[task], structure)
-                    student_streams[task].enter(layer.stage, items)
-                    expert_streams[task].enter(layer.stage, items)
+                    for stream in (student_streams[task], expert_streams[task]):
+                        stream.enter(layer.stage, items)
+                        give_back_freed_blocks()
                     tokens[task] = _tokens_of(task, items, layer, student_streams[task], device, tokens.get(task))
                     probe.enter(layer.stage, task, items[0])
                     expert.end_first_hidden()
@@ -161,10 +162,10 @@ def calibrate_source(
 
             system = LayerSystem(layout, anchor, settings, device, TokenCounts.of(counts))
             moments = TaskMoments(layout, block, TokenCounts.of(counts), settings, device)
-            with reusing_freed_blocks():
-                for task in experts:
-                    progress.task(index, task)
-                    teacher = blocks.next()
+            for task in experts:
+                progress.task(index, task)
+                teacher = blocks.next()
+                with reusing_freed_blocks() as limit:
                     moments.reset()
                     for i, counted in enumerate(tokens[task]):
                         moments.begin_batch()
@@ -174,6 +175,7 @@ def calibrate_source(
                             counted.extent,
                             partial(see_both, number, (teacher, block), streams, i, layout, moments, counted),
                         )
+                        limit()
                         progress.tokens(counted.count)
                     system.fold(moments, teacher, task)
                     probe.advance_expert(number, task, teacher)
@@ -189,10 +191,11 @@ def calibrate_source(
             drift, changed, sums = _read(probe.drift(), changes, update.sums)
             check_finite(system.systems, sums)
             if index < len(structure.layers) - 1:
-                with reusing_freed_blocks():
+                with reusing_freed_blocks() as limit:
                     for task, stream in student_streams.items():
                         for i, counted in enumerate(tokens[task]):
                             chunks.each(counted.extent, partial(stream.advance, number, block, i))
+                            limit()
             write(index, leaving.on_host())  # while a GPU advances
 
             groups = _group_reports(layout, moments, update, changed)

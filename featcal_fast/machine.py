@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from featcal_kernels import allow_bf16_units
 from featcal_fast.errors import DeviceError
 
 LARGE = 2**20
-REUSED_BYTES = 2**26
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # as glibc's malloc.h has them
+REUSED_BYTES = 2**27
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # as glibc's malloc.h has them
 
 _whole = False  # whether this process was set up for a run
 CGROUPS = Path("/sys/fs/cgroup")
@@ -27,29 +27,61 @@ def use_whole_machine() -> None:
     global _whole
     # glibc otherwise learns to keep blocks of up to 32 MiB for itself, in a heap a thread, wherever they were used.
     _whole = _mallopt(M_MMAP_THRESHOLD, LARGE)
+    _mallopt(M_ARENA_MAX, 1)  # one heap: what the thread that reads blocks frees is used again by the others
     allow_bf16_units()
 
 
 @contextmanager
-def reusing_freed_blocks() -> Iterator[None]:
+def reusing_freed_blocks() -> Iterator[Callable[[], None]]:
     """Within the context, the C library (glibc) keeps blocks that are freed for those that are asked for next.
 
     Outside, each block of a MiB or more goes back to the system at once, so that nothing is held that is not used. For
     the features of a forward pass, which come and go, that would mean fresh pages every time: a quarter of a run on a
-    CPU. At most `REUSED_BYTES` wait for use; all go back at the end. Does nothing in a process that did not call
-    `use_whole_machine`.
+    CPU. All go back at the end. Does nothing in a process that did not call `use_whole_machine`.
+
+    Yields:
+        What gives them back before, if they have become more than `REUSED_BYTES`: holes between blocks in use pile up.
     """
     if not _whole:
-        yield
+        yield lambda: None
         return
+    others = resident_bytes() - _allocated_bytes()
     _mallopt(M_MMAP_MAX, 0)
     _mallopt(M_TRIM_THRESHOLD, REUSED_BYTES)
+
+    def limit() -> None:
+        if resident_bytes() - _allocated_bytes() > others + REUSED_BYTES:
+            give_back_freed_blocks()
+
     try:
-        yield
+        yield limit
     finally:
         _mallopt(M_MMAP_MAX, 2**16)  # glibc's own values
         _mallopt(M_TRIM_THRESHOLD, 2**17)
+        give_back_freed_blocks()
+
+
+def give_back_freed_blocks() -> None:
+    """Give the system what the C library (glibc) holds freed, such as many small blocks of a forward pass."""
+    if _whole:
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names.split(" ")]
+
+
+def _allocated_bytes() -> int:
+    """What the C library has handed out; 0 where it does not say."""
+    with suppress(OSError, AttributeError, TypeError):
+        ask = ctypes.CDLL(None).mallinfo2
+        ask.restype = _Mallinfo
+        found = ask()
+        return found.uordblks + found.hblkhd
+    return 0
 
 
 def _mallopt(option: int, value: int) -> bool:

@@ -332,7 +332,7 @@ class Planner:
             probe = max(probe, 1.5 * sum(_of_a_probe(state) for _, state in every))  # student's twice, expert's once
         there = round(sum(each.nbytes for each in data.values() if each.loaded))
         host["interpreter and libraries"] = resident_bytes() - there + RUNTIME
-        host["freed blocks kept for use"] = 3 * REUSED_BYTES // 2  # and holes between those in use
+        host["freed blocks kept for use"] = REUSED_BYTES
         stays = len(stages) > 1  # an encoder-decoder's inputs are needed again
         host["calibration data"] = round(sum(each.nbytes for each in data.values() if stays or not each.lazy))
         (device if on_device and self.place == self.device else host)["masks of batches"] = round(calls)
