@@ -109,3 +109,27 @@ def test_freed_blocks_are_used_again_while_batches_pass_and_go_back_after() -> N
     assert fresh > 20 * 2048 / 2
     assert reused < fresh / 5
     assert kept < 3 * 2**20  # the MiB in use, not what was freed
+
+
+HOLES = """
+import torch
+from featcal_fast.machine import REUSED_BYTES, resident_bytes, reusing_freed_blocks, use_whole_machine
+
+use_whole_machine()
+with reusing_freed_blocks() as limit:
+    before = resident_bytes()
+    blocks = [torch.ones(2**n) for _ in range(3 * REUSED_BYTES // 2**23) for n in (21, 18)]  # of 8 MiB, and of 1
+    del blocks[::2]
+    held = resident_bytes() - before
+    limit()
+    left = resident_bytes() - before
+print(REUSED_BYTES, held, left, sum(block.nbytes for block in blocks))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is for Linux")
+def test_holes_between_blocks_in_use_go_back_when_they_have_become_many() -> None:
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
+    most, held, left, used = map(int, done.stdout.split())
+    assert held > used + 2 * most
+    assert left < used + most / 4
