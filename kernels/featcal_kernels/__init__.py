@@ -11,7 +11,20 @@ from featcal_kernels.ops import (
     frobenius,
     gram_,
     gram_cross_,
+    pack,
+    panel_rows,
     symmetrize_,
 )
 
-__all__ = ["add_scaled_", "addmm_", "allow_bf16_units", "cross_", "frobenius", "gram_", "gram_cross_", "symmetrize_"]
+__all__ = [
+    "add_scaled_",
+    "addmm_",
+    "allow_bf16_units",
+    "cross_",
+    "frobenius",
+    "gram_",
+    "gram_cross_",
+    "pack",
+    "panel_rows",
+    "symmetrize_",
+]

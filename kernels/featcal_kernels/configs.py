@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+ROW_PAD = 128  # rows of copied operands: a multiple of any tile's tokens
 PANEL_BYTES = 512 * 2**20  # of operands that are copied to be multiplied, at a time
 
 
@@ -21,6 +22,8 @@ class Tile:
         halves: write the tile back in two halves, which takes fewer registers.
         group: tile rows of a band of the schedule.
         promote: steps after which what a matrix unit summed up is added to a sum in float32; 0 for at the end.
+        triple: multiply all parts of split operands in one step, instead of running over the tokens again for each.
+        step: what one product of a step takes, in steps of the architecture's `half` tile.
         options: compile options of the backend.
     """
 
@@ -32,6 +35,8 @@ class Tile:
     halves: bool = False
     group: int = 8
     promote: int = 0
+    triple: bool = False
+    step: float = 1.0
     options: tuple[tuple[str, int], ...] = ()
 
 
@@ -43,19 +48,24 @@ class Arch:
         half: tile for 16-bit operands.
         split: tile for float32 operands that are split in two float16 ones, and for weighted 16-bit ones.
         single: tile for float32 operands that are multiplied as such.
+        small: tile for 16-bit operands of sums that too few tiles of `half` would cover; None for none.
         descriptors: 16-bit operands take the descriptor kernel.
         blas_rectangles: `cross_` of 16-bit features takes cuBLAS, which has no triangle to miss there.
         blas_flops: work on 16-bit features below which cuBLAS wins, its launches being shorter.
-        blas_columns: columns of 16-bit features from which the block triangle of cuBLAS wins; None for never.
+        blas_columns: columns of 16-bit features from which cuBLAS wins; None for never.
+        blas_grams: columns up to which cuBLAS takes a Gram matrix alone: a tenth or more of a triangle of tiles lies
+            below so short a diagonal.
     """
 
     half: Tile
     split: Tile
     single: Tile
+    small: Tile | None = None
     descriptors: bool = False
     blas_rectangles: bool = True
     blas_flops: float = 0
     blas_columns: int | None = None
+    blas_grams: int = 0
 
 
 AMD = (("matrix_instr_nonkdim", 16), ("kpack", 2))
@@ -78,13 +88,17 @@ TABLE = {
         single=Tile(128, 128, 16, 8, 3),
         blas_flops=4e9,
     ),
-    # Not timed. 178 registers, 192 KiB; 255 and spills without `halves`. Split 155, 128 KiB; spills at 128x256.
+    # Not timed. 178 registers, 192 KiB; 255 and spills without `halves`. Split 139, 192 KiB; spills at 128x256.
+    # The L2 cache delivers some 40 bytes an SM and clock; 128x128 wants 64 of it, 128x256 48: a step of `small` takes
+    # 0.55 to 0.67 of one of `half`, and split operands that are loaded once (43 bytes) beat three runs over them (64).
     "sm_90": Arch(
         half=Tile(128, 256, 64, 8, 4, halves=True),
-        split=Tile(128, 128, 64, 8, 4, halves=True, promote=2),
+        split=Tile(128, 128, 64, 8, 3, halves=True, promote=1, triple=True, step=0.55),
         single=Tile(128, 128, 16, 8, 3),
+        small=Tile(128, 128, 64, 8, 4, step=0.55),
         descriptors=True,
         blas_flops=2e10,
+        blas_grams=2048,
     ),
     # Not timed. 124 registers, 32 KiB; hipBLASLt through torch has no 16-bit product with float32 output.
     "gfx942": Arch(

@@ -1,12 +1,14 @@
 """The ops on a GPU: a path chosen, operands made ready, kernels launched.
 
 Nothing here waits for the device, except once per shape, when the order of its tiles is copied there, and once per
-device, to find out whether cuBLAS can be used.
+device, to find out whether cuBLAS can be used. An op takes all its memory before a sum changes: one that finds none
+has done nothing, and may be tried again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,16 +18,17 @@ from torch import Tensor
 from triton import knobs
 
 from featcal_kernels import blas, schedule
-from featcal_kernels.configs import PANEL_BYTES, Arch, Tile, arch_of
+from featcal_kernels.configs import PANEL_BYTES, ROW_PAD, Arch, Tile, arch_of
 from featcal_kernels.moments_triton import descriptor_kernel, pointer_kernel, reduce_kernel
-from featcal_kernels.operands_triton import COLUMN_PAD, ROW_PAD, Operand, in_place, operand, part_rows
+from featcal_kernels.operands_triton import COLUMN_PAD, Operand, Side, in_place, part_rows
 from featcal_kernels.schedule import ceil_div
 from featcal_kernels.triangle_triton import frobenius, symmetrize_
 
-__all__ = ["frobenius", "moments_", "symmetrize_"]
+__all__ = ["addmm_", "frobenius", "moments_", "pack", "symmetrize_"]
 
 MIN_PANEL = 4096  # tokens; shorter panels would read and write the sums too often
 REDUCE_ROWS = 16
+PATHS = ("triton", "blas", "squares")
 
 
 def moments_(
@@ -35,50 +38,83 @@ def moments_(
     y: Tensor | None,
     *,
     weights: Tensor | None = None,
-    scale: Tensor | None = None,
     precision: str = "fp16x3",
     arch: Arch | None = None,
     path: str | None = None,
 ) -> None:
-    """`gram += scale * x' diag(weights) x` (upper triangle) and `cross += scale * y' diag(weights) x`, either or both.
+    """`gram += x' diag(weights) x` (upper triangle) and `cross += y' diag(weights) x`, either or both.
 
     Args:
         gram: `[d, d]` float32, or None.
         cross: `[m, d]` float32, or None; empty counts as None.
         x: `[n, d]`, n and d at least 1, any strides; 16-bit or float32.
-        y: `[n, m]`, any strides; of the type of `x`, or of any if that is float32.
+        y: `[n, m]`, of the type of `x`, any strides.
         weights: `[n]`, or None.
-        scale: a scalar tensor, or None.
         precision: of float32 products, "fp16x3" or "ieee".
         arch: how to run it; the device's row of the table by default.
-        path: "triton" or, for 16-bit operands without weights and scale, "blas"; what `arch` says by default.
+        path: "triton" or, for 16-bit operands without weights, cuBLAS: "blas" for a Gram matrix in strips, "squares"
+            for one in squares; what `arch` says by default.
     """
     arch = arch or arch_of(x.device)
     assert arch is not None, f"no kernels for {x.device}"
     cross = None if cross is None or not cross.numel() else cross
     y = None if cross is None else y
     weights = None if weights is None else weights.to(x.device, torch.float32).contiguous()
-    scale = None if scale is None else scale.to(x.device, torch.float32)
     single = x.dtype == torch.float32
     split = precision == "fp16x3" if single else weights is not None
     dtype = torch.float16 if split else x.dtype
-    plain = not (single or split) and scale is None
+    plain = not (single or split)
     path = path or (_path(gram, cross, x, arch) if plain else "triton")
-    assert path == "triton" or plain, "cuBLAS is for 16-bit operands without weights and scale"
+    assert path == "triton" or plain, "cuBLAS is for 16-bit operands without weights"
     with torch.cuda.device_of(x):
-        for tokens in _panels(gram, x, y, dtype, weights is not None):
-            right = operand(x[tokens], dtype, None if weights is None else weights[tokens])
-            x_left = operand(x[tokens], dtype) if weights is not None and gram is not None else right
-            y_left = operand(y[tokens], dtype) if y is not None else x_left
-            if path == "triton":
-                _launch(gram, cross, x_left if gram is not None else y_left, y_left, right, scale, arch)
-            else:
-                if gram is not None:
-                    blas.add_gram_(gram, x_left.matrix)
-                if cross is not None:
-                    blas.add_product_(cross, y_left.matrix, right.matrix)
-            # The next panel takes their place: there is memory for it if there was for the first.
-            del right, x_left, y_left
+        size = _panel(gram, x, y, dtype, weights is not None)
+        parts = 2 if single else 1  # which hold all the bits of any 16-bit value
+        right = Side(x, dtype, weights, tokens=size)
+        x_left = Side(x, dtype, None, parts, size) if weights is not None and gram is not None else right
+        y_left = x_left if y is None else Side(y, dtype, None, parts, size)
+        _add(gram, cross, x_left if gram is not None else y_left, y_left, right, None, arch, path, size)
+
+
+def pack(b: Tensor) -> Side:
+    """`b` `[k, d]` float32 as a right operand of `addmm_`, copied once for several."""
+    with torch.cuda.device_of(b):
+        side = Side(b, torch.float16)
+        side[:]
+    return side
+
+
+def addmm_(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor | Side,
+    scale: Tensor,
+    *,
+    precision: str = "fp16x3",
+    arch: Arch | None = None,
+) -> None:
+    """`out += scale * (a @ b)`.
+
+    Args:
+        out: `[m, d]` float32, unit column stride.
+        a: `[m, k]`, any floating type, any strides.
+        b: `[k, d]` float32, any strides; or packed.
+        scale: a scalar tensor.
+        precision: "fp16x3", "fp16x2" (`a` rounded to 11 bits), or "ieee".
+        arch: how to run it; the device's row of the table by default.
+    """
+    arch = arch or arch_of(out.device)
+    assert arch is not None, f"no kernels for {out.device}"
+    scale = scale.to(out.device, torch.float32)
+    with torch.cuda.device_of(out):
+        parts = 1 if precision == "fp16x2" or a.dtype.itemsize == 2 else 2
+        if isinstance(b, Side):
+            size, right = a.shape[1], b
+            left = Side(a.mT, torch.float16, None, parts)
+        else:
+            dtype = torch.float32 if precision == "ieee" else torch.float16
+            size = _panel(None, b, a.mT, dtype, False)
+            left, right = Side(a.mT, dtype, None, parts, size), Side(b, dtype, tokens=size)
+        _add(None, out, left, left, right, scale, arch, "triton", size)
 
 
 def _path(gram: Tensor | None, cross: Tensor | None, x: Tensor, arch: Arch) -> str:
@@ -87,56 +123,142 @@ def _path(gram: Tensor | None, cross: Tensor | None, x: Tensor, arch: Arch) -> s
     n, d = x.shape
     flops = n * d * ((0 if gram is None else d) + (0 if cross is None else 2 * cross.shape[0]))
     rectangle = gram is None and arch.blas_rectangles
+    narrow = cross is None and d <= arch.blas_grams
     wide = arch.blas_columns is not None and d >= arch.blas_columns
-    return "blas" if rectangle or wide or flops < arch.blas_flops else "triton"
+    return "squares" if rectangle or narrow or wide or flops < arch.blas_flops else "triton"
 
 
-def _panels(gram: Tensor | None, x: Tensor, y: Tensor | None, dtype: torch.dtype, weighted: bool) -> Iterator[slice]:
-    """All tokens at once if the operands are used as they lie; else so many that the copies stay small."""
+def _panel(gram: Tensor | None, x: Tensor, y: Tensor | None, dtype: torch.dtype, weighted: bool) -> int:
+    """Tokens at a time: all if the operands are used as they lie; else so many that the copies stay small."""
     copied = weighted * x.shape[1]
     if not in_place(x, dtype) and (gram is not None or not weighted):
         copied += x.shape[1]
     if y is not None and not in_place(y, dtype):
         copied += y.shape[1]
-    n = x.shape[0]
-    size = max(MIN_PANEL, PANEL_BYTES // (4 * copied) // ROW_PAD * ROW_PAD) if copied else n
-    for start in range(0, n, size):
-        yield slice(start, start + size)
+    return max(MIN_PANEL, PANEL_BYTES // (4 * copied) // ROW_PAD * ROW_PAD) if copied else len(x)
 
 
-def _launch(
-    gram: Tensor | None, cross: Tensor | None, x: Operand, y: Operand, b: Operand, scale: Tensor | None, arch: Arch
+def _add(
+    gram: Tensor | None,
+    cross: Tensor | None,
+    x: Side,
+    y: Side,
+    b: Side,
+    scale: Tensor | None,
+    arch: Arch,
+    path: str,
+    size: int,
 ) -> None:
-    half = b.data.dtype != torch.float32
-    runs = 1 + (b.low is not None) + (x.low is not None or y.low is not None)
-    tile = (arch.split if runs > 1 else arch.half) if half else arch.single
-    n, m, d = b.tokens, y.columns, b.columns
-    device = b.data.device
-    table = _table(0 if gram is None else d, 0 if cross is None else m, d, tile, device)
-    splits = schedule.token_splits(len(table), runs * ceil_div(n, tile.k), _slots(device))
-    by_slabs = splits > 1 or d % COLUMN_PAD > 0
-    slabs = torch.empty(len(table) * splits * tile.m * tile.n, device=device) if by_slabs else None
-    outputs = (cross if gram is None else gram, gram if cross is None else cross)
-    operands: list[Tensor | int] = []
-    for side in (x, y, b):
-        low, bound = _whole(device) if side.low is None or side.bound is None else (side.low, side.bound)
-        operands += [side.data, low, bound, side.data.stride(0), len(side.data)]
+    """`gram += scale * x' b` and `cross += scale * y' b`, `size` tokens at a time."""
+    launch = _Launch.of(gram, cross, x, y, b, arch, min(size, len(b.x))) if path == "triton" else None
+    for tokens in _slices(len(b.x), size):
+        right = b[tokens]
+        x_left = right if x is b else x[tokens]
+        y_left = right if y is b else x_left if y is x else y[tokens]
+        if launch is not None:
+            launch(gram, cross, x_left, y_left, right, scale)
+            continue
+        if gram is not None:
+            (blas.add_gram_ if path == "blas" else blas.add_gram_by_squares_)(gram, x_left.matrix)
+        if cross is not None:
+            blas.add_product_(cross, y_left.matrix, right.matrix)
 
-    kernel: Any = pointer_kernel
-    if arch.descriptors and half:
-        kernel = descriptor_kernel
-        triton.set_allocator(_descriptor_memory)
-    kernel[(len(table), splits)](
-        *outputs, slabs, table, *operands, scale, n, part_rows(n), m, d,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, HALVES=tile.halves, PROMOTE=tile.promote, SPLIT=runs > 1,
-        SLABS=by_slabs, UPCAST=knobs.runtime.interpret and b.data.dtype == torch.bfloat16,
-        num_warps=tile.warps, num_stages=tile.stages, **dict(tile.options),
-    )  # fmt: skip
-    if by_slabs:
-        kernel = reduce_kernel
-        kernel[(len(table), tile.m // REDUCE_ROWS)](
-            *outputs, slabs, table, splits, m, d, BLOCK_M=tile.m, BLOCK_N=tile.n, ROWS=REDUCE_ROWS
-        )
+
+def _slices(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+@dataclass
+class _Launch:
+    """How the kernels run on all panels of an op: tiles, programs, and the memory they take."""
+
+    arch: Arch
+    tile: Tile
+    half: bool  # 16-bit operands
+    table: Tensor
+    splits: int
+    slabs: Tensor | None
+    m: int
+    d: int
+    ld: int
+    descriptors: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, gram: Tensor | None, cross: Tensor | None, x: Side, y: Side, b: Side, arch: Arch, tokens: int
+    ) -> _Launch:
+        device, d = b.x.device, b.x.shape[1]
+        half = b.dtype != torch.float32
+        runs = b.parts + max(x.parts, y.parts) - 1
+        m, ld = (0, d) if cross is None else (len(cross), cross.stride(0))
+        sizes = 0 if gram is None else d, m, d
+        tile, splits = choose(sizes, tokens, runs, arch, half, _slots(device))
+        table = _table(*sizes, tile, device)
+        by_slabs = splits > 1 or d % COLUMN_PAD > 0 or ld % COLUMN_PAD > 0
+        slabs = torch.empty(len(table) * splits * tile.m * tile.n, device=device) if by_slabs else None
+        return cls(arch, tile, half, table, splits, slabs, y.x.shape[1], d, ld)
+
+    def __call__(
+        self, gram: Tensor | None, cross: Tensor | None, x: Operand, y: Operand, b: Operand, scale: Tensor | None
+    ) -> None:
+        tile, m, d = self.tile, self.m, self.d
+        outputs = (cross if gram is None else gram, gram if cross is None else cross)
+        operands: list[Tensor | int] = []
+        for side in (x, y, b):
+            low, bound = _whole(b.data.device)
+            low, bound = low if side.low is None else side.low, bound if side.bound is None else side.bound
+            operands += [side.data, low, bound, side.data.stride(0), len(side.data)]
+        kernel: Any = pointer_kernel
+        if self.arch.descriptors and self.half:
+            kernel = descriptor_kernel
+            triton.set_allocator(self._descriptor_memory)
+        kernel[(len(self.table), self.splits)](
+            *outputs, self.slabs, self.table, *operands, scale, b.tokens, part_rows(b.tokens), m, d, self.ld,
+            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, HALVES=tile.halves, PROMOTE=tile.promote,
+            SCALED=any(side.bound is not None for side in (x, y, b)), A_LOW=x.low is not None or y.low is not None,
+            B_LOW=b.low is not None, TRIPLE=tile.triple, SLABS=self.slabs is not None,
+            UPCAST=knobs.runtime.interpret and b.data.dtype == torch.bfloat16,
+            num_warps=tile.warps, num_stages=tile.stages, **dict(tile.options),
+        )  # fmt: skip
+        if self.slabs is not None:
+            kernel = reduce_kernel
+            kernel[(len(self.table), tile.m // REDUCE_ROWS)](
+                *outputs, self.slabs, self.table, self.splits, m, d, self.ld,
+                BLOCK_M=tile.m, BLOCK_N=tile.n, ROWS=REDUCE_ROWS,
+            )  # fmt: skip
+
+    def _descriptor_memory(self, size: int, alignment: int, stream: int | None) -> Tensor:
+        """The same for each panel: those after the first ask for no memory."""
+        if self.descriptors is None or self.descriptors.numel() < size:
+            self.descriptors = torch.empty(size, dtype=torch.int8, device=self.table.device)
+        return self.descriptors
+
+
+@lru_cache(maxsize=1024)
+def choose(sizes: tuple[int, int, int], tokens: int, runs: int, arch: Arch, half: bool, slots: int) -> tuple[Tile, int]:
+    """The tile, and how many programs share its tokens.
+
+    Args:
+        sizes: columns of the Gram matrix, rows and columns of the cross moment; 0 for none.
+        tokens: of a launch.
+        runs: products that a pair of operands takes.
+        arch: of the device.
+        half: 16-bit operands.
+        slots: programs that run at once.
+    """
+    tiles = [arch.single] if not half else [arch.split] if runs > 1 else [arch.half, arch.small]
+    found = []
+    for tile in tiles:
+        if tile is not None:
+            count = schedule.tile_count(*sizes, tile.m, tile.n)
+            steps, step = ceil_div(tokens, tile.k), tile.step
+            steps, step = (steps, step * runs) if tile.triple else (steps * runs, step)
+            size = tile.m * tile.n / (arch.half.m * arch.half.n)
+            splits, cost = schedule.token_splits(count, steps, slots, size, step)
+            found.append((cost, tile, splits))
+    _, tile, splits = min(found, key=lambda each: each[0])
+    return tile, splits
 
 
 @lru_cache(maxsize=64)
@@ -147,7 +269,7 @@ def _table(gram_columns: int, cross_rows: int, columns: int, tile: Tile, device:
 
 @lru_cache(maxsize=16)
 def _whole(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The flag and the bound of an operand that is not split: no low parts, and a power of 1."""
+    """The flag and the bound of an operand as it lies: no low parts, and a power of 1."""
     return torch.zeros((), dtype=torch.int32, device=device), torch.full((), 2.0**14, device=device)
 
 
@@ -155,7 +277,3 @@ def _whole(device: torch.device) -> tuple[Tensor, Tensor]:
 def _slots(device: torch.device) -> int:
     """Programs that run at once: one on a multiprocessor, whose registers a tile takes up."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _descriptor_memory(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -7,9 +7,10 @@ product to its tile of the sum by a plain load, add and store: a tile has one wr
 timing. With `SLABS` the tokens are split over `num_programs(1)` programs, each writes a partial tile to a slab of
 its own, and `reduce_kernel` adds them in order.
 
-With `SPLIT` the operands may be sums of a high and a low part, `rows` rows apart, times a power of two (see
-`operands_triton`). A program then runs over its tokens up to three times: high * high, high * low, low * high; and
-takes the powers off its sum. A run is left out where the operand's `low` flag says that its low parts are zero.
+With `SCALED` the operands are float16 parts of values times a power of two (see `operands_triton`), which is taken
+off the sum; with `A_LOW` and `B_LOW` there are low parts, `rows` rows below the high ones. With `TRIPLE` a step loads
+them all and multiplies low * high, high * low, high * high: least loads, most shared memory. Without it a program runs
+over its tokens up to three times, and leaves a run out where a side's `low` flag says that its low parts are zero.
 
 NVIDIA's matrix units cut their sums off at 24 or 25 bits instead of rounding them, which over thousands of tokens is
 more than what splitting keeps. With `PROMOTE` a sum is taken from them after so many steps, and added up in float32.
@@ -31,14 +32,20 @@ def _tile(table):
 
 
 @triton.jit
-def _step_range(n, x_low, y_low, b_low, is_cross, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, SLABS: tl.constexpr):
+def _step_range(
+    n, x_low, y_low, b_low, is_cross,
+    BLOCK_K: tl.constexpr, A_LOW: tl.constexpr, B_LOW: tl.constexpr, TRIPLE: tl.constexpr, SLABS: tl.constexpr,
+):  # fmt: skip
     """Steps of one run over the tokens, the first and last of this program's over all runs, and the flag of `b`."""
     steps = tl.cdiv(n, BLOCK_K)
     total = steps
     b_has_low = 0
-    if SPLIT:
-        b_has_low = tl.load(b_low)
-        total = steps * (1 + b_has_low + tl.load(tl.where(is_cross, y_low, x_low)))
+    if not TRIPLE:
+        if B_LOW:
+            b_has_low = tl.load(b_low)
+            total += steps * b_has_low
+        if A_LOW:
+            total += steps * tl.load(tl.where(is_cross, y_low, x_low))
     first = 0
     last = total
     if SLABS:
@@ -48,12 +55,12 @@ def _step_range(n, x_low, y_low, b_low, is_cross, BLOCK_K: tl.constexpr, SPLIT: 
 
 
 @triton.jit
-def _step(t, steps, rows, b_has_low, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr):
+def _step(t, steps, rows, b_has_low, BLOCK_K: tl.constexpr, RUNS: tl.constexpr):
     """The first token of step `t`, and the rows at which the left and the right operand hold it."""
     k = t * BLOCK_K
     a_row = k
     b_row = k
-    if SPLIT:
+    if RUNS:
         run = t // steps
         k = (t - run * steps) * BLOCK_K
         a_row = k + tl.where(run > b_has_low, rows, 0)
@@ -62,9 +69,9 @@ def _step(t, steps, rows, b_has_low, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr)
 
 
 @triton.jit
-def _add_to_output(acc, out, row, col, out_rows, d, is_cross):
+def _add_to_output(acc, out, row, col, out_rows, d, ld, is_cross):
     """`out[row, col] += acc`; of a square sum the entries below the diagonal keep their bits."""
-    where = out + row[:, None].to(tl.int64) * d + col[None, :]
+    where = out + row[:, None].to(tl.int64) * ld + col[None, :]
     inside = (row < out_rows)[:, None] & (col < d)[None, :]
     old = tl.load(where, mask=inside, other=0.0)
     wanted = col[None, :] >= tl.where(is_cross, 0, row)[:, None]
@@ -73,7 +80,7 @@ def _add_to_output(acc, out, row, col, out_rows, d, is_cross):
 
 @triton.jit
 def _store(
-    acc, out, slabs, i, j, shift, out_rows, d, is_cross,
+    acc, out, slabs, i, j, shift, out_rows, d, ld, is_cross,
     SLABS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, BLOCK_M)
@@ -83,27 +90,27 @@ def _store(
         slabs += slab.to(tl.int64) * (BLOCK_M * BLOCK_N)
         tl.store(slabs + r[:, None] * BLOCK_N + c[None, :], acc)
     else:
-        _add_to_output(acc, out, i * BLOCK_M + r, j * BLOCK_N + c, out_rows, d, is_cross)
+        _add_to_output(acc, out, i * BLOCK_M + r, j * BLOCK_N + c, out_rows, d, ld, is_cross)
 
 
 @triton.jit
 def _finish(
-    acc, out, slabs, i, j, out_rows, d, is_cross,
+    acc, out, slabs, i, j, out_rows, d, ld, is_cross,
     SLABS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     if HALVES:  # a large tile, half after half: fewer live registers
         pair = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(pair)
-        _store(left, out, slabs, i, j, 0, out_rows, d, is_cross, SLABS, BLOCK_M, BLOCK_N, BLOCK_N // 2)
-        _store(right, out, slabs, i, j, BLOCK_N // 2, out_rows, d, is_cross, SLABS, BLOCK_M, BLOCK_N, BLOCK_N // 2)
+        _store(left, out, slabs, i, j, 0, out_rows, d, ld, is_cross, SLABS, BLOCK_M, BLOCK_N, BLOCK_N // 2)
+        _store(right, out, slabs, i, j, BLOCK_N // 2, out_rows, d, ld, is_cross, SLABS, BLOCK_M, BLOCK_N, BLOCK_N // 2)
     else:
-        _store(acc, out, slabs, i, j, 0, out_rows, d, is_cross, SLABS, BLOCK_M, BLOCK_N, BLOCK_N)
+        _store(acc, out, slabs, i, j, 0, out_rows, d, ld, is_cross, SLABS, BLOCK_M, BLOCK_N, BLOCK_N)
 
 
 @triton.jit
-def _scaled(acc, a_bound, b_bound, scale, SPLIT: tl.constexpr):
+def _scaled(acc, a_bound, b_bound, scale, SCALED: tl.constexpr):
     """Times `scale`, if there is one, without the powers of two of the operands."""
-    if SPLIT:
+    if SCALED:
         acc *= 1.0 / (power(tl.load(a_bound)) * power(tl.load(b_bound)))
     if scale is not None:
         acc *= tl.load(scale)
@@ -119,15 +126,12 @@ def _dot(a, b, acc, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _add(a, b, acc, part, step, PROMOTE: tl.constexpr, UPCAST: tl.constexpr):
-    """The sum with one more product in it, and the part of it that is still in the matrix unit's hands."""
-    if PROMOTE:
-        part = _dot(a, b, part, UPCAST)
+def _promoted(acc, part, step, PROMOTE: tl.constexpr):
+    """The sum, and the part of it that is still in the matrix unit's hands, after a step."""
+    if PROMOTE:  # noqa: SIM102 (a constant first: 0 must not divide)
         if step % PROMOTE == PROMOTE - 1:
             acc += part
             part = tl.zeros_like(part)
-    else:
-        acc = _dot(a, b, acc, UPCAST)
     return acc, part
 
 
@@ -135,12 +139,14 @@ def _add(a, b, acc, part, step, PROMOTE: tl.constexpr, UPCAST: tl.constexpr):
 def pointer_kernel(
     gram, cross, slabs, table,
     x, x_low, x_bound, x_ld, x_n, y, y_low, y_bound, y_ld, y_n, b, b_low, b_bound, b_ld, b_n,
-    scale, n, rows, m, d,
+    scale, n, rows, m, d, cross_ld,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    HALVES: tl.constexpr, PROMOTE: tl.constexpr, SPLIT: tl.constexpr, SLABS: tl.constexpr, UPCAST: tl.constexpr,
+    HALVES: tl.constexpr, PROMOTE: tl.constexpr, SCALED: tl.constexpr, A_LOW: tl.constexpr, B_LOW: tl.constexpr,
+    TRIPLE: tl.constexpr, SLABS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     is_cross, i, j = _tile(table)
-    steps, first, last, b_has_low = _step_range(n, x_low, y_low, b_low, is_cross, BLOCK_K, SPLIT, SLABS)
+    steps, first, last, b_has_low = _step_range(n, x_low, y_low, b_low, is_cross, BLOCK_K, A_LOW, B_LOW, TRIPLE, SLABS)
+    RUNS: tl.constexpr = (A_LOW or B_LOW) and not TRIPLE
     a = tl.where(is_cross, y, x)
     a_ld = tl.where(is_cross, y_ld, x_ld)
     out_rows = tl.where(is_cross, m, d)
@@ -158,28 +164,37 @@ def pointer_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     part = acc
     for t in tl.range(first, last):
-        k, a_row, b_row = _step(t, steps, rows, b_has_low, BLOCK_K, SPLIT)
+        k, a_row, b_row = _step(t, steps, rows, b_has_low, BLOCK_K, RUNS)
         inside = k + token < n
-        a_tile = tl.load(a + a_row * a_ld + a_offset, mask=inside[None, :] & a_inside, other=0.0)
-        b_tile = tl.load(b + b_row * b_ld + b_offset, mask=inside[:, None] & b_inside, other=0.0)
-        acc, part = _add(a_tile, b_tile, acc, part, t - first, PROMOTE, UPCAST)
-    if PROMOTE:
-        acc += part
-    acc = _scaled(acc, tl.where(is_cross, y_bound, x_bound), b_bound, scale, SPLIT)
+        a_mask = inside[None, :] & a_inside
+        b_mask = inside[:, None] & b_inside
+        a_tile = tl.load(a + a_row * a_ld + a_offset, mask=a_mask, other=0.0)
+        b_tile = tl.load(b + b_row * b_ld + b_offset, mask=b_mask, other=0.0)
+        if TRIPLE and A_LOW:
+            part = _dot(tl.load(a + (k + rows) * a_ld + a_offset, mask=a_mask, other=0.0), b_tile, part, UPCAST)
+        if TRIPLE and B_LOW:
+            part = _dot(a_tile, tl.load(b + (k + rows) * b_ld + b_offset, mask=b_mask, other=0.0), part, UPCAST)
+        part = _dot(a_tile, b_tile, part, UPCAST)
+        acc, part = _promoted(acc, part, t - first, PROMOTE)
+    acc = acc + part if PROMOTE else part
+    acc = _scaled(acc, tl.where(is_cross, y_bound, x_bound), b_bound, scale, SCALED)
     out = tl.where(is_cross, cross, gram)
-    _finish(acc, out, slabs, i, j, out_rows, d, is_cross, SLABS, BLOCK_M, BLOCK_N, HALVES)
+    ld = tl.where(is_cross, cross_ld, d)
+    _finish(acc, out, slabs, i, j, out_rows, d, ld, is_cross, SLABS, BLOCK_M, BLOCK_N, HALVES)
 
 
 @triton.jit(do_not_specialize=["x_n", "y_n", "b_n", "n", "rows", "m"])
 def descriptor_kernel(
     gram, cross, slabs, table,
     x, x_low, x_bound, x_ld, x_n, y, y_low, y_bound, y_ld, y_n, b, b_low, b_bound, b_ld, b_n,
-    scale, n, rows, m, d,
+    scale, n, rows, m, d, cross_ld,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    HALVES: tl.constexpr, PROMOTE: tl.constexpr, SPLIT: tl.constexpr, SLABS: tl.constexpr, UPCAST: tl.constexpr,
+    HALVES: tl.constexpr, PROMOTE: tl.constexpr, SCALED: tl.constexpr, A_LOW: tl.constexpr, B_LOW: tl.constexpr,
+    TRIPLE: tl.constexpr, SLABS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     is_cross, i, j = _tile(table)
-    steps, first, last, b_has_low = _step_range(n, x_low, y_low, b_low, is_cross, BLOCK_K, SPLIT, SLABS)
+    steps, first, last, b_has_low = _step_range(n, x_low, y_low, b_low, is_cross, BLOCK_K, A_LOW, B_LOW, TRIPLE, SLABS)
+    RUNS: tl.constexpr = (A_LOW or B_LOW) and not TRIPLE
     out_rows = tl.where(is_cross, m, d)
     a = tl.make_tensor_descriptor(
         tl.where(is_cross, y, x),
@@ -197,20 +212,25 @@ def descriptor_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     part = acc
     for t in tl.range(first, last):
-        _, a_row, b_row = _step(t, steps, rows, b_has_low, BLOCK_K, SPLIT)
+        k, a_row, b_row = _step(t, steps, rows, b_has_low, BLOCK_K, RUNS)
         a_tile = a.load([a_row, i * BLOCK_M])
         b_tile = right.load([b_row, j * BLOCK_N])
-        acc, part = _add(a_tile.T, b_tile, acc, part, t - first, PROMOTE, UPCAST)
-    if PROMOTE:
-        acc += part
-    acc = _scaled(acc, tl.where(is_cross, y_bound, x_bound), b_bound, scale, SPLIT)
+        if TRIPLE and A_LOW:
+            part = _dot(a.load([k + rows, i * BLOCK_M]).T, b_tile, part, UPCAST)
+        if TRIPLE and B_LOW:
+            part = _dot(a_tile.T, right.load([k + rows, j * BLOCK_N]), part, UPCAST)
+        part = _dot(a_tile.T, b_tile, part, UPCAST)
+        acc, part = _promoted(acc, part, t - first, PROMOTE)
+    acc = acc + part if PROMOTE else part
+    acc = _scaled(acc, tl.where(is_cross, y_bound, x_bound), b_bound, scale, SCALED)
     out = tl.where(is_cross, cross, gram)
-    _finish(acc, out, slabs, i, j, out_rows, d, is_cross, SLABS, BLOCK_M, BLOCK_N, HALVES)
+    ld = tl.where(is_cross, cross_ld, d)
+    _finish(acc, out, slabs, i, j, out_rows, d, ld, is_cross, SLABS, BLOCK_M, BLOCK_N, HALVES)
 
 
 @triton.jit(do_not_specialize=["splits", "m"])
 def reduce_kernel(
-    gram, cross, slabs, table, splits, m, d,
+    gram, cross, slabs, table, splits, m, d, cross_ld,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile's slabs in order, and the sum to the output; a program does `ROWS` rows of a tile."""
@@ -223,4 +243,5 @@ def reduce_kernel(
     for s in tl.range(1, splits, num_stages=1):
         acc += tl.load(slabs + s * (BLOCK_M * BLOCK_N) + offset)
     out = tl.where(is_cross, cross, gram)
-    _add_to_output(acc, out, i * BLOCK_M + r, j * BLOCK_N + c, tl.where(is_cross, m, d), d, is_cross)
+    ld = tl.where(is_cross, cross_ld, d)
+    _add_to_output(acc, out, i * BLOCK_M + r, j * BLOCK_N + c, tl.where(is_cross, m, d), d, ld, is_cross)

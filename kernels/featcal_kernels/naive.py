@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 384  # rows of the triangle at a time: (d/384 + 1) / (2 d/384) of the work; narrower products are slow on a CPU
+PANEL = 2048  # rows of a product's right side at a time, so that little is copied
 PASS = 512  # rows at a time of what only passes over a matrix
 
 

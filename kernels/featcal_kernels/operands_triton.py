@@ -21,25 +21,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from featcal_kernels.configs import ROW_PAD
 from featcal_kernels.schedule import ceil_div
 
-ROW_PAD = 128  # a multiple of any tile's tokens
 COLUMN_PAD = 16  # elements: by multiples of 16, Triton knows that 16-byte copies are aligned
 BLOCK = 64
 
 
 @dataclass(frozen=True)
 class Operand:
-    """One side of a product over tokens.
+    """Some tokens of one side of a product.
 
     Attributes:
         data: the matrix, or its high parts and, `part_rows(tokens)` rows further down, its low parts. Aligned; a
             copy is padded with zeros to whole multiples of `ROW_PAD` and `COLUMN_PAD`.
         tokens: rows of the matrix.
         columns: of the matrix.
-        low: of split values, int32 flag on the device, 1 if any low part is not zero; else None.
-        bound: of split values, float32 on the device, no smaller than any of them; their parts are of the values times
-            `power(bound)`.
+        low: of values in two parts, int32 flag on the device, 1 if any low part is not zero; else None.
+        bound: of float16 parts, float32 on the device, no smaller than any of the values; the parts are of the values
+            times `power(bound)`.
     """
 
     data: Tensor
@@ -50,7 +50,7 @@ class Operand:
 
     @property
     def matrix(self) -> Tensor:
-        """`[tokens, columns]`; of split values the high parts."""
+        """`[tokens, columns]`; of values in parts the high ones."""
         return self.data[: self.tokens, : self.columns]
 
 
@@ -72,7 +72,7 @@ def power(bound):
 @triton.jit(do_not_specialize=["n", "rows"])
 def pack_kernel(
     x, weights, bound, out, low, n, d, row_stride, column_stride, rows, out_stride,
-    WEIGHTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHTS: tl.constexpr, SCALE: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -80,7 +80,7 @@ def pack_kernel(
     value = tl.load(x, mask=(row < n)[:, None] & (col < d)[None, :], other=0.0).to(tl.float32)
     if WEIGHTS:
         value *= tl.load(weights + row, mask=row < n, other=0.0)[:, None]
-    if SPLIT:
+    if SCALE:
         value *= power(tl.load(bound))
     high = value.to(out.dtype.element_ty)
     out += row[:, None].to(tl.int64) * out_stride + col[None, :]
@@ -105,29 +105,51 @@ def in_place(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def operand(x: Tensor, dtype: torch.dtype, weights: Tensor | None = None) -> Operand:
-    """`diag(weights) x` in `dtype`: `x` itself where that is possible, else a copy, split where `dtype` is float16.
+class Side:
+    """`diag(weights) x` in `dtype`, tokens after tokens: `x` itself where that is possible, else copies to one place.
+
+    All the memory it takes is taken here, so that a product is not cut short half way through its tokens.
 
     Args:
         x: `[n, d]`, n and d at least 1, any strides, any floating type.
         dtype: that of `x`, float32, or float16.
         weights: `[n]` float32, or None.
+        parts: float16 ones that another type's or weighted values are split in: 2 hold 22 bits, 1 holds 11.
+        tokens: at a time; all by default.
     """
-    changed = weights is not None or x.dtype != dtype
-    n, d = x.shape
-    if not changed and in_place(x, dtype):
-        return Operand(x, n, d)
-    split = changed and dtype != torch.float32
-    rows, width = part_rows(n), ceil_div(d, COLUMN_PAD) * COLUMN_PAD
-    out = torch.empty((1 + split) * rows, width, dtype=dtype, device=x.device)
-    low = torch.zeros((), dtype=torch.int32, device=x.device) if split else None
-    bound = _bound(x, weights) if split else None
-    kernel: Any = pack_kernel
-    kernel[(ceil_div(rows, BLOCK), ceil_div(width, BLOCK))](
-        x, weights, bound, out, low, n, d, x.stride(0), x.stride(1), rows, width,
-        WEIGHTS=weights is not None, SPLIT=split, BLOCK=BLOCK, num_warps=8,
-    )  # fmt: skip
-    return Operand(out, n, d, low, bound)
+
+    def __init__(
+        self, x: Tensor, dtype: torch.dtype, weights: Tensor | None = None, parts: int = 2, tokens: int | None = None
+    ) -> None:
+        self.x, self.dtype, self.weights = x, dtype, weights
+        self.low = self.bound = self._room = None
+        changed = weights is not None or x.dtype != dtype
+        self.parts = parts if changed and dtype != torch.float32 else 1
+        if not changed and in_place(x, dtype):
+            return
+        n, d = x.shape
+        if changed and dtype != torch.float32:
+            self.bound = _bound(x, weights)
+        if self.parts == 2:
+            self.low = torch.zeros((), dtype=torch.int32, device=x.device)
+        rows, width = part_rows(n if tokens is None else min(tokens, n)), ceil_div(d, COLUMN_PAD) * COLUMN_PAD
+        self._room = torch.empty(self.parts * rows, width, dtype=dtype, device=x.device)
+
+    def __getitem__(self, tokens: slice) -> Operand:
+        """These tokens; what was copied before is overwritten."""
+        x = self.x[tokens]
+        n, d = x.shape
+        if self._room is None:
+            return Operand(x, n, d)
+        rows = part_rows(n)
+        out = self._room[: self.parts * rows]
+        weights = None if self.weights is None else self.weights[tokens]
+        kernel: Any = pack_kernel
+        kernel[(ceil_div(rows, BLOCK), ceil_div(out.shape[1], BLOCK))](
+            x, weights, self.bound, out, self.low, n, d, x.stride(0), x.stride(1), rows, out.shape[1],
+            WEIGHTS=weights is not None, SCALE=self.bound is not None, SPLIT=self.parts == 2, BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
+        return Operand(out, n, d, self.low, self.bound)
 
 
 def _bound(x: Tensor, weights: Tensor | None) -> Tensor:

@@ -26,12 +26,13 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from featcal_kernels import cpu, naive
-from featcal_kernels.configs import arch_of
+from featcal_kernels.configs import PANEL_BYTES, ROW_PAD, arch_of
 
 _INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PRECISIONS = ("fp16x3", "ieee")
@@ -127,28 +128,49 @@ def add_scaled_(out: Tensor, s: Tensor, scale: Tensor) -> Tensor:
     return naive.add_scaled_(out, s, scale)
 
 
-def addmm_(out: Tensor, a: Tensor, b: Tensor, scale: Tensor, *, precision: str = "fp16x3") -> Tensor:
+def pack(b: Tensor) -> Any:
+    """`b` `[k, d]` float32 made ready for several `addmm_`: on a GPU a copy in the parts that are multiplied there, of
+    the size of `b`; else `b` itself."""
+    return b if (gpu := _gpu(b)) is None else gpu.pack(b)
+
+
+def panel_rows(device: torch.device, columns: int) -> int:
+    """How many rows of `b` to pack and multiply at a time.
+
+    Args:
+        device: where.
+        columns: that copies of so many rows have, of all `b` that are packed together and of `a.mT`.
+    """
+    if device.type != "cuda":
+        return naive.PANEL
+    return max(naive.PANEL, PANEL_BYTES // (4 * columns) // ROW_PAD * ROW_PAD)
+
+
+def addmm_(out: Tensor, a: Tensor, b: Any, scale: Tensor, *, precision: str = "fp16x3") -> Tensor:
     """`out += scale * (a @ b)`: the fold's products.
 
     Args:
-        out: `[m, d]` float32, contiguous.
+        out: `[m, d]` float32, unit column stride: a block of a larger matrix will do.
         a: `[m, k]`, any floating dtype; 16 bits take two products instead of three.
-        b: `[k, d]` float32.
+        b: `[k, d]` float32, or what `pack` made of it.
         scale: a scalar tensor, never read by the host.
-        precision: of the products on a GPU, "fp16x3" or "ieee".
+        precision: of the products on a GPU, "fp16x3", "ieee" (which takes no packed `b`), or "fp16x2": two products,
+            with each value of `a` rounded to 11 bits; a CPU multiplies in float32.
 
     Returns:
         `out`.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or b.dtype != torch.float32:
+    matrix = b if isinstance(b, Tensor) else b.x
+    if a.ndim != 2 or matrix.ndim != 2 or a.shape[1] != matrix.shape[0] or matrix.dtype != torch.float32:
         raise ValueError(
-            f"a must be [m, k] and b [k, d] in fp32; found {tuple(a.shape)} {a.dtype}, {tuple(b.shape)} {b.dtype}"
+            f"a must be [m, k] and b [k, d] in fp32; found {tuple(a.shape)} {a.dtype}, "
+            f"{tuple(matrix.shape)} {matrix.dtype}"
         )
-    _check_sum("out", out, (a.shape[0], b.shape[1]), a, b)
-    _check_precision(precision)
-    if (gpu := _gpu(b, out)) is None:
-        return naive.addmm_(out, a, b, scale)
-    gpu.moments_(None, out, b, a.mT, scale=scale, precision=precision)
+    _check_sum("out", out, (a.shape[0], matrix.shape[1]), a, matrix, block=True)
+    _check_precision(precision, (*_PRECISIONS, "fp16x2"))
+    if (gpu := _gpu(matrix, out)) is None:
+        return naive.addmm_(out, a, matrix, scale)
+    gpu.addmm_(out, a, b, scale, precision=precision)
     return out
 
 
@@ -199,11 +221,13 @@ def _check_pair(y: Tensor, x: Tensor) -> None:
         )
 
 
-def _check_sum(name: str, out: Tensor, shape: tuple[int, ...], *inputs: Tensor) -> None:
-    if tuple(out.shape) != shape or out.dtype != torch.float32 or not out.is_contiguous():
+def _check_sum(name: str, out: Tensor, shape: tuple[int, ...], *inputs: Tensor, block: bool = False) -> None:
+    """With `block`, `out` may be part of a larger matrix."""
+    laid_out = out.is_contiguous() or (block and out.ndim == 2 and out.stride(1) == 1 and out.stride(0) >= out.shape[1])
+    if tuple(out.shape) != shape or out.dtype != torch.float32 or not laid_out:
         raise ValueError(
-            f"{name} must be contiguous float32 of shape {shape}; found {tuple(out.shape)}, {out.dtype}, "
-            f"strides {out.stride()}"
+            f"{name} must be {'row-major' if block else 'contiguous'} float32 of shape {shape}; "
+            f"found {tuple(out.shape)}, {out.dtype}, strides {out.stride()}"
         )
     if any(x.device != out.device for x in inputs):
         raise ValueError(f"{name} is on {out.device}, what is added to it on {[str(x.device) for x in inputs]}")
@@ -217,6 +241,6 @@ def _check_weights(weights: Tensor | None, x: Tensor) -> None:
         )
 
 
-def _check_precision(precision: str) -> None:
-    if precision not in _PRECISIONS:
-        raise ValueError(f"precision must be one of {_PRECISIONS}; found {precision!r}")
+def _check_precision(precision: str, known: tuple[str, ...] = _PRECISIONS) -> None:
+    if precision not in known:
+        raise ValueError(f"precision must be one of {known}; found {precision!r}")

@@ -12,13 +12,13 @@ CROSS = 1 << 30
 ROW_SHIFT = 15
 COLUMN_MASK = (1 << ROW_SHIFT) - 1
 
-# The cost of splitting, in k-steps of one tile (0.8 us for 128 x 256 x 64 on an H200). Estimates: they decide how many
-# programs share a tile, never what is computed.
-TILE_STEPS = 8  # a program's start and end
-REDUCE_STEPS = 8  # the launch that adds the slabs up
-SLAB_STEPS = 0.1  # writing and reading one slab, the memory shared by all programs
-MIN_STEPS = 8  # a program shorter than this gains nothing
-MAX_WAVES = 4  # bounds the memory of the slabs
+# What a launch costs beside its products, in k-steps of the architecture's `half` tile (0.8 us for 128 x 256 x 64 on an
+# H200). Estimates: they decide which tiles and how many programs a tile's tokens take, never what is computed.
+TILE_STEPS = 4  # a program's start and end
+REDUCE_STEPS = 4  # the launch that adds the slabs up
+SLAB_STEPS = 0.05  # writing and reading one slab, the memory shared by all programs
+MIN_STEPS = 4  # a program shorter than this gains nothing
+MAX_WAVES = 10  # bounds the memory of the slabs
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -45,6 +45,13 @@ def tile_order(gram_columns: int, cross_rows: int, columns: int, block_m: int, b
     return [*square, *(CROSS | code for code in rectangle)]
 
 
+def tile_count(gram_columns: int, cross_rows: int, columns: int, block_m: int, block_n: int) -> int:
+    """How many there are in `tile_order`."""
+    across = ceil_div(gram_columns, block_n)
+    square = sum(across - i * block_m // block_n for i in range(ceil_div(gram_columns, block_m)))
+    return square + ceil_div(cross_rows, block_m) * ceil_div(columns, block_n)
+
+
 def _bands(rows: int, columns: int, group: int, first_column: Callable[[int], int]) -> Iterator[int]:
     for start in range(0, rows, group):
         band = range(start, min(start + group, rows))
@@ -54,19 +61,25 @@ def _bands(rows: int, columns: int, group: int, first_column: Callable[[int], in
                     yield i << ROW_SHIFT | j
 
 
-def token_splits(tiles: int, steps: int, slots: int) -> int:
-    """How many programs should share each tile's tokens.
+def token_splits(tiles: int, steps: int, slots: int, size: float = 1.0, step: float = 1.0) -> tuple[int, float]:
+    """How many programs should share each tile's tokens, and what the launch then takes.
 
     Args:
         tiles: tiles of the launch.
         steps: k-steps of a tile.
         slots: programs that run at once.
+        size: entries of a tile, by those of a `half` tile.
+        step: what one of its steps takes, in those of a `half` tile.
+
+    Returns:
+        Programs a tile, and the launch's time in steps of a `half` tile.
     """
 
     def cost(splits: int) -> float:
         waves = ceil_div(tiles * splits, slots)
-        reduce = REDUCE_STEPS + SLAB_STEPS * tiles * splits if splits > 1 else 0
-        return waves * (ceil_div(steps, splits) + TILE_STEPS) + reduce
+        reduce = REDUCE_STEPS + SLAB_STEPS * size * tiles * splits if splits > 1 else 0
+        return waves * (ceil_div(steps, splits) * step + TILE_STEPS * size) + reduce
 
     most = max(1, min(steps // MIN_STEPS, MAX_WAVES * slots // tiles))
-    return min(range(1, most + 1), key=cost)
+    best = min(range(1, most + 1), key=cost)
+    return best, cost(best)

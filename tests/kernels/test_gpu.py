@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
-from featcal_kernels import add_scaled_, addmm_, blas, cross_, frobenius, gram_, gram_cross_, symmetrize_
+from featcal_kernels import add_scaled_, addmm_, blas, cross_, frobenius, gram_, gram_cross_, pack, symmetrize_
+from featcal_kernels.configs import arch_of
 from moment_oracle import Problem, assert_as_good, assert_moments, poisoned
 
 pytestmark = [
@@ -53,16 +55,31 @@ def test_moments(dtype: torch.dtype, n: int, d: int, m: int, weights: str):
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
 @pytest.mark.parametrize("weights", ["none", "any"])
 @pytest.mark.parametrize(("n", "d", "m"), SIZES)
-@pytest.mark.parametrize("path", ["triton", "blas"])
+@pytest.mark.parametrize("path", ["triton", "blas", "squares"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_path(dtype: torch.dtype, path: str, n: int, d: int, m: int, weights: str, strided: bool):
-    if path == "blas" and (dtype == torch.float32 or weights != "none"):
+    if path != "triton" and (dtype == torch.float32 or weights != "none"):
         pytest.skip("cuBLAS takes 16-bit operands as they lie")
-    if path == "blas" and not blas.available(torch.device("cuda", torch.cuda.current_device())):
+    if path != "triton" and not blas.available(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("this torch does not accumulate 16-bit products in float32")
     problem = Problem.random(n, d, m, dtype, weights=weights, strided=strided, device="cuda")
     s, h = sums(d, m)
     launch().moments_(s, h, problem.x, problem.y, weights=problem.weights, path=path)
+    assert_moments(s, h, problem)
+
+
+@pytest.mark.parametrize("weights", ["none", "any"])
+@pytest.mark.parametrize(("n", "d", "m"), SIZES)
+@pytest.mark.parametrize("triple", [False, True], ids=["runs", "triple"])
+def test_each_way_to_multiply_parts(triple: bool, n: int, d: int, m: int, weights: str):
+    arch = arch_of(torch.device("cuda", torch.cuda.current_device()))
+    assert arch is not None
+    stages = min(arch.split.stages, 3) if arch.descriptors else 2
+    tile = replace(arch.split, triple=triple, promote=1, k=32 if not arch.descriptors else arch.split.k, stages=stages)
+    problem = Problem.random(n, d, m, torch.float32, weights=weights, device="cuda")
+    s, h = sums(d, m)
+    moments_ = launch().moments_
+    moments_(s, h, problem.x, problem.y, weights=problem.weights, arch=replace(arch, split=tile))
     assert_moments(s, h, problem)
 
 
@@ -92,17 +109,37 @@ def test_same_bits_every_time(dtype: torch.dtype, d: int):
         assert all(torch.equal(a.triu(), b.triu()) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("precision", ["fp16x3", "ieee"])
+@pytest.mark.parametrize("precision", ["fp16x3", "ieee", "packed"])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_fold(dtype: torch.dtype, precision: str):
     a = torch.randn(700, 1300, device="cuda").to(dtype)
-    b, out = torch.randn(1300, 528, device="cuda"), torch.randn(700, 528, device="cuda")
+    b, out = torch.randn(1300, 528, device="cuda"), torch.randn(700, 600, device="cuda")[:, 48:576]
     scale = torch.tensor(0.37, dtype=torch.float64, device="cuda")
     exact = out.double() + scale * (a.double() @ b.double())
     plain = out + 0.37 * (a.float() @ b)
-    assert_as_good(addmm_(out.clone(), a, b, scale, precision=precision), plain, exact)
+    whole = out.new_full((700, 600), 7.0)
+    found = whole[:, 48:576].copy_(out)  # a block of a larger matrix
+    if precision == "packed":
+        addmm_(found, a, pack(b), scale)
+    else:
+        addmm_(found, a, b, scale, precision=precision)
+    assert_as_good(found, plain, exact)
+    assert (whole[:, :48] == 7).all()
+    assert (whole[:, 576:] == 7).all()
+    out = out.contiguous()
     exact = out.double() + scale * out.double()
     assert_as_good(add_scaled_(out.clone(), out, scale), out + 0.37 * out, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fold_of_rounded_weights(dtype: torch.dtype):
+    """As good as the product with the weights rounded to 11 bits beforehand."""
+    a = torch.randn(700, 1300, device="cuda").to(dtype)
+    b, out = torch.randn(1300, 528, device="cuda"), torch.zeros(700, 528, device="cuda")
+    exact = a.half().double() @ b.double()
+    plain = a.half().float() @ b
+    scale = torch.ones((), device="cuda")
+    assert_as_good(addmm_(out, a, pack(b), scale, precision="fp16x2"), plain, exact)
 
 
 @pytest.mark.parametrize("d", [1, 127, 3000])
@@ -123,7 +160,7 @@ def test_rows_beyond_32_bits():
     problem = Problem.random(64, 64, 32, torch.bfloat16, device="cuda")
     x, y = wide[:, :64], wide[:, 64:96]
     x[-64:], y[-64:] = problem.x, problem.y
-    for path in ("triton", "blas"):
+    for path in launch().PATHS:
         s, h = sums(64, 32)
         launch().moments_(s, h, x, y, path=path)
         assert_moments(s, h, problem)

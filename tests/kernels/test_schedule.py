@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
 from math import ceil
 
 import pytest
-from featcal_kernels.schedule import COLUMN_MASK, CROSS, ROW_SHIFT, tile_order, token_splits
+import torch
+from featcal_kernels.configs import TABLE, Tile
+from featcal_kernels.schedule import COLUMN_MASK, CROSS, ROW_SHIFT, tile_count, tile_order, token_splits
 
 
 def tiles(order: list[int]) -> list[tuple[bool, int, int]]:
@@ -38,6 +41,49 @@ def test_a_wave_shares_its_operands():
     assert sum(blocks) / len(blocks) < 50  # row by row: 79
 
 
-@pytest.mark.parametrize(("tile_count", "steps", "expected"), [(30, 256, 4), (5000, 256, 1), (1, 4, 1), (6, 2, 1)])
-def test_small_sums_are_split_over_the_tokens(tile_count: int, steps: int, expected: int):
-    assert token_splits(tile_count, steps, slots=132) == expected
+@pytest.mark.parametrize(("tiles", "steps", "expected"), [(30, 256, 4), (5000, 256, 1), (1, 4, 1), (6, 2, 1)])
+def test_small_sums_are_split_over_the_tokens(tiles: int, steps: int, expected: int):
+    assert token_splits(tiles, steps, slots=132)[0] == expected
+
+
+SHAPES = [(1024, 1024), (2048, 2048), (3072, 3072), (4096, 4096), (14336, 4096)]
+SHAPES += [(d, 0) for d in (1024, 2048, 3072, 4096, 14336)]  # a Gram matrix alone
+
+
+@pytest.mark.parametrize("n", [2048, 16384, 65536])
+@pytest.mark.parametrize(("d", "m"), SHAPES)
+def test_an_h200_is_kept_busy(d: int, m: int, n: int, monkeypatch: pytest.MonkeyPatch):
+    """At least 0.90 of the SMs' time goes into products that are needed, by the schedule's own arithmetic.
+
+    Two kinds of shapes fall short and are left to cuBLAS: little work, and a Gram matrix alone of a few columns, more
+    than a tenth of whose tiles lies below the diagonal.
+    """
+    launch = pytest.importorskip("featcal_kernels.launch")
+    monkeypatch.setattr(launch.blas, "available", lambda device: True)
+    gram, cross, x = (torch.empty(size, d, device="meta", dtype=torch.bfloat16) for size in (d, m, n))
+    if launch._path(gram, cross if m else None, x, TABLE["sm_90"]) == "triton":
+        tile, splits = launch.choose((d, m, d), n, 1, TABLE["sm_90"], half=True, slots=132)
+        assert busy(d, m, n, tile, splits) > 0.9
+    else:
+        assert n * d * (d + 2 * m) < 2e10 or (m == 0 and d <= 2048)
+
+
+@pytest.mark.parametrize("n", [2048, 16384, 65536])
+@pytest.mark.parametrize(("d", "m"), [shape for shape in SHAPES if shape[1]])
+def test_an_h200_is_kept_busy_with_float32_features(d: int, m: int, n: int):
+    launch = pytest.importorskip("featcal_kernels.launch")
+    tile, splits = launch.choose((d, m, d), n, 3, TABLE["sm_90"], half=True, slots=132)
+    assert busy(d, m, n, tile, splits) > (0.7 if (d, n) == (1024, 2048) else 0.9)  # 25 us of work
+
+
+def busy(d: int, m: int, n: int, tile: Tile, splits: int, slots: int = 132) -> float:
+    """The share of the slots' time that needed products take: programs start in order, each where one is free."""
+    count, steps = len(tile_order(d, m, d, tile.m, tile.n, tile.group)), ceil(n / tile.k)
+    assert count == tile_count(d, m, d, tile.m, tile.n)
+    free = [0] * slots
+    for part in range(splits):
+        length = steps * (part + 1) // splits - steps * part // splits
+        for _ in range(count):
+            heapq.heapreplace(free, free[0] + length)
+    needed = (d * d / 2 + m * d) / (tile.m * tile.n) * steps
+    return needed / (slots * max(free))

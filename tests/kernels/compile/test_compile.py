@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from ahead import SHARED_LIMIT, Compiled, compile_kernel
-from featcal_kernels.configs import TABLE, Tile
+from featcal_kernels.configs import ROW_PAD, TABLE, Arch, Tile
 from featcal_kernels.launch import REDUCE_ROWS
 from featcal_kernels.moments_triton import descriptor_kernel, pointer_kernel, reduce_kernel
-from featcal_kernels.operands_triton import ROW_PAD, pack_kernel
+from featcal_kernels.operands_triton import pack_kernel
 from featcal_kernels.triangle_triton import frobenius_kernel, symmetrize_kernel
 
 ARCHS = tuple(SHARED_LIMIT)
@@ -28,10 +28,18 @@ WIDE_COPY = {
     "gfx942": r"(global|buffer)_load_dwordx4",
 }
 OUTPUTS = {"gram": "*fp32", "cross": "*fp32", "slabs": "*fp32", "table": "*i32", "m": "i32", "d": "i32"}
+OUTPUTS["cross_ld"] = "i32"
+SMALL = [arch for arch in ARCHS if TABLE[arch].small is not None]
+# The tile, and the parts of the left and the right operand.
+KINDS = [
+    *((arch, kind) for arch in ARCHS for kind in ("half", "split", "split, left in one part")),
+    *((arch, "small") for arch in SMALL),
+]
 
 
-def moments(arch: str, dtype: str, unaligned: tuple[str, ...] = (), **constants) -> Compiled:
-    tile: Tile = getattr(TABLE[arch], "single" if dtype == "fp32" else "split" if constants["SPLIT"] else "half")
+def moments(arch: str, dtype: str, kind: str, unaligned: tuple[str, ...] = (), **constants) -> Compiled:
+    split = kind.startswith("split")
+    tile: Tile = getattr(TABLE[arch], kind.partition(",")[0])
     kernel = descriptor_kernel if TABLE[arch].descriptors and dtype != "fp32" else pointer_kernel
     arguments: dict[str, Any] = {**OUTPUTS, "n": "i32", "rows": "i32"}
     for name in ("x", "y", "b"):
@@ -39,12 +47,17 @@ def moments(arch: str, dtype: str, unaligned: tuple[str, ...] = (), **constants)
         arguments |= {f"{name}_ld": "i32", f"{name}_n": "i32"}
     if not constants["SLABS"]:
         arguments["slabs"] = None
-    arguments["scale"] = "*fp32" if constants["SPLIT"] else None
+    arguments["scale"] = "*fp32" if split else None
+    arguments |= {"SCALED": split, "A_LOW": kind == "split", "B_LOW": split, "TRIPLE": tile.triple}
     arguments |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "HALVES": tile.halves, "UPCAST": False}
     arguments["PROMOTE"] = tile.promote
     arguments |= constants
     options = {"num_warps": tile.warps, "num_stages": tile.stages, **dict(tile.options)}
     return compile_kernel(kernel, arch, arguments, unaligned=unaligned, **options)
+
+
+def tiles(arch: Arch) -> list[Tile]:
+    return [tile for tile in (arch.half, arch.split, arch.single, arch.small) if tile is not None]
 
 
 def assert_fits(compiled: Compiled, arch: str) -> None:
@@ -54,10 +67,10 @@ def assert_fits(compiled: Compiled, arch: str) -> None:
 
 
 @pytest.mark.parametrize(("slabs", "unaligned"), [(False, ()), (True, ()), (True, ("d",))], ids=["add", "slabs", "odd"])
-@pytest.mark.parametrize(("dtype", "split"), [("bf16", False), ("fp16", True)], ids=["one", "split"])
-@pytest.mark.parametrize("arch", ARCHS)
-def test_16_bit_moments(arch: str, dtype: str, split: bool, slabs: bool, unaligned: tuple[str, ...]):
-    compiled = moments(arch, dtype, unaligned, SPLIT=split, SLABS=slabs)
+@pytest.mark.parametrize(("arch", "kind"), KINDS)
+def test_16_bit_moments(arch: str, kind: str, slabs: bool, unaligned: tuple[str, ...]):
+    dtype = "fp16" if kind.startswith("split") else "bf16"
+    compiled = moments(arch, dtype, kind, unaligned, SLABS=slabs)
     assert_fits(compiled, arch)
     assert re.search(MATRIX_INSTRUCTION[arch].replace("bf16", PTX[dtype]), compiled.code)
     assert re.search(WIDE_COPY[arch], compiled.code)
@@ -66,7 +79,7 @@ def test_16_bit_moments(arch: str, dtype: str, split: bool, slabs: bool, unalign
 @pytest.mark.parametrize(("slabs", "unaligned"), [(False, ()), (True, ()), (True, ("d",))], ids=["add", "slabs", "odd"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_float32_moments(arch: str, slabs: bool, unaligned: tuple[str, ...]):
-    compiled = moments(arch, "fp32", unaligned, SPLIT=False, SLABS=slabs)
+    compiled = moments(arch, "fp32", "single", unaligned, SLABS=slabs)
     assert_fits(compiled, arch)
     assert not re.search("[tx]f32", compiled.code)
     assert re.search(r"fma\.rn\.f32|v_mfma_f32_\w+_?f32", compiled.code)
@@ -74,7 +87,7 @@ def test_float32_moments(arch: str, slabs: bool, unaligned: tuple[str, ...]):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_other_16_bit_type_and_single_column(arch: str):
-    compiled = moments(arch, "fp16", SPLIT=False, SLABS=True, d=1)  # Triton makes a constant of a 1
+    compiled = moments(arch, "fp16", "half", SLABS=True, d=1)  # Triton makes a constant of a 1
     assert_fits(compiled, arch)
     assert re.search(MATRIX_INSTRUCTION[arch].replace("bf16", PTX["fp16"]), compiled.code)
 
@@ -82,7 +95,7 @@ def test_other_16_bit_type_and_single_column(arch: str):
 @pytest.mark.parametrize("unaligned", [(), ("d",)], ids=["aligned", "odd"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_reduce(arch: str, unaligned: tuple[str, ...]):
-    for tile in (TABLE[arch].half, TABLE[arch].split, TABLE[arch].single):
+    for tile in tiles(TABLE[arch]):
         constants = {"splits": "i32", "BLOCK_M": tile.m, "BLOCK_N": tile.n, "ROWS": REDUCE_ROWS}
         compiled = compile_kernel(reduce_kernel, arch, OUTPUTS | constants, unaligned=unaligned)
         assert_fits(compiled, arch)
@@ -98,7 +111,7 @@ def test_pack(arch: str, types: tuple[str, str], strides: tuple):
     arguments = {
         "x": f"*{types[0]}", "weights": "*fp32", "bound": "*fp32", "out": f"*{types[1]}", "low": "*i32", "n": "i32",
         "d": "i32", "row_stride": strides[0], "column_stride": strides[1], "rows": "i32", "out_stride": "i32",
-        "WEIGHTS": True, "SPLIT": types[1] == "fp16", "BLOCK": 64,
+        "WEIGHTS": True, "SCALE": types[1] == "fp16", "SPLIT": types[1] == "fp16", "BLOCK": 64,
     }  # fmt: skip
     unaligned = ("d", "row_stride", "column_stride")
     assert_fits(compile_kernel(pack_kernel, arch, arguments, unaligned=unaligned, num_warps=8), arch)
@@ -112,6 +125,6 @@ def test_triangle(arch: str):
 
 def test_tiles_divide_the_padding():
     for arch in TABLE.values():
-        for tile in (arch.half, arch.split, arch.single):
+        for tile in tiles(arch):
             assert ROW_PAD % tile.k == 0
             assert tile.m % REDUCE_ROWS == 0

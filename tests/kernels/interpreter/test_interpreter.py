@@ -6,7 +6,9 @@ runs on a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,11 @@ import torch
 import triton
 from featcal_kernels import launch, schedule
 from featcal_kernels.configs import Arch, Tile
-from featcal_kernels.operands_triton import operand
+from featcal_kernels.operands_triton import Side
 from featcal_kernels.triangle_triton import frobenius, symmetrize_
 from moment_oracle import Problem, assert_as_good, assert_moments, poisoned
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton import knobs
 from triton.runtime import interpreter
 
@@ -36,7 +40,9 @@ TILE = Tile(64, 64, 64, warps=4, stages=2, group=2)
 WIDE = Tile(32, 128, 64, warps=4, stages=2, halves=True, group=2)
 POINTER = Arch(half=TILE, split=replace(TILE, promote=1), single=TILE)
 DESCRIPTOR = Arch(half=WIDE, split=replace(WIDE, promote=2), single=TILE, descriptors=True)
-BODIES = pytest.mark.parametrize("arch", [POINTER, DESCRIPTOR], ids=["pointer", "descriptor"])
+TRIPLE = [replace(arch, split=replace(arch.split, promote=1, triple=True)) for arch in (POINTER, DESCRIPTOR)]
+NAMES = ["pointer", "descriptor", "pointer-triple", "descriptor-triple"]
+BODIES = pytest.mark.parametrize("arch", [POINTER, DESCRIPTOR, *TRIPLE], ids=NAMES)
 
 
 def run(problem: Problem, arch: Arch, precision: str = "fp16x3") -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,14 +99,14 @@ def test_chunks_add_up(arch: Arch):
 def test_tokens_are_split_over_programs(weights: str, arch: Arch, monkeypatch: pytest.MonkeyPatch):
     seen = []
 
-    def splits(tiles: int, steps: int, slots: int) -> int:
+    def splits(tiles: int, steps: int, *_: float) -> tuple[int, float]:
         seen.append(steps)
-        return 3
+        return 3, 0.0
 
     monkeypatch.setattr(schedule, "token_splits", splits)
     problem = Problem.random(450, 80, 64, torch.float16, weights=weights)
     s, h = run(problem, arch)
-    assert seen == [8 * (1 if weights == "none" else 2)]
+    assert seen == [8 * (1 if weights == "none" or arch.split.triple else 2)]
     assert_moments(s, h, problem)
 
 
@@ -109,7 +115,7 @@ def test_tokens_are_split_over_programs(weights: str, arch: Arch, monkeypatch: p
 def test_sums_are_promoted_wherever_a_program_begins_and_ends(
     splits: int, promote: int, arch: Arch, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(schedule, "token_splits", lambda *_: splits)
+    monkeypatch.setattr(schedule, "token_splits", lambda *_: (splits, 0.0))
     problem = Problem.random(300, 80, 64, torch.float32)  # 5 steps a run, 15 in all
     assert_moments(*run(problem, replace(arch, split=replace(arch.split, promote=promote))), problem)
 
@@ -151,34 +157,36 @@ def test_one_of_the_sums_alone(arch: Arch):
 @pytest.mark.parametrize(
     ("n", "d", "rows", "expected"),
     [
-        (100, 64, 64, "blas"),  # little work
+        (100, 64, 64, "squares"),  # little work
         (10_000, 64, 64, "triton"),
-        (10_000, 256, 64, "blas"),  # wide
+        (10_000, 256, 64, "squares"),  # wide
         (10_000, 64, None, "triton"),
+        (10_000, 48, None, "squares"),  # a narrow Gram matrix alone
     ],
 )
 def test_path(n: int, d: int, rows: int | None, expected: str, monkeypatch: pytest.MonkeyPatch):
-    arch = replace(POINTER, blas_flops=2e6, blas_columns=256)
+    arch = replace(POINTER, blas_flops=2e6, blas_columns=256, blas_grams=48)
     gram, cross = torch.zeros(d, d), None if rows is None else torch.zeros(rows, d)
     x = torch.zeros(n, d).half()
     assert launch._path(gram, cross, x, arch) == "triton"  # not on a CPU
     monkeypatch.setattr(launch.blas, "available", lambda device: True)
     assert launch._path(gram, cross, x, arch) == expected
-    assert launch._path(None, gram, x, arch) == "blas"  # a rectangle
+    assert launch._path(None, gram, x, arch) == "squares"  # a rectangle
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
+@pytest.mark.parametrize("path", ["blas", "squares"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_operands_of_the_blas_path(dtype: torch.dtype, strided: bool, monkeypatch: pytest.MonkeyPatch):
+def test_operands_of_the_blas_path(dtype: torch.dtype, path: str, strided: bool, monkeypatch: pytest.MonkeyPatch):
     def addmm(accumulated, a, b, **options):
         assert a.dtype == b.dtype == dtype
         return accumulated.add_(a.float() @ b.float())
 
     monkeypatch.setattr(torch, "addmm", addmm)
-    monkeypatch.setattr(launch.blas, "available", lambda device: True)
-    problem = Problem.random(150, 101, 67, dtype, strided=strided)
-    s, h = poisoned(101), torch.zeros(67, 101)
-    launch.moments_(s, h, problem.x, problem.y, arch=replace(POINTER, blas_flops=1e9))
+    monkeypatch.setattr(launch.blas, "MIN_BLOCK", 16)  # several strips, several levels of squares
+    problem = Problem.random(150, 301, 67, dtype, strided=strided)
+    s, h = poisoned(301), torch.zeros(67, 301)
+    launch.moments_(s, h, problem.x, problem.y, arch=POINTER, path=path)
     assert_moments(s, h, problem)
 
 
@@ -207,8 +215,24 @@ def test_products_of_the_fold(precision: str, dtype: torch.dtype):
     scale = torch.tensor(0.37, dtype=torch.float64)
     exact = out.double() + scale * (a.double() @ b.double())
     plain = out + 0.37 * (a.float() @ b)
-    launch.moments_(None, out, b, a.mT, scale=scale, arch=POINTER, path="triton", precision=precision)
+    launch.addmm_(out, a, b, scale, arch=POINTER, precision=precision)
     assert_as_good(out, plain, exact)
+
+
+@BODIES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_products_of_the_fold_with_one_side_packed(dtype: torch.dtype, arch: Arch):
+    """Into a block of a larger matrix, from weights of any strides."""
+    a, b, whole = torch.randn(130, 70).to(dtype).mT, torch.randn(130, 96), torch.full((70, 128), 7.0)
+    out, scale = whole[:, 16:112].zero_(), torch.tensor(0.37)
+    packed = launch.pack(b)
+    launch.addmm_(out, a, packed, scale, arch=arch)
+    assert_as_good(out, 0.37 * (a.float() @ b), 0.37 * (a.double() @ b.double()))
+    launch.addmm_(out.zero_(), a, packed, scale, arch=arch, precision="fp16x2")
+    rounded = a.half()
+    assert_as_good(out, 0.37 * (rounded.float() @ b), 0.37 * (rounded.double() @ b.double()))
+    assert (whole[:, :16] == 7).all()
+    assert (whole[:, 112:] == 7).all()
 
 
 @BODIES
@@ -253,23 +277,102 @@ def test_zeros(arch: Arch):
 @BODIES
 @pytest.mark.parametrize("splits", [1, 2])
 def test_entries_below_the_diagonal_keep_their_bits(splits: int, arch: Arch, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(schedule, "token_splits", lambda *_: splits)
+    monkeypatch.setattr(schedule, "token_splits", lambda *_: (splits, 0.0))
     s = torch.full((80, 80), 7.0)
     launch.moments_(s, None, torch.randn(128, 80).half(), None, arch=arch, path="triton")
     assert (s[torch.ones_like(s).tril(-1) > 0] == 7).all()
     assert not (s.triu() == 7).any()
 
 
+class OutOfMemory(TorchDispatchMode):
+    """The device is full when memory is asked for once more than `number` times; interpreted kernels ask for none."""
+
+    def __init__(self, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.number, self.asked, self.in_kernel = number, 0, False
+        run = interpreter.GridExecutor.__call__
+
+        def interpreted(*args: Any, **options: Any) -> None:
+            self.in_kernel = True
+            run(*args, **options)
+            self.in_kernel = False
+
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", interpreted)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        known = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
+        new = isinstance(found, torch.Tensor) and found.untyped_storage()._cdata not in known
+        if new and not self.in_kernel:
+            self.asked += 1
+            if self.asked == self.number + 1:
+                raise torch.OutOfMemoryError("full")
+        return found
+
+
+def _ops(arch: Arch) -> dict[str, Callable[[torch.Tensor, torch.Tensor], object]]:
+    """Every op that adds to sums, in several panels, with operands that must be copied and tokens that are split."""
+    x, y, weights = torch.randn(300, 90), torch.randn(300, 70), torch.rand(300)
+    a, b, scale = torch.randn(70, 300).bfloat16(), torch.randn(300, 90), torch.full((), 0.3)
+    run = partial(launch.moments_, arch=arch)
+    return {
+        "gram": lambda s, h: run(s, None, x, None),
+        "cross": lambda s, h: run(None, h, x, y, weights=weights),
+        "both": lambda s, h: run(s, h, x, y, weights=weights),
+        "16 bits": lambda s, h: run(s, h, x.half(), y.half()),
+        "16 bits, weighted": lambda s, h: run(s, h, x.half(), y.half(), weights=weights),
+        "float32": lambda s, h: run(s, h, x, y, precision="ieee"),
+        "cuBLAS": lambda s, h: run(s, h, x.half(), y.half(), path="blas"),
+        "cuBLAS, squares": lambda s, h: run(s, h, x.half(), y.half(), path="squares"),
+        "addmm": lambda s, h: launch.addmm_(h, a, b, scale, arch=arch),
+        "addmm, packed": lambda s, h: launch.addmm_(h, a, launch.pack(b), scale, arch=arch, precision="fp16x2"),
+        "addmm, float32": lambda s, h: launch.addmm_(h, a, b, scale, arch=arch, precision="ieee"),
+    }
+
+
+@pytest.mark.parametrize("arch", [POINTER, TRIPLE[1]], ids=["pointer", "descriptor-triple"])
+@pytest.mark.parametrize("name", _ops(POINTER))
+def test_an_op_that_runs_out_of_memory_has_done_nothing(name: str, arch: Arch, monkeypatch: pytest.MonkeyPatch):
+    """Wherever it does, so that who tries again with fewer tokens counts none twice."""
+
+    def addmm(accumulated, a, b, **options):  # as cuBLAS does: in place, with no memory of its own
+        return accumulated.add_(torch.from_numpy(a.numpy().astype("f4") @ b.numpy().astype("f4")))
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(launch, "PANEL_BYTES", 0)
+    monkeypatch.setattr(launch, "MIN_PANEL", 128)
+    # A last panel that would be split otherwise than the first.
+    monkeypatch.setattr(schedule, "token_splits", lambda tiles, steps, *_: (2 if steps >= 2 else 3, 0.0))
+    op = _ops(arch)[name]
+    launch._table.cache_clear(), launch._whole.cache_clear(), launch.choose.cache_clear()
+    asked = 1
+    number = 0
+    while number < asked:
+        s, h = torch.full((90, 90), 7.0), torch.full((70, 90), 7.0)
+        with monkeypatch.context() as patch, OutOfMemory(number, patch) as memory:
+            try:
+                op(s, h)
+            except torch.OutOfMemoryError:
+                assert (s == 7).all()
+                assert (h == 7).all()
+                asked = number + 2
+        number += 1
+    assert memory.asked == number - 1 > 0  # the last time there was enough
+    assert not (h == 7).all() or not (s == 7).all()
+
+
 def test_low_parts_that_are_zero_are_left_out():
     x = torch.randn(50, 24).bfloat16()
     mask, fraction = torch.arange(50) % 2 * 1.0, torch.full((50,), 0.3)
-    flags = [operand(x, torch.float16, weights).low for weights in (mask, fraction)]
+    flags = [Side(x, torch.float16, weights)[:].low for weights in (mask, fraction)]
     assert [bool(flag) for flag in flags] == [False, True]
 
 
 def test_parts_hold_22_bits():
     x = torch.randn(50, 24) * 10 ** torch.linspace(-5, 0, 24)
-    found = operand(x, torch.float16)
+    found = Side(x, torch.float16)[:]
     high, low = (part[:50, :24].double() for part in found.data.split(128))
     assert 2**14 <= high.abs().max() < 2**15
     power = 2.0 ** round(float((high.abs().max() / x.abs().max()).log2()))
