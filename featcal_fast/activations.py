@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -23,6 +23,7 @@ from featcal_fast.transfers import Transfer, Transfers, on_host
 
 Place = torch.device | Path  # of hidden states: a device's memory, or a folder for scratch files
 HOST = torch.device("cpu")
+Run = Callable[[BatchCalls, int, nn.Module, Tensor], Tensor]  # of a block, on hidden states
 
 
 @dataclass
@@ -112,10 +113,10 @@ class Stream:
         assert self._states is not None
         self._states.store(batch, rows, hidden, self._shapes[batch][0])
 
-    def advance(self, number: int, block: nn.Module, batch: int, rows: slice) -> None:
+    def advance(self, number: int, block: nn.Module, batch: int, rows: slice, run: Run = BatchCalls.run) -> None:
         """Run some samples of a batch through `block`, of this number in its stage, and keep the result."""
         hidden, calls = self.load(batch, rows)
-        self.store(batch, rows, calls.run(number, block, hidden))
+        self.store(batch, rows, run(calls, number, block, hidden))
 
 
 class _Here:

@@ -21,16 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from featcal_fast.activations import HOST, Place, Stream
-from featcal_fast.chunks import Chunks, memory_errors, whole_float32
+from featcal_fast.chunks import Chunks, memory_errors
+from featcal_fast.compiled import Forwards, wanted
 from featcal_fast.drift import Probe
 from featcal_fast.errors import DataError, UnsupportedModelError
 from featcal_fast.experts import BlockReader
-from featcal_fast.features import Kept, Layout, find_layout, tapped
+from featcal_fast.features import Kept, Layout, find_layout
 from featcal_fast.machine import find_device, give_back_freed_blocks, reusing_freed_blocks
 from featcal_fast.models import Structure
 from featcal_fast.models.linear import is_linear, oriented
 from featcal_fast.models.structure import Layer
 from featcal_fast.moments import TaskMoments
+from featcal_fast.precision import whole_float32
 from featcal_fast.progress import Progress
 from featcal_fast.report import GroupReport, LayerReport, Report
 from featcal_fast.selection import check_patterns
@@ -129,7 +131,8 @@ def calibrate_source(
     student_streams = {task: Stream(student, task, device, transfers, place) for task in experts}
     expert_streams = {task: Stream(expert, task, device, transfers, place) for task, expert in experts.items()}
     chunks = Chunks(device, chunk, settings.forward_dtype)
-    probe = Probe(student, experts, device, chunks, transfers)
+    forwards = Forwards(wanted(settings, device))
+    probe = Probe(student, experts, device, chunks, transfers, forwards.run)
     inputs: dict[str, Batches] = {}
     tokens: dict[str, list[Tokens]] = {}
     report = Report(settings, structure.family.name, str(device), dict.fromkeys(experts, 0))
@@ -173,7 +176,7 @@ def calibrate_source(
                         # No name for the step: it would keep the blocks and the moments beyond their time.
                         chunks.each(
                             counted.extent,
-                            partial(see_both, number, (teacher, block), streams, i, layout, moments, counted),
+                            partial(see_both, forwards, number, (teacher, block), streams, i, layout, moments, counted),
                         )
                         limit()
                         progress.tokens(counted.count)
@@ -194,7 +197,7 @@ def calibrate_source(
                 with reusing_freed_blocks() as limit:
                     for task, stream in student_streams.items():
                         for i, counted in enumerate(tokens[task]):
-                            chunks.each(counted.extent, partial(stream.advance, number, block, i))
+                            chunks.each(counted.extent, partial(stream.advance, number, block, i, run=forwards.run))
                             limit()
             write(index, leaving.on_host())  # while a GPU advances
 
@@ -213,6 +216,7 @@ def calibrate_source(
 
 
 def see_both(
+    forwards: Forwards,
     number: int,
     blocks: tuple[nn.Module, nn.Module],
     streams: tuple[Stream, Stream],
@@ -227,6 +231,7 @@ def see_both(
     Nothing is lost when memory runs out in the middle: the expert's hidden states advance last.
 
     Args:
+        forwards: run the blocks.
         number: the layer's, in its stage.
         blocks: the expert's and the student's.
         streams: the expert's and the student's hidden states.
@@ -236,24 +241,34 @@ def see_both(
         tokens: of the batch.
         rows: the samples.
     """
-    seen, out = see_expert(blocks[0], number, streams[0], batch, rows, layout, moments)
-    see_student(blocks[1], number, streams[1], batch, rows, layout, moments, seen, tokens)
+    seen, out = see_expert(forwards, blocks[0], number, streams[0], batch, rows, layout, moments)
+    see_student(forwards, blocks[1], number, streams[1], batch, rows, layout, moments, seen, tokens)
     streams[0].store(batch, rows, out)
 
 
 def see_expert(
-    teacher: nn.Module, number: int, stream: Stream, batch: int, rows: slice, layout: Layout, moments: TaskMoments
+    forwards: Forwards,
+    teacher: nn.Module,
+    number: int,
+    stream: Stream,
+    batch: int,
+    rows: slice,
+    layout: Layout,
+    moments: TaskMoments,
 ) -> tuple[tuple[Kept, Kept], Tensor]:
     """What the expert's linear modules are given, and make of it; and the hidden states after its layer."""
     inputs, outputs = Kept(), Kept()
     leaders = [group.leader for group in layout.groups]
     hidden, calls = stream.load(batch, rows)
-    with tapped(teacher, leaders, inputs.__setitem__, moments.outputs, outputs.__setitem__):
-        out = calls.run(number, teacher, hidden)
+    out = forwards.see(
+        calls, number, teacher, hidden, leaders, inputs.__setitem__, moments.outputs, outputs.__setitem__
+    )
+    assert out is not None
     return (inputs, outputs), out
 
 
 def see_student(
+    forwards: Forwards,
     block: nn.Module,
     number: int,
     stream: Stream,
@@ -264,19 +279,21 @@ def see_student(
     expert: tuple[Kept, Kept],
     tokens: Tokens,
 ) -> None:
-    """Run the student's layer up to its last captured input; moments grow as the forward goes."""
+    """Run the student's layer up to its last captured input; moments grow."""
     if layout.last is None:
         return
     hidden, calls = stream.load(batch, rows)
     counted = tokens.part(rows)
     taps = [*(group.leader for group in layout.groups), *moments.norms]
-    with tapped(
+    forwards.see(
+        calls,
+        number,
         block,
-        {*taps, layout.last},
+        hidden,
+        dict.fromkeys([*taps, layout.last]),
         lambda name, x: moments.add(name, x, *expert, counted, rows.stop),
         stop_at=layout.last,
-    ):
-        calls.run(number, block, hidden)
+    )
 
 
 def _load(block: nn.Module, update: Update) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""How batches pass a layer: how many tokens at a time, and in what arithmetic."""
+"""How batches pass a layer: how many tokens at a time, and what is said when even the fewest are too many."""
 
 from __future__ import annotations
 
@@ -22,21 +22,6 @@ def memory_errors(device: torch.device) -> Iterator[None]:
             "(max_length), keep hidden states elsewhere (--scratch), or use a device with more memory: "
             "`featcal-fast plan` says what is needed"
         ) from error
-
-
-@contextmanager
-def whole_float32() -> Iterator[None]:
-    """Float32 products are float32 ones within the context, whatever the process has allowed (TF32, bfloat16)."""
-    try:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-    except RuntimeError:  # chosen backend by backend, which torch will not have both ways
-        before = None
-    try:
-        yield
-    finally:
-        if before is not None:
-            torch.set_float32_matmul_precision(before)
 
 
 class Chunks:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from featcal_fast.activations import Stream
+from featcal_fast.activations import Run, Stream
 from featcal_fast.chunks import Chunks
 from featcal_fast.models.stepping import BatchCalls
 from featcal_fast.sources import Source
@@ -33,8 +33,9 @@ class Probe:
         device: torch.device,
         chunks: Chunks,
         transfers: Transfers,
+        run: Run,
     ) -> None:
-        self._device, self._chunks = device, chunks
+        self._device, self._chunks, self._run = device, chunks, run
         self._masks = [stage.mask for stage in student.structure.family.stages]
         self._merged = {task: Stream(student, task, device, transfers) for task in experts}
         self._calibrated = {task: Stream(student, task, device, transfers) for task in experts}
@@ -70,7 +71,7 @@ class Probe:
         return [self._distance(self._merged), self._distance(self._calibrated)]
 
     def _advance(self, task: str, stream: Stream, number: int, block: nn.Module) -> None:
-        self._chunks.each(self._tokens[task].extent, partial(stream.advance, number, block, 0))
+        self._chunks.each(self._tokens[task].extent, partial(stream.advance, number, block, 0, run=self._run))
 
     def _distance(self, streams: Mapping[str, Stream]) -> Tensor:
         distances = []

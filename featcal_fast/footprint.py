@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from featcal_fast.activations import Stream
 from featcal_fast.calibrate import see_expert, see_student
 from featcal_fast.checkpoints import TensorInfo, TensorSource
+from featcal_fast.compiled import Forwards, wanted
 from featcal_fast.features import InputGroup, Layout, find_layout
 from featcal_fast.models.patterns import Remembered
 from featcal_fast.models.stepping import BatchCalls, move
@@ -27,7 +28,7 @@ from featcal_fast.moments import GroupMoments, TaskMoments, token_side
 from featcal_fast.settings import Settings
 from featcal_fast.solve import solve_dtype
 from featcal_fast.sources import CheckpointSource
-from featcal_fast.systems import Anchor, LayerSystem
+from featcal_fast.systems import Anchor, LayerSystem, fold_columns
 from featcal_fast.tokens import TokenCounts, Tokens
 
 META = torch.device("meta")
@@ -238,6 +239,7 @@ def measure_layer(
     states: tuple[FirstStates, FirstStates],
     counts: TokenCounts,
     settings: Settings,
+    device: torch.device,
 ) -> Footprint:
     """Run the engine's steps for a layer on the meta device.
 
@@ -246,6 +248,8 @@ def measure_layer(
         layer: of theirs.
         states: the student's and the expert's in the layer's stage, for one batch.
         counts: tokens of the layer's stage.
+        settings: the recipe's.
+        device: where they will run.
     """
     # The config is shared, not copied: blocks only read it.
     block, teacher = (
@@ -254,7 +258,7 @@ def measure_layer(
     )
     own, others = (cast(Stream, _MetaStream(each)) for each in states)
     tokens = states[0].tokens
-    rows = slice(0, tokens.shape[0])
+    rows, forwards = slice(0, tokens.shape[0]), Forwards(wanted(settings, device))
     present = [(each.hidden, each.calls.args, each.calls.kwargs) for each in states]
     with Meter(present, block.state_dict(), teacher.state_dict()) as meter:
         layout = find_layout(block, layer, *own.load(0, rows), tokens, settings)
@@ -265,13 +269,14 @@ def measure_layer(
         scratch = meter.live - start - system_bytes
         full = meter.live
         meter.lap()
-        seen, out = see_expert(teacher, layer.number, others, 0, rows, layout, moments)
+        seen, out = see_expert(forwards, teacher, layer.number, others, 0, rows, layout, moments)
         expert_peak, expert_flops = meter.lap()
-        see_student(block, layer.number, own, 0, rows, layout, moments, seen, tokens)
+        see_student(forwards, block, layer.number, own, 0, rows, layout, moments, seen, tokens)
         del seen, out
         student_peak, both = meter.lap()
         system.fold(moments, teacher, "task")
         fold_peak, fold = meter.lap()
+        fold_peak += _larger_weights(moments, device)
         moment_flops = _moment_flops(moments, tokens)
     return Footprint(
         layout=layout,
@@ -286,6 +291,16 @@ def measure_layer(
         fold=fold,
         solve=sum(_solve_flops(group, counts) for group in layout.groups),
     )
+
+
+def _larger_weights(moments: TaskMoments, device: torch.device) -> int:
+    """Bytes by which what a task is folded by on `device` is larger than on the meta device."""
+    sizes = [0]
+    for each in moments.groups.values():
+        if isinstance(each, GroupMoments):
+            width, here = each.group.in_features, fold_columns(each, META)
+            sizes.append(4 * max(each.group.out_features) * (min(width, fold_columns(each, device)) - min(width, here)))
+    return max(sizes)
 
 
 def _moment_flops(moments: TaskMoments, tokens: Tokens) -> float:
@@ -310,7 +325,8 @@ def _solve_flops(group: InputGroup, counts: TokenCounts) -> float:
 
 
 def _solving(layout: Layout, dtype: torch.dtype, counts: TokenCounts) -> int:
-    """Bytes beyond system and scratch: none in float32, where a system is solved where it lies; else a copy of it."""
+    """Bytes beyond system and scratch: none in float32, where a system is solved where it lies, with no more beside it
+    than what is planned for the kernels' operands; else a copy of it."""
     copies = int(dtype == torch.float64)
     needs = [0]
     for group in layout.groups:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from featcal_fast.models import Layer, find_structure
 from featcal_fast.models.linear import is_linear, oriented
 from featcal_fast.models.stepping import BatchCalls, first_hidden
+from featcal_fast.precision import whole_float32
 from featcal_fast.selection import reason_to_keep
 from featcal_fast.settings import Settings
 
@@ -109,6 +110,7 @@ def task_weight(s: Tensor, settings: Settings) -> Tensor:
 
 
 @torch.no_grad()
+@whole_float32()
 def calibrate_model(
     merged: nn.Module,
     *,

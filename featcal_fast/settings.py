@@ -56,6 +56,8 @@ class Settings:
             model multiplies them. Sums are always float32.
         solve_dtype: arithmetic of the Cholesky solve. `auto` is float32 while the bound on the condition
             number, `(tasks + lambda) / lambda`, allows it, and float64 beyond (design section 3.7).
+        compile_blocks: whether layers' forwards go through torch.compile; None for on a GPU only. What they make is the
+            same within the rounding of its dtype.
         include: calibrate only the modules of these names: a string is a regular expression that the full name
             must match, a list holds suffixes (`q_proj`, `mlp.down_proj`), as in PEFT's `target_modules`.
         exclude: leave out the modules of these names, likewise.
@@ -73,6 +75,7 @@ class Settings:
     forward_dtype: str = "auto"
     moment_dtype: str = "auto"
     solve_dtype: str = "auto"
+    compile_blocks: bool | None = None
     include: Patterns | None = None
     exclude: Patterns | None = None
 
@@ -85,6 +88,9 @@ class Settings:
         for name in ("calibrate_bias", "calibrate_layernorm"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"settings.{name}: found {getattr(self, name)!r}, expected true or false")
+        if self.compile_blocks is not None and not isinstance(self.compile_blocks, bool):
+            found = self.compile_blocks
+            raise RecipeError(f"settings.compile_blocks: found {found!r}, expected true, false or null (on a GPU only)")
         if self.ridge_lambda < 0:
             raise RecipeError(f"settings.ridge_lambda: found {self.ridge_lambda}, expected 0 or more")
         if not 0 <= self.teacher_alpha <= 1:

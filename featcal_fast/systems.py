@@ -71,6 +71,12 @@ def fold_precision(merged: Tensor, settings: Settings) -> str:
     return "fp16x2" if rounds else "fp16x3"
 
 
+def fold_columns(scratch: GroupMoments, device: torch.device) -> int:
+    """How many columns of a weight a task is folded by at a time."""
+    group = scratch.group
+    return panel_rows(device, group.in_features * (1 if scratch.output_space else 2) + max(group.out_features))
+
+
 def column_blocks(size: int, width: int = BLOCK) -> list[slice]:
     """What a weight is taken apart into, so that no whole one is ever formed in float32."""
     return [slice(start, min(start + width, size)) for start in range(0, size, width)]
@@ -147,8 +153,7 @@ class GroupSystem(InputSystem):
                 if (bias := expert.get(f"{name}.bias")) is not None:
                     t[rows].addr_(bias.float(), scratch.sum_student.float(), alpha=-1)
                 add_scaled_(self.r[rows], t[rows], scale * alpha)
-        columns = self.group.in_features * (1 if scratch.output_space else 2) + max(self.group.out_features)
-        for part in column_blocks(self.group.in_features, panel_rows(s.device, columns)):
+        for part in column_blocks(self.group.in_features, fold_columns(scratch, s.device)):
             # Packed once for all modules; and 16-bit weights take fewer products as they are stored.
             right, right_t = pack(s[part]), None if scratch.output_space else pack(t[part])
             for name, (stored, rows) in modules.items():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from featcal_fast.errors import DataError
 from featcal_fast.models.family import LastLayerWeights
+from featcal_fast.models.stepping import move, pinned
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,26 @@ class TokenCounts:
 class Tokens:
     """The tokens of one batch `[batch, tokens, ...]`: padding never counts, and a last layer may weigh the rest less.
 
+    Once made, the host knows how many there are and the device which: neither waits for the other.
+
     Args:
         mask: `[batch, tokens]`, 0 where a token does not count; None where all do.
         shape: `(batch, tokens)` of the hidden states.
         device: where features will be.
         memory: the tokens of the previous stage's final output, for the modules that are given it.
+        index: of those that count, in `[batch * tokens]`, on the device; by default it is found from the mask.
 
     Raises:
         DataError: the mask has another shape.
     """
 
     def __init__(
-        self, mask: Tensor | None, shape: tuple[int, int], device: torch.device, memory: Tokens | None = None
+        self,
+        mask: Tensor | None,
+        shape: tuple[int, int],
+        device: torch.device,
+        memory: Tokens | None = None,
+        index: Tensor | None = None,
     ) -> None:
         if mask is not None and tuple(mask.shape) != shape:
             raise DataError(
@@ -48,7 +57,12 @@ class Tokens:
         self.shape, self.memory = shape, memory
         valid = None if mask is None else mask.cpu() != 0
         self._valid = None if valid is None or bool(valid.all()) else valid
-        self._index = None if self._valid is None else self._valid.reshape(-1).nonzero()[:, 0].to(device)
+        if self._valid is None:
+            index = None
+        elif index is None:
+            index = self._valid.reshape(-1).nonzero()[:, 0]
+            index = move(pinned(index) if device.type == "cuda" else index, device)
+        self._index = index
         self._device = device
         self._weights: dict[LastLayerWeights, tuple[Tensor, float]] = {}
         self._parts: dict[tuple[int, int], Tokens] = {}
@@ -60,8 +74,11 @@ class Tokens:
         key = rows.start, rows.stop
         if key not in self._parts:
             memory = None if self.memory is None else self.memory.part(rows)
-            mask = None if self._valid is None else self._valid[rows]
-            self._parts[key] = Tokens(mask, (rows.stop - rows.start, self.shape[1]), self._device, memory)
+            mask = index = None
+            if self._valid is not None and self._index is not None:
+                mask, before = self._valid[rows], int(self._valid[: rows.start].sum())
+                index = self._index[before : before + int(mask.sum())] - rows.start * self.shape[1]
+            self._parts[key] = Tokens(mask, (rows.stop - rows.start, self.shape[1]), self._device, memory, index)
         return self._parts[key]
 
     @property
@@ -90,9 +107,9 @@ class Tokens:
         if rule is None:
             return None, float(self.count)
         if rule not in self._weights:
-            weights = torch.full(self.shape, rule.rest, dtype=torch.float32)
-            weights[:, 0] = 1.0
-            flat = weights.reshape(-1)
-            flat = flat if self._valid is None else flat[self._valid.reshape(-1)]
-            self._weights[rule] = flat.to(self._device), float(flat.double().sum())
+            weights = torch.full(self.shape, rule.rest, dtype=torch.float32, device=self._device)
+            weights[:, 0].fill_(1.0)
+            first = self.shape[0] if self._valid is None else int(self._valid[:, 0].sum())
+            rest = float(torch.tensor(rule.rest, dtype=torch.float32))  # as it is rounded there
+            self._weights[rule] = self.rows(weights[..., None])[:, 0], first + rest * (self.count - first)
         return self._weights[rule]

@@ -25,6 +25,7 @@ def update_errors(found: nn.Module, judge: nn.Module, merged: nn.Module) -> dict
     """`||P - P64|| / ||P64 - P_merged||` by parameter, with the share of it that storing in float32 may explain."""
     errors = {}
     for name, exact in judge.named_parameters():
+        assert exact.isfinite().all(), f"{name}: the judge is not finite"
         start = merged.get_parameter(name).double()
         update = (exact - start).norm()
         if update > 0 and not torch.equal(exact.float(), start.float()):

@@ -48,6 +48,7 @@ def weights(job: pico.Job) -> dict[str, Tensor]:
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], job: pico.Job) -> None:
     for name, start in job.merged.named_parameters():
+        assert expected[name].isfinite().all(), name
         update = (expected[name] - start).norm()
         if update > 1e-3 * start.norm():
             error = (found[name] - expected[name]).norm() / update

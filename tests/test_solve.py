@@ -1,8 +1,9 @@
-"""The ladder: what happens when a factorisation fails, and that nothing is copied when it does not."""
+"""Factorisation and solves, whole and by blocks; the ladder: what happens when a factorisation fails."""
 
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import featcal_fast as ff
+from featcal_fast import cholesky, solve
+from featcal_fast.cholesky import factor_, factor_blocked_, solve_, solve_blocked_
 from featcal_fast.features import InputGroup, Layout
 from featcal_fast.moments import TaskMoments
-from featcal_fast.solve import check_finite, factor_, solve_, solve_layer
+from featcal_fast.solve import MAX_CONDITION_SPLIT, check_finite, max_condition, solve_layer
 from featcal_fast.systems import Anchor, LayerSystem
 from featcal_fast.tokens import TokenCounts
 
@@ -78,9 +81,105 @@ def test_neither_side_of_a_system_is_copied(dtype: torch.dtype, column_major: bo
     assert (right - judge).norm() < (1e-5 if dtype == torch.float32 else 1e-13) * judge.norm()
 
 
+def ridge(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    torch.manual_seed(n)
+    x = torch.randn(2 * n, n, dtype=dtype)
+    return x.mT @ x / len(x) + 0.1 * torch.eye(n, dtype=dtype)
+
+
+def upper(system: torch.Tensor) -> torch.Tensor:
+    """What is below the diagonal is poisoned."""
+    return system.triu().masked_fill_(torch.ones_like(system).tril(-1) > 0, torch.nan)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 32, 100, 129])
+@pytest.mark.parametrize("m", [1, 20, 300])
+@pytest.mark.parametrize("column_major", [True, False])
+def test_blocks_give_what_the_whole_gives(n: int, m: int, column_major: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cholesky, "BLOCK", 16)
+    system = ridge(n)
+    right = torch.randn(m, n).mT if column_major else torch.randn(n, m)
+    judge = torch.linalg.solve(system.double(), right.double())
+    whole, parts = right.clone(), right
+    place, factors = parts.data_ptr(), [upper(system), upper(system)]
+    infos = factor_(factors[0]), factor_blocked_(factors[1])
+    assert infos[0].dtype == infos[1].dtype == torch.int32
+    assert infos[0].shape == infos[1].shape
+    assert not any(infos)
+    solve_(factors[0], whole)
+    solve_blocked_(factors[1], parts)
+    assert parts.data_ptr() == place
+    assert torch.allclose(factors[1].triu(), factors[0].triu(), atol=1e-6)
+    assert (parts - judge).norm() < 2 * (whole - judge).norm() + 1e-6 * judge.norm()
+
+
+def test_blocks_need_no_memory_of_the_size_of_a_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cholesky, "BLOCK", 16)
+    a, right = upper(ridge(512)), torch.randn(2000, 512).mT
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        factor_blocked_(a)
+        solve_blocked_(a, right)
+    most = max(event.self_cpu_memory_usage for event in profiled.events())
+    assert (
+        0 < most <= 4 * 128 * 256
+    )  # a product's left operand, half of eight blocks' right-hand sides: torch scales it
+
+
+@pytest.mark.parametrize("bad", [0, 15, 16, 40, 99])
+@pytest.mark.parametrize("value", [-1.0, math.nan])
+def test_blocks_say_where_they_stopped(bad: int, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cholesky, "BLOCK", 16)
+    system = ridge(100)
+    system[bad, bad] = value
+    assert int(factor_blocked_(upper(system))) == int(factor_(upper(system))) == bad + 1
+
+
+def test_where_blocks_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a stack each matrix for itself; never in float64, nor against a caller's word, nor for small systems."""
+    called = []
+    for name in ("factor_blocked_", "solve_blocked_"):
+        whole = getattr(cholesky, name)
+        monkeypatch.setattr(cholesky, name, lambda *args, _name=name, _do=whole: (called.append(_name), _do(*args))[1])
+    assert not cholesky.by_blocks(torch.empty(2 * cholesky.MIN_BLOCKED, 1).expand(-1, 2 * cholesky.MIN_BLOCKED))
+    monkeypatch.setattr(cholesky, "by_blocks", lambda a: a.dtype == torch.float32)
+    stack = torch.stack([ridge(20), -ridge(20)])
+    assert factor_(stack).tolist() == [0, 1]
+    solve_(stack[0], torch.randn(20, 3))
+    assert called == ["factor_blocked_", "factor_blocked_", "solve_blocked_"]
+    factor = ridge(20)
+    assert int(factor_(factor, split=False)) == 0
+    solve_(factor, torch.randn(20, 3), split=False)
+    assert int(factor_(ridge(20, torch.float64))) == 0
+    assert len(called) == 3
+
+
 @torch.no_grad()
-def test_a_failed_float32_factorisation_is_redone_in_float64() -> None:
+@pytest.mark.parametrize("ridge_lambda", [0.05, 1e-4])
+def test_a_layer_is_solved_by_blocks_where_its_condition_allows(
+    ridge_lambda: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    blocked = cholesky.solve_blocked_
+    monkeypatch.setattr(cholesky, "BLOCK", 16)
+    monkeypatch.setattr(cholesky, "by_blocks", lambda a: a.dtype == torch.float32)
+    monkeypatch.setattr(cholesky, "solve_blocked_", lambda *args: (called.append(1), blocked(*args)))
+    settings = ff.Settings(ridge_lambda=ridge_lambda, solve_dtype="float32")
+    features = torch.randn(TOKENS, IN)
+    system, moments, block, expert = layer(settings, features)
+    update = solve_layer(system, moments, tasks=1)
+    assert len(called) == (max_condition(settings, 1) <= MAX_CONDITION_SPLIT) == (ridge_lambda == 0.05)
+    judge = exact(features, block, expert, settings)
+    assert torch.allclose(update.parameters["fc.weight"].double(), judge, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_a_failed_float32_factorisation_is_redone_in_float64(by_blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank-deficient features and a tiny ridge: float32 rounding makes the system indefinite."""
+    if by_blocks:
+        monkeypatch.setattr(cholesky, "BLOCK", 16)
+        monkeypatch.setattr(cholesky, "by_blocks", lambda a: a.dtype == torch.float32)
+        monkeypatch.setattr(solve, "MAX_CONDITION_SPLIT", math.inf)
     settings = ff.Settings(ridge_lambda=1e-9, covariance_eps=1e-12, solve_dtype="float32")
     torch.manual_seed(1)
     features = torch.randn(TOKENS, 3) @ torch.randn(3, IN)

@@ -182,7 +182,7 @@ class _Launch:
     m: int
     d: int
     ld: int
-    descriptors: Tensor | None = None
+    descriptors: _Descriptors
 
     @classmethod
     def of(
@@ -197,7 +197,7 @@ class _Launch:
         table = _table(*sizes, tile, device)
         by_slabs = splits > 1 or d % COLUMN_PAD > 0 or ld % COLUMN_PAD > 0
         slabs = torch.empty(len(table) * splits * tile.m * tile.n, device=device) if by_slabs else None
-        return cls(arch, tile, half, table, splits, slabs, y.x.shape[1], d, ld)
+        return cls(arch, tile, half, table, splits, slabs, y.x.shape[1], d, ld, _Descriptors(device))
 
     def __call__(
         self, gram: Tensor | None, cross: Tensor | None, x: Operand, y: Operand, b: Operand, scale: Tensor | None
@@ -212,7 +212,7 @@ class _Launch:
         kernel: Any = pointer_kernel
         if self.arch.descriptors and self.half:
             kernel = descriptor_kernel
-            triton.set_allocator(self._descriptor_memory)
+            triton.set_allocator(self.descriptors)
         kernel[(len(self.table), self.splits)](
             *outputs, self.slabs, self.table, *operands, scale, b.tokens, part_rows(b.tokens), m, d, self.ld,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, HALVES=tile.halves, PROMOTE=tile.promote,
@@ -228,11 +228,18 @@ class _Launch:
                 BLOCK_M=tile.m, BLOCK_N=tile.n, ROWS=REDUCE_ROWS,
             )  # fmt: skip
 
-    def _descriptor_memory(self, size: int, alignment: int, stream: int | None) -> Tensor:
-        """The same for each panel: those after the first ask for no memory."""
-        if self.descriptors is None or self.descriptors.numel() < size:
-            self.descriptors = torch.empty(size, dtype=torch.int8, device=self.table.device)
-        return self.descriptors
+
+class _Descriptors:
+    """Their memory, the same for each panel: those after the first ask for none. Triton keeps the last op's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory: Tensor | None = None
+
+    def __call__(self, size: int, alignment: int, stream: int | None) -> Tensor:
+        if self._memory is None or self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=torch.int8, device=self._device)
+        return self._memory
 
 
 @lru_cache(maxsize=1024)

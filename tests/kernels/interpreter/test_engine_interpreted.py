@@ -16,21 +16,24 @@ import featcal_fast as ff
 from featcal_fast import reference
 
 TILE = Tile(64, 64, 128, warps=4, stages=2)
-ARCH = Arch(half=TILE, split=replace(TILE, promote=1), single=TILE, descriptors=True)
+ARCH = Arch(half=TILE, split=replace(TILE, promote=1, triple=True), single=TILE, descriptors=True)
+OLDER = replace(ARCH, split=replace(TILE, promote=1), descriptors=False)
 
 
 @pytest.mark.parametrize(("kind", "descriptors"), [("clip", True), ("llama", False)])
 def test_update_is_exact(kind: str, descriptors: bool, monkeypatch: pytest.MonkeyPatch):
-    job = pico.job(kind, 2)
+    job = pico.job(kind, 2, layers=2 if kind == "llama" else 1)
+    job.batches = {task: batches[:1] for task, batches in job.batches.items()}  # interpreting is slow
     judge = _calibrated(reference.calibrate_model, job.double())
     monkeypatch.setattr(ops, "_gpu", lambda *tensors: launch)
-    monkeypatch.setattr(launch, "arch_of", lambda device: ARCH if descriptors else replace(ARCH, descriptors=False))
+    monkeypatch.setattr(launch, "arch_of", lambda device: ARCH if descriptors else OLDER)
     called = []
-    moments = launch.moments_
-    monkeypatch.setattr(launch, "moments_", lambda *args, **kwargs: (called.append(1), moments(*args, **kwargs)))
+    add = launch._add
+    monkeypatch.setattr(launch, "_add", lambda *args: (called.append(1), add(*args)))
     ours = _calibrated(ff.calibrate_model, job)
-    assert len(called) > 50
+    assert len(called) > 20
     for name, exact in judge.named_parameters():
+        assert exact.isfinite().all(), name
         start = job.merged.get_parameter(name).double()
         update = (exact - start).norm()
         if update > 0.05 * start.norm():  # well above the parameter's own rounding
