@@ -32,6 +32,7 @@ from safetensors import safe_open
 
 import featcal_fast as ff
 from bench.machine import machine
+from bench.phases import clocked
 from bench.workloads import WORKLOADS, Workload, write
 from featcal_fast.machine import peak_resident_bytes, use_whole_machine
 
@@ -52,8 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.worker:
-        step = {"plan": _plan, "run": _run}[args.worker[0]]
-        print(json.dumps(step(Path(args.worker[1]), args)))
+        steps, folder = {"plan": _plan, "run": _run, "both": _both}, Path(args.worker[1])
+        print(json.dumps(steps[args.worker[0]](folder, args)))
         return
     for name in args.jobs:
         if name not in WORKLOADS:
@@ -91,7 +92,7 @@ def _measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     out = folder / "out"
     options = (args.device, args.threads, args.scratch)
     planned, found = _in_a_process("plan", folder, *options), run_job(folder, *options)
-    if _headers(out) != _headers(folder / "base"):
+    if not same_tensors(folder):
         raise SystemExit(f"{out}: tensors differ in name, shape or dtype from those of {folder / 'base'}")
     shutil.rmtree(out)
     kinds = [kind for kind in ("host", "device") if found[f"peak_{kind}_gib"]]
@@ -108,10 +109,20 @@ def run_job(folder: Path, device: str, threads: int, scratch: str | None) -> dic
 def _in_a_process(step: str, folder: Path, device: str, threads: int, scratch: str | None) -> dict[str, Any]:
     path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "bench.jobs", "--worker", step, str(folder), "--device", device]
-    command += ["--threads", str(threads), *(["--scratch", scratch] if scratch else [])]
+    command = worker_command(step, folder, device, threads, scratch)
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def worker_command(step: str, folder: Path, device: str, threads: int, scratch: str | None = None) -> list[str]:
+    """What plans, runs, or does both in one process; its last line is what it found, as JSON."""
+    command = [sys.executable, "-m", "bench.jobs", "--worker", step, str(folder), "--device", device]
+    return [*command, "--threads", str(threads), *(["--scratch", scratch] if scratch else [])]
+
+
+def _both(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    planned = _plan(folder, args)
+    return {**_run(folder, args), "plan": planned}
 
 
 def _plan(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -140,11 +151,13 @@ def _run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     recipe = json.loads((folder / "recipe.json").read_text())
     on_gpu = torch.device(args.device).type == "cuda"
     started = time.perf_counter()
-    with _Energy(on_gpu) as energy:
+    with _Energy(on_gpu) as energy, clocked(torch.device(args.device)) as phases:
         report = ff.calibrate(recipe, out=folder / "out", device=args.device, scratch=args.scratch)
-    seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        by_phase = phases()
     return {
         "seconds": round(seconds, 2),
+        "seconds_by_phase": by_phase,
         "seconds_in_layers": round(sum(layer.seconds for layer in report.layers), 2),
         "peak_host_gib": round(peak_resident_bytes() / 2**30, 3),
         "peak_device_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if on_gpu else 0,
@@ -179,6 +192,11 @@ class _Energy:
             while self._on and not self._stop.wait(0.1):
                 watts, now = torch.cuda.power_draw() / 1000, time.perf_counter()
                 self.joules, before = self.joules + watts * (now - before), now
+
+
+def same_tensors(folder: Path) -> bool:
+    """Whether a job's result has the names, shapes and dtypes of its base model."""
+    return _headers(folder / "out") == _headers(folder / "base")
 
 
 def _headers(folder: Path) -> dict[str, tuple[list[int], str]]:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.gpu import goals, layer, moments, tables
+from bench.gpu import jobs as jobs_on_gpu
 from featcal_fast.models import families_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,37 +86,44 @@ def jobs() -> str:
 
 
 def gpu() -> str:
-    """What `bench.gpu` measured on each GPU: sums, and a whole layer."""
+    """What `bench.gpu` measured on each GPU."""
     paths = sorted(RESULTS.glob("gpu-*.json"))
     return "\n\n".join(gpu_tables(_read(path.stem)) for path in paths) or "*No GPU was measured yet.*"
 
 
 def gpu_tables(results: dict[str, Any]) -> str:
-    """One GPU's figures, from what `bench.gpu` wrote."""
-    found, sections = results["environment"], results["sections"]
-    known = [f"{name} {found[name]}" for name in ("torch", "triton", "driver, power limit, clock") if found.get(name)]
-    peak = f"its peak in a large bfloat16 product: {results['peak_tflops']:.0f} TFLOP/s"
-    parts = [f"**{found['device']}** ({', '.join(known)}); {peak}."]
-    columns = {
-        "moments": ("in", "d", "m", "n", "taken", "torch/taken", "fp32/taken", "perfect", "TFLOP/s", "peak"),
-        "llama_layer": ("way", "forward", "moments", "fold", "solve", "advance", "ms", "share of ideal", "engine's"),
-    }
-    columns["moments"] += ("other/taken", "gram error", "cross error")
-    for name, wanted in columns.items():
-        if name not in sections:  # a run of some sections only
-            continue
-        section = sections[name]
-        keys = [key for key in wanted if key in section["rows"][0]]
-        rows = [[_figure(row[key]) for key in keys] for row in section["rows"]]
-        table = "\n".join(_row(cells) for cells in ([*keys], ["---", *["---:"] * (len(keys) - 1)], *rows))
-        parts += [f"{section['title']}:", table, "; ".join(note.rstrip(".") for note in section["notes"]) + "."]
+    """One GPU's figures and goals, a layer by each schedule, its sums, and whole jobs."""
+    found = results["environment"]
+    rows = {name: part["rows"] for name, part in results["sections"].items()}
+    peak = next(iter(rows["peak"].values()))["TFLOP/s"]
+    names = ("driver, power limit, clock", "torch", "triton", "transformers")
+    known = [f"{name} {found[name]}" for name in names if found.get(name)]
+    parts = [f"**{found['device']}** ({'; '.join(known)}). Its peak in a bfloat16 product: {peak:.3g} TFLOP/s."]
+    figures = [
+        {"": figure.section, "figure": figure.what, "found": figure.found, "goal": figure.goal, "met": _met(figure)}
+        for figure in goals.figures(rows, peak)
+    ]
+    shown = {"The figures that matter": figures}
+    shown["A Llama-3.1-8B-shaped layer, milliseconds"] = layer.lines(rows.get("layer", {}), peak)
+    sums = [row for row in rows.get("moments", {}).values() if row["n"] == moments.TOKENS[0] * 1024]
+    shown["Sums over 16k tokens: a Gram matrix [d, d] and a cross moment [m, d]"] = moments.lines(sums, peak)
+    shown["Whole jobs, folders to a folder"] = jobs_on_gpu.lines(rows.get("jobs", {}))
+    for title, lines in shown.items():
+        if lines:
+            columns = list(dict.fromkeys(name for line in lines for name in line))
+            cells = [[_figure(line.get(name)) for name in columns] for line in lines]
+            rule = ["---", *["---:"] * (len(columns) - 1)]
+            parts += [f"{title}:", "\n".join(_row(each) for each in (columns, rule, *cells))]
+    parts += [" ".join([*layer.notes(rows.get("layer", {}), peak), *moments.NOTES])]
     return "\n\n".join(parts)
 
 
+def _met(figure: goals.Figure) -> str:
+    return "" if not figure.goal else "yes" if figure.met else "no"
+
+
 def _figure(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-    return "" if value is None else str(value)
+    return "" if value is None else tables.text(value)
 
 
 def digits() -> str:

@@ -72,6 +72,9 @@ LLAMA_SMALL |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size"
 LLAMA_TOY = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_TOY |= {"head_dim": 16, "num_key_value_heads": 2, "vocab_size": 1000}
 
+QUERIES_AND_VALUES = ("q", "v", "q_proj", "v_proj", "query", "value")  # T5's names, Llama's and CLIP's, BERT's
+
+SHARD_BYTES = 2 * 2**30
 VISION, TEXT, T5 = "CLIPVisionModel", "LlamaForCausalLM", "T5ForConditionalGeneration"
 WORKLOADS = {
     "clip-small": Workload(VISION, SMALL, 3, toy=CLIP_TOY),
@@ -128,6 +131,83 @@ def write(work: Workload, folder: Path) -> dict[str, Any]:
             base.save_pretrained(folder / task)
         save_file(_inputs(work, generator), folder / f"{task}.safetensors")
         experts[task] = {"model": str(folder / task), "data": str(folder / f"{task}.safetensors")}
+    return _write_recipe(work, folder, experts)
+
+
+def write_linked(work: Workload, folder: Path, device: torch.device) -> dict[str, Any]:
+    """The same with `base` and ONE expert, made on `device` and written shard by shard; the other experts are links.
+
+    For models so large that five experts would take longer to make than to merge, and more room than memory-backed
+    disk has. Every task has its own texts, all `tokens` long.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    shards = _Shards(folder / "base"), _Shards(folder / "task0")
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in empty_model(work).named_parameters():  # a tied weight once
+        noise = [torch.randn(parameter.shape, generator=generator, device=device) for _ in range(2)]
+        center, spread = (1.0, 0.1) if parameter.ndim == 1 else (0.0, 0.02)
+        weight = center + spread * noise[0]
+        for shard, value in zip(shards, (weight, weight + 0.2 * (spread + 0.02) * noise[1]), strict=True):
+            shard.add(name, value.to(getattr(torch, work.dtype)))
+    experts = {}
+    for k in range(work.tasks):
+        if k:
+            (folder / f"task{k}").symlink_to("task0", target_is_directory=True)
+        tokens = torch.Generator().manual_seed(k)
+        ids = torch.randint(3, work.config["vocab_size"], (work.samples, work.tokens), generator=tokens)
+        save_file({"input_ids": ids}, folder / f"task{k}.safetensors")
+        experts[f"task{k}"] = {"model": str(folder / f"task{k}"), "data": str(folder / f"task{k}.safetensors")}
+    for shard in shards:
+        shard.end(work)
+    return _write_recipe(work, folder, experts)
+
+
+class _Shards:
+    """A checkpoint's folder that is written a few tensors at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self._folder = folder
+        self._waiting: dict[str, Tensor] = {}
+        self._files: dict[str, str] = {}
+        self._bytes = 0
+
+    def add(self, name: str, value: Tensor) -> None:
+        self._waiting[name] = value
+        self._bytes += value.nbytes
+        if sum(each.nbytes for each in self._waiting.values()) > SHARD_BYTES:
+            self._write()
+
+    def end(self, work: Workload) -> None:
+        self._write()
+        index = {"metadata": {"total_size": self._bytes}, "weight_map": self._files}
+        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        config = getattr(transformers, work.model).config_class(**work.config)
+        config.architectures, config.dtype = [work.model], work.dtype
+        config.save_pretrained(self._folder)
+
+    def _write(self) -> None:
+        if self._waiting:
+            file = f"model-{len(set(self._files.values())) + 1:05d}.safetensors"
+            save_file(self._waiting, self._folder / file, metadata={"format": "pt"})
+            self._files |= dict.fromkeys(self._waiting, file)
+            self._waiting = {}
+
+
+def empty_model(work: Workload) -> Any:
+    """The model without storage: names and shapes."""
+    cls = getattr(transformers, work.model)
+    with torch.device("meta"):
+        return cls(cls.config_class(**work.config))
+
+
+def model_bytes(work: Workload) -> int:
+    """Of a checkpoint."""
+    size = getattr(torch, work.dtype).itemsize
+    return size * sum(parameter.numel() for parameter in empty_model(work).parameters())
+
+
+def _write_recipe(work: Workload, folder: Path, experts: dict[str, Any]) -> dict[str, Any]:
     recipe = {
         "base_model": str(folder / "base"),
         "merge": {"method": "task_arithmetic", "scaling": 0.3},
@@ -135,7 +215,7 @@ def write(work: Workload, folder: Path) -> dict[str, Any]:
         "settings": {"preset": work.preset},
         "samples": work.samples,
     }
-    path.write_text(json.dumps(recipe))
+    (folder / "recipe.json").write_text(json.dumps(recipe))
     return recipe
 
 
@@ -150,18 +230,21 @@ def random_model(work: Workload) -> Any:
 
 
 def _write_adapter(work: Workload, base: dict[str, Tensor], folder: Path, generator: torch.Generator) -> None:
-    """A LoRA expert: random factors for every q and v."""
+    """A LoRA expert: random factors for every projection to queries and values, by the names that the model has."""
+    modules = {name.removesuffix(".weight"): weight for name, weight in base.items() if weight.ndim == 2}
+    chosen = {name: weight for name, weight in modules.items() if name.rpartition(".")[2] in QUERIES_AND_VALUES}
+    if not chosen:
+        raise ValueError(f"{work.model}: no projection is named {', '.join(QUERIES_AND_VALUES)}: an empty adapter")
+    targets = [name for name in QUERIES_AND_VALUES if any(module.endswith(f".{name}") for module in chosen)]
     folder.mkdir(parents=True)
-    config = {"peft_type": "LORA", "r": work.lora, "lora_alpha": 2 * work.lora, "target_modules": ["q", "v"]}
+    config = {"peft_type": "LORA", "r": work.lora, "lora_alpha": 2 * work.lora, "target_modules": targets}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     factors = {}
-    for name, weight in base.items():
-        module = name.removesuffix(".weight")
-        if module.endswith((".q", ".v")):
-            out, size = weight.shape
-            a = torch.randn(work.lora, size, generator=generator) / size**0.5
-            b = 0.05 * float(weight.float().std()) * torch.randn(out, work.lora, generator=generator)
-            factors |= {f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b}
+    for module, weight in chosen.items():
+        out, size = weight.shape
+        a = torch.randn(work.lora, size, generator=generator) / size**0.5
+        b = 0.05 * float(weight.float().std()) * torch.randn(out, work.lora, generator=generator)
+        factors |= {f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b}
     save_file(factors, folder / "adapter_model.safetensors")
 
 

@@ -1,122 +1,160 @@
-"""The GPU benchmark and the tuner, through all their motions at toy sizes."""
+"""What `bench.gpu` times of the kernels: tiles compiled ahead, paths, and the row for the table."""
 
 from __future__ import annotations
 
-import gc
-import json
-import os
-import subprocess
-import sys
+import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from featcal_kernels import blas, configs
+from featcal_kernels import blas, naive
+from featcal_kernels.configs import TABLE
 
-from bench import gpu, readme, tune
+from bench.gpu import compiling, moments, process, tiles, timing
+from bench.gpu.budget import Budget
+from bench.gpu.moments import Shape
+from bench.gpu.results import Results
+from bench.gpu.sections import run_section
+from bench.gpu.timing import Run
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    out = tmp_path / "sub" / "result.json"
-    gpu.main(["--dry-run", "--out", str(out)])
-    written = json.loads(out.read_text())
-    assert set(written["sections"]) == set(gpu.SECTIONS)
-    assert {"device", "torch", "triton"} <= set(written["environment"])
-    rows = written["sections"]["moments"]["rows"]
-    assert {row["in"] for row in rows} == {"bfloat16", "float32"}
-    assert all(row["taken"] > 0 and max(row["gram error"], row["cross error"]) < 1e-6 for row in rows)
-    assert "by more than 3%: 0 of 0 shapes" in capsys.readouterr().out
-    tables = readme.gpu_tables(written).splitlines()
-    assert tables[0].startswith("**cpu** (torch ")
-    assert sum(line.startswith("| ") for line in tables) == len(rows) + 4 + 5  # and two heads; four ways and the ideal
+CPU = torch.device("cpu")
+GPU = Run(CPU, dry=False, arch=TABLE["sm_90"], peak=1.0)
 
 
-def test_sections_are_added_to_what_was_measured_before(tmp_path: Path):
-    out = tmp_path / "result.json"
-    for name in ("fold", "solve"):
-        gpu.main(["--dry-run", "--sections", name, "--out", str(out)])
-    written = json.loads(out.read_text())
-    assert set(written["sections"]) == {"fold", "solve"}
-    assert readme.gpu_tables(written).startswith("**cpu** (torch ")
+@pytest.mark.parametrize(("row", "shared"), [("sm_80", 166_912), ("sm_89", 101_376), ("sm_90", 232_448)])
+def test_candidates(row: str, shared: int):
+    arch = TABLE[row]
+    for kind, count in (("half", 8), ("split", 4)):
+        found = list(tiles.candidates(arch, kind, shared).values())
+        assert found[0] == getattr(arch, kind)
+        assert len(found) == len(set(found)) == count
+    assert {tile.triple for tile in tiles.candidates(arch, "split", shared).values()} == {False, True}
 
 
-def test_sections_of_other_versions_do_not_stay(tmp_path: Path):
-    out = tmp_path / "result.json"
-    gpu.main(["--dry-run", "--sections", "fold", "--out", str(out)])
-    out.write_text(out.read_text().replace(torch.__version__, "2.0"))
-    gpu.main(["--dry-run", "--sections", "solve", "--out", str(out)])
-    assert set(json.loads(out.read_text())["sections"]) == {"solve"}
-
-
-def test_a_run_that_is_cut_off_leaves_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    out = tmp_path / "result.json"
-    monkeypatch.setitem(gpu.SECTIONS, "solve", lambda run: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        gpu.main(["--dry-run", "--sections", "fold,solve", "--out", str(out)])
-    assert set(json.loads(out.read_text())["sections"]) == {"fold"}
-
-
-def test_sections_keep_no_tensors():
-    """Not even until garbage is collected: the next section's memory is its own."""
-    run = gpu.Run(torch.device("cpu"), dry=True, peak=1.0)
-    gpu.llama_layer(run)  # imports, which keep what they like
-    gc.collect()
-    gc.disable()
-    try:
-        before = set(map(id, _tensors()))
-        tables = [section(run) for section in gpu.SECTIONS.values()]
-        after = [x.shape for x in _tensors() if id(x) not in before]
-    finally:
-        gc.enable()
-    assert len(tables) == len(gpu.SECTIONS)
-    assert not after
-
-
-def _tensors() -> list[torch.Tensor]:
-    return [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-
-
-@pytest.mark.parametrize(("n", "other"), [(16, 3.0), (4096, 1 / 3)], ids=["blas", "triton"])
-def test_the_path_not_taken_is_held_against_the_one_that_is(n: int, other: float, monkeypatch: pytest.MonkeyPatch):
+def test_a_tile_that_spills_is_refused():
     pytest.importorskip("triton")
-    monkeypatch.setattr(blas, "available", lambda device: True)
-    monkeypatch.setattr(configs, "arch_of", lambda device: replace(configs.TABLE["sm_90"], blas_flops=1e7))
-    monkeypatch.setattr(gpu, "measure", lambda calls, run: dict.fromkeys(calls, 1.0) | {"triton": 6.0, "blas": 2.0})
-    shape = gpu.Shape(64, 48, n, torch.bfloat16)
-    run = gpu.Run(torch.device("cpu"), dry=False, peak=1.0)
-    assert gpu._moments_row(shape, run)["other/taken"] == pytest.approx(other)
-    assert gpu._moments_row(replace(shape, dtype=torch.float32), run)["other/taken"] is None
+    target = compiling.Target("cuda", 90, 32, "sm_90", 132, 232_448)
+    arch = TABLE["sm_90"]
+    wide = Shape(48, 32, 100, torch.bfloat16)
+    found = compiling.Compiling(
+        target, {"half": [wide]}, {"half": {"bad": replace(arch.half, halves=False), "odd": replace(arch.half, m=96)}}
+    )
+    usable, refused = found.usable("half", 120)
+    assert not usable
+    assert refused["bad"].startswith("spills ")
+    assert refused["odd"].startswith("does not compile: ")
 
 
-def test_unknown_section(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit):
-        gpu.main(["--dry-run", "--sections", "moments,nonsense"])
-    assert "no section nonsense" in capsys.readouterr().err
+def test_what_is_not_compiled_in_time_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compiling.process, "last_json", lambda *_: process.run(["sleep", "20"], 30))
+    target, shapes = compiling.Target("cuda", 90, 32, "sm_90", 132, 232_448), {"half": []}
+    found = compiling.Compiling(target, shapes, {"half": {"slow": TABLE["sm_90"].half}})
+    assert found.usable("half", 0.01) == ({}, {"slow": "not compiled in time"})
+    started = time.monotonic()
+    found.close()
+    found._pool.shutdown(wait=True)
+    assert time.monotonic() - started < 5, "its process is ended"
 
 
-def test_tuner(capsys: pytest.CaptureFixture[str]):
-    tune.main(["--dry-run"])
-    assert capsys.readouterr().out.splitlines()[-1].startswith("Arch(half=Tile(")
+def test_the_row_takes_what_was_fastest():
+    arch = TABLE["sm_90"]
+    names = {kind: list(tiles.neighbours(arch, kind)) for kind in tiles.COUNTS}
+    rows = {}
+    for kind, ms in (("half", (1.0, 0.5)), ("split", (1.0, 0.995)), ("small", (2.0, 3.0))):
+        shape = {"kind": kind, "d": 4096, "m": 4096, "n": 16384, "refused": {}}
+        rows[kind] = {**shape, "ms": dict(zip(names[kind], ms, strict=False))}
+    found = tiles.best_row(arch, rows)
+    assert found.half == tiles.neighbours(arch, "half")[names["half"][1]]
+    assert found.split == arch.split, "not clearly better"
+    assert found.small == replace(arch.small, step=2.0)  # 4 times the half tile's time, for twice as many steps
+    assert (found.blas_flops, found.blas_columns) == (arch.blas_flops, arch.blas_columns), "not timed"
 
 
 def test_crossovers():
     rows = [
-        {"d": d, "GFLOP": d * n * 1e-3, "triton": 1.0, "blas": 0.5 if d * n < 3000 or d >= 4096 else 2.0}
+        {"d": d, "flops": d * n * 1e6, "ms": {"triton": 1.0, "squares": 0.5 if d * n < 3000 or d >= 4096 else 2.0}}
         for d in (512, 1024, 2048, 4096)
         for n in (2, 16)
     ]
-    flops, columns = tune.crossovers(rows)
+    flops, columns = tiles.crossovers(rows)
     assert 2.048e9 < flops <= 8.192e9
     assert columns == 4096
 
 
-def test_the_gpu_benchmark_needs_no_more_than_torch_and_transformers():
-    """It runs from a checkout; what only terminals and demos need may be absent."""
-    code = "import sys; sys.modules.update(dict.fromkeys(['rich', 'typer', 'bitsandbytes', 'sklearn', 'matplotlib']));"
-    code += "from bench import gpu, layer, tune; gpu.main(['--dry-run', '--sections', 'fold'])"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
+def test_grams_that_cublas_takes():
+    timed = ((512, 0.5), (1024, 0.9), (2048, 1.1), (4096, 0.5))
+    rows = {
+        str(d): {"kind": "paths", "d": d, "m": 0, "n": 16384, "flops": 1e9, "ms": {"triton": 1.0, "squares": ms}}
+        for d, ms in timed
+    }
+    assert tiles.best_row(TABLE["sm_90"], rows).blas_grams == 1024
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """Arguments of the launcher, which the specification stands in for."""
+    launch = pytest.importorskip("featcal_kernels.launch", reason="triton is not installed")
+    calls = []
+
+    def moments_(s, h, x, y, **how) -> None:
+        calls.append(how)
+        naive.gram_(s, x, None)
+        if y is not None:
+            naive.cross_(h, y, x, None)
+
+    monkeypatch.setattr(launch, "moments_", moments_)
+    monkeypatch.setattr(blas, "available", lambda device: True)
+    monkeypatch.setattr(timing, "ROUNDS", (1, 1))
+    return calls
+
+
+def test_every_path_and_both_ways_to_split_are_timed(launched: list[dict]):
+    half = moments.measure_shape(Shape(64, 48, 100, torch.bfloat16), GPU)
+    assert set(half["ms"]) == {"taken", "torch", "fp32", "triton", "blas", "squares"}
+    single = moments.measure_shape(Shape(64, 48, 100, torch.float32), GPU)
+    assert set(single["ms"]) == {"taken", "torch", "fp32", "triple", "runs"}
+    splits = {how["arch"].split for how in launched if "arch" in how}
+    assert {tile.triple for tile in splits} == {False, True}
+    assert TABLE["sm_90"].split in splits
+
+
+def test_a_way_that_the_compiler_refuses_is_not_timed(launched: list[dict], monkeypatch: pytest.MonkeyPatch):
+    from featcal_kernels import launch
+
+    moments_ = launch.moments_
+
+    def refuses(s, h, x, y, **how) -> None:
+        if how.get("path") == "squares":
+            raise RuntimeError("PassManager::run failed")
+        moments_(s, h, x, y, **how)
+
+    monkeypatch.setattr(launch, "moments_", refuses)
+    row = moments.measure_shape(Shape(64, 48, 100, torch.bfloat16), GPU)
+    assert set(row["ms"]) == {"taken", "torch", "fp32", "triton", "blas"}
+
+
+def test_tiles_and_paths_are_timed(launched: list[dict], monkeypatch: pytest.MonkeyPatch):
+    small = Shape(48, 32, 100, torch.bfloat16)
+    monkeypatch.setattr(tiles, "KINDS", {"half": [small], "split": [replace(small, dtype=torch.float32)]})
+    monkeypatch.setattr(tiles, "PATH_SHAPES", [small, replace(small, m=0)])
+
+    class Compiled:
+        def usable(self, kind: str, timeout: float):
+            found = tiles.candidates(TABLE["sm_90"], kind, 232_448)
+            name = list(found)[1]
+            return {each: tile for each, tile in found.items() if each != name}, {name: "spills 8"}
+
+    results, budget = Results(None, {}), Budget(None)
+    run_section(tiles.TILES, replace(GPU, compiling=Compiled()), results, budget)
+    rows = results.of("tiles")
+    assert not results.failed.get("tiles")
+    assert list(rows) == ["half bfloat16 48 32 100", "split float32 48 32 100"] + [
+        f"paths bfloat16 48 {m} 100" for m in (32, 0)
+    ]
+    assert len(rows["half bfloat16 48 32 100"]["ms"]) == 7
+    assert set(rows["paths bfloat16 48 0 100"]["ms"]) == {"triton", "blas", "squares"}
+    forced = {how["arch"].half for how in launched if how["arch"].small is None}
+    assert len(forced) == 7, "no other tile is taken in a candidate's place"
+    text = tiles.show(rows, GPU, results)
+    assert "left out: 128x256x64 8w 3s g8 halves: spills 8" in text
+    assert "The row for the table: Arch(" in text

@@ -14,15 +14,14 @@ Where the baselines differ from their originals, they are the faster for it:
 from __future__ import annotations
 
 import copy
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.phases import Clock
+from featcal_fast.compiled import Forwards
 from featcal_fast.features import Kept, Layout, find_layout, tapped
 from featcal_fast.models import find_structure
 from featcal_fast.models.stepping import BatchCalls, first_hidden
@@ -35,33 +34,6 @@ from featcal_fast.tokens import TokenCounts, Tokens
 SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 TOY = {"hidden_size": 64, "intermediate_size": 224, "num_attention_heads": 4, "num_key_value_heads": 1}
 SETTINGS = Settings(ridge_lambda=0.1, anchor_rho=1.5, teacher_alpha=0.25)
-
-
-class Clock:
-    """Milliseconds by phase; on a GPU by events, read at the end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self._spans[phase].append((start, self._now()))
-
-    def read(self) -> dict[str, float]:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            return {phase: sum(a.elapsed_time(b) for a, b in spans) for phase, spans in self._spans.items()}
-        return {phase: sum(b - a for a, b in spans) * 1e3 for phase, spans in self._spans.items()}
-
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 class Workload:
@@ -109,9 +81,9 @@ class Workload:
 
 
 @torch.no_grad()
-def engine(work: Workload, clock: Clock) -> Layout:
+def engine(work: Workload, clock: Clock, compiled: bool = False) -> Layout:
     """The layer as `featcal_fast.calibrate` runs it. Phases: forward, moments, fold, solve, advance."""
-    block, device = copy.deepcopy(work.merged), work.device
+    block, device, forwards = copy.deepcopy(work.merged), work.device, Forwards(compiled)
     layout = work.layout(block)
     tokens = Tokens(None, (work.samples, work.length), device)
     counts = TokenCounts(work.tokens, work.tasks * work.tokens, work.tasks)
@@ -123,18 +95,17 @@ def engine(work: Workload, clock: Clock) -> Layout:
         for hidden, expert_hidden in zip(work.student_hidden, work.expert_hidden, strict=True):
             moments.begin_batch()
             inputs, outputs = Kept(), Kept()
-            with (
-                clock("forward"),
-                tapped(work.expert, leaders, inputs.__setitem__, moments.outputs, outputs.__setitem__),
-            ):
-                work.calls.run(0, work.expert, expert_hidden)
+            with clock("forward"):
+                expert = work.expert, expert_hidden, leaders, inputs.__setitem__, moments.outputs, outputs.__setitem__
+                forwards.see(work.calls, 0, *expert)
 
             def add(name: str, x: Tensor, inputs: Kept = inputs, outputs: Kept = outputs) -> None:
                 with clock("moments"):
                     moments.add(name, x, inputs, outputs, tokens, work.samples)
 
-            with clock("student"), tapped(block, [*leaders, layout.last], add, stop_at=layout.last):
-                work.calls.run(0, block, hidden)
+            with clock("student"):
+                taps = dict.fromkeys([*leaders, layout.last])
+                forwards.see(work.calls, 0, block, hidden, taps, add, stop_at=layout.last)
             del inputs, outputs, add  # as the engine lets go of a chunk before the next
         with clock("fold"):
             system.fold(moments, work.expert, "task")
@@ -145,7 +116,7 @@ def engine(work: Workload, clock: Clock) -> Layout:
     with clock("advance"):
         for _ in range(work.tasks):
             for hidden in work.student_hidden:
-                work.calls.run(0, block, hidden)
+                forwards.run(work.calls, 0, block, hidden)
     return layout
 
 

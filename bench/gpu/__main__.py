@@ -1,0 +1,199 @@
+"""Proves, tunes and measures everything on the GPU at hand: `PYTHONPATH=.:kernels python -m bench.gpu --budget 12m`.
+
+First the tests that need a GPU, while tiles are compiled; then, in order of worth, tiles, a whole layer beside the
+reference schedules, solves, folds, moments, a compiled block, whole jobs; last, the first measurements again. Each row
+is on disk as soon as it is measured, and is not measured again for the same code, card and versions: a second run goes
+on where the first was ended. A budget is shared out: what there was no time for is named, and what is left over at the
+end goes to it. What a failed test proves wrong is not timed.
+
+The exit status is 1 if a test failed or nothing could be measured. `--dry-run` goes through it all on the CPU at toy
+sizes, and writes nothing unless `--out` says where.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+
+import torch
+
+from bench.gpu import budget, checks, goals, tiles
+from bench.gpu.block import BLOCK
+from bench.gpu.checks import CHECKS
+from bench.gpu.drift import DRIFT
+from bench.gpu.folds import FOLD
+from bench.gpu.jobs import JOBS, MEMORY_BACKED
+from bench.gpu.layer import LAYER
+from bench.gpu.moments import MOMENTS
+from bench.gpu.results import ROOT, Results, environment
+from bench.gpu.sections import DeviceLost, Outcome, Section, run_section, say, say_left_out
+from bench.gpu.solves import SOLVE
+from bench.gpu.tiles import TILES
+from bench.gpu.timing import Run, measure_peak
+
+SECTIONS = {each.name: each for each in (CHECKS, TILES, LAYER, SOLVE, FOLD, MOMENTS, BLOCK, JOBS, DRIFT)}
+PEAK = "bfloat16 product"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _options(arguments)
+    device = torch.device("cpu") if options.dry_run else torch.device("cuda", torch.cuda.current_device())
+    torch.set_float32_matmul_precision("highest")
+    if options.dry_run:
+        torch.set_num_threads(1)  # enough for toys, and the tests beside it have the other
+    found = environment(device)
+    out = options.out
+    if out is None and not options.dry_run:
+        out = ROOT / "bench" / "results" / f"gpu-{found['device'].replace(' ', '-').lower()}.json"
+    results = Results(out, found)
+    print(", ".join(f"{name} {value}" for name, value in found.items() if value is not None))
+    time = budget.Budget(options.budget)
+    arch, no_kernels = _kernels(device)
+    run = Run(device, options.dry_run, arch, folders=_folders(options), official=_official(options))
+    if PEAK not in results.of("peak"):
+        try:
+            results.add("peak", PEAK, {"TFLOP/s": measure_peak(run)})
+        except RuntimeError as error:  # another process has the device, or its memory
+            raise SystemExit(f"bench.gpu: the GPU cannot be used: {str(error).partition(chr(10))[0]}") from None
+    run = replace(run, peak=results.of("peak")[PEAK]["TFLOP/s"])
+    print(f"peak of a bfloat16 product: {run.peak:.3g} TFLOP/s" + (f"; results go to {out}" if out else ""), flush=True)
+
+    chosen = [SECTIONS[name] for name in options.sections]
+    if TILES in chosen and not no_kernels:
+        try:
+            run = replace(run, compiling=tiles.start(run, results))
+        except Exception as error:  # in a compiler's set-up; only tiles need it
+            say("tiles", "compiling", f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    try:
+        measured = _go_through(chosen, run, results, time, no_kernels, options)
+    except DeviceLost as row:
+        say("bench.gpu", str(row), "lost the device for this process; a new one goes on after it")
+        _go_on(sys.argv[1:] if arguments is None else arguments, time)
+    finally:
+        if run.compiling is not None:
+            run.compiling.close()
+    table = goals.as_table(goals.figures(results.rows, run.peak), results.to_json()["sections"])
+    print(f"\n{table}", flush=True)
+    return int(bool(checks.failures(results)) or not measured)
+
+
+def _go_through(
+    chosen: list[Section], run: Run, results: Results, time: budget.Budget, no_kernels: str, options: argparse.Namespace
+) -> bool:
+    """All sections, and again those that were cut off, as long as there is time for a row; whether there is any row."""
+    todo, last = ([section for section in chosen if (section is DRIFT) == drift] for drift in (False, True))
+    late: dict[str, dict[str, str]] = {}
+    while todo:
+        time.share_out({section.name: section.share for section in todo + last})
+        outcomes = {}
+        for section in todo:
+            time.begin(section.name)
+            why = no_kernels if section.needs_kernels else ""
+            why = why or ("" if options.despite_failures else checks.stopped(results).get(section.name, ""))
+            outcomes[section.name] = _run(section, run, results, time, options.retry, why)
+            late[section.name] = outcomes[section.name].late
+        options.retry = False  # what fails once is not tried in each pass
+        more = any(outcome.measured for outcome in outcomes.values())
+        todo = [section for section in todo if more and late[section.name]]
+    for section in last:
+        time.share_out({section.name: 1.0})
+        time.begin(section.name)
+        late[section.name] = _run(section, run, results, time, False, "").late
+    for name, left in late.items():
+        say_left_out(name, left)
+    return any(results.of(section.name) for section in chosen)
+
+
+def _go_on(arguments: Sequence[str], time: budget.Budget) -> None:
+    """The same command in place of this process: the file has all that was measured, and what failed."""
+    again = [argument for argument in arguments if argument != "--retry"]
+    if time.end < inf:
+        time.share_out({"rest": 1.0})
+        time.begin("rest")
+        again += ["--budget", f"{max(time.left, 0.001):.3f}"]
+    os.execv(sys.executable, [sys.executable, "-m", "bench.gpu", *again])
+
+
+def _run(section: Section, run: Run, results: Results, time: budget.Budget, retry: bool, why: str) -> Outcome:
+    if why:
+        say(section.name, "all", f"left out: {why}")
+        results.leave_out(section.name, {"all": why})
+        return Outcome()
+    try:
+        outcome = run_section(section, run, results, time, retry)
+        if results.of(section.name) and (outcome.measured or not outcome.late):
+            print(f"\n{section.show(results.of(section.name), run, results)}", flush=True)
+        return outcome
+    except DeviceLost:
+        raise
+    except Exception as error:  # of what rows share; the next section may do
+        say(section.name, "all", f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
+        return Outcome()
+
+
+def _kernels(device: torch.device) -> tuple[tiles.Arch | None, str]:
+    """The device's row of the table, or why the kernels cannot run."""
+    if device.type == "cpu":
+        return None, ""
+    from featcal_kernels import ops
+    from featcal_kernels.configs import arch_of
+
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        return None, "triton is not installed"
+    if tuple(int(part) for part in version.split(".")[:2]) < ops._TRITON:
+        return None, f"found triton {version}, expected {'.'.join(map(str, ops._TRITON))} or later"
+    arch = arch_of(device)
+    return arch, "" if arch else f"the kernels do not support {torch.cuda.get_device_name(device)}"
+
+
+def _folders(options: argparse.Namespace) -> tuple[Path, ...]:
+    return (options.folder,) if options.folder else (MEMORY_BACKED, Path(tempfile.gettempdir()))
+
+
+def _official(options: argparse.Namespace) -> tuple[Path, str] | None:
+    return (options.official.resolve(), options.official_python) if options.official else None
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--budget", type=budget.seconds, help="such as 12m or 90s; without it, as long as it takes")
+    parser.add_argument("--sections", type=_sections, default=list(SECTIONS), help=f"of {','.join(SECTIONS)}")
+    parser.add_argument("--out", type=Path, help="JSON file; default: bench/results/gpu-DEVICE.json")
+    parser.add_argument("--folder", type=Path, help="for jobs; default: memory-backed disk, if it has room")
+    parser.add_argument("--official", type=Path, help="checkout of github egangu/featcal, to run a job by its code too")
+    parser.add_argument("--official-python", default=sys.executable, help="a Python with transformers 5.5 or older")
+    parser.add_argument("--retry", action="store_true", help="try again what failed before")
+    parser.add_argument("--despite-failures", action="store_true", help="time also what a failed test proves wrong")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, at toy sizes")
+    options = parser.parse_args(arguments)
+    if not options.dry_run and not torch.cuda.is_available():
+        raise SystemExit("bench.gpu: no GPU that torch can use; --dry-run goes through the motions on the CPU")
+    return options
+
+
+def _sections(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - set(SECTIONS):
+        raise argparse.ArgumentTypeError(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    return [name for name in SECTIONS if name in names]
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what jobs wrote is removed, and they are ended
+    sys.exit(main())

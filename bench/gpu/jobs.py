@@ -1,0 +1,167 @@
+"""Whole jobs from folders to a folder, each in a process of its own, beside what `plan` says of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import featcal_fast as ff
+from bench.gpu import process
+from bench.gpu.results import Results, Rows
+from bench.gpu.sections import LeftOut, Row, Section
+from bench.gpu.tables import table
+from bench.gpu.timing import Run
+from bench.jobs import same_tensors, worker_command
+from bench.workloads import VISION, WORKLOADS, Workload, model_bytes, write, write_linked
+from featcal_fast.machine import available_host_bytes
+
+MEMORY_BACKED = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row.
+
+    Attributes:
+        name: of the row.
+        work: what is calibrated.
+        linked: one expert stands for all, see `write_linked`.
+        seconds: about what it takes, with writing.
+    """
+
+    name: str
+    work: Workload
+    linked: bool
+    seconds: float
+
+    @property
+    def official(self) -> bool:
+        """Whether the official demo's code can run it."""
+        return self.work.model == VISION
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of models, the result and, for the official code, the merged model and its result; and of images."""
+        models = 3 if self.linked else self.work.tasks + 4
+        side = self.work.config.get("image_size", 0)
+        return int(1.02 * models * model_bytes(self.work)) + 12 * self.work.tasks * self.work.samples * side**2
+
+
+def jobs(dry: bool) -> list[Job]:
+    found = [
+        Job("llama-8b", replace(WORKLOADS["llama-8b"], padded=False), True, 160.0),
+        Job("clip-b32", WORKLOADS["clip-b32"], False, 60.0),
+        Job("llama-1b", WORKLOADS["llama-1b"], True, 40.0),
+    ]
+    if dry:
+        return [replace(job, work=replace(job.work.small, tasks=2), seconds=5.0) for job in found[:2]]
+    return found
+
+
+def rows(run: Run, results: Results) -> Iterator[Row]:
+    for job in jobs(run.dry):
+        with _written(job, run) as folder:
+            yield Row(job.name, partial(_ours, job, folder, run), job.seconds)
+            if job.official and run.official is not None:
+                yield Row(f"{job.name}, official", partial(_official, folder, run), 4 * job.seconds)
+
+
+@contextmanager
+def _written(job: Job, run: Run) -> Iterator[Any]:
+    """A job's folder: written when it is first asked for, gone at the end."""
+    made: list[Path] = []
+
+    @cache
+    def folder() -> Path:
+        made.append(Path(tempfile.mkdtemp(prefix="featcal-bench-", dir=_place(job, run))))
+        path = made[-1] / "job"
+        if job.linked:
+            write_linked(job.work, path, run.device)
+        else:
+            write(job.work, path)
+        return path
+
+    try:
+        yield folder
+    finally:
+        for path in made:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _place(job: Job, run: Run) -> Path:
+    """The first folder that has room for it."""
+    free = {}
+    for folder in run.folders:
+        if folder.is_dir():
+            free[folder] = shutil.disk_usage(folder).free
+            if MEMORY_BACKED in (folder, *folder.parents):
+                free[folder] = min(free[folder], available_host_bytes())
+            if free[folder] > job.disk_bytes:
+                return folder
+    found = ", ".join(f"{folder} has {size / 2**30:.1f} free" for folder, size in free.items()) or "no such folder"
+    raise LeftOut(f"takes about {job.disk_bytes / 2**30:.1f} GiB of disk; {found}; --folder names another")
+
+
+def _ours(job: Job, folder: Any, run: Run, left: float) -> dict[str, Any]:
+    end, started = time.monotonic() + left, time.perf_counter()
+    path = folder()
+    written = time.perf_counter() - started
+    command = worker_command("both", path, str(run.device), 1 if run.dry else os.cpu_count() or 1)
+    row = _in_time(command, end - time.monotonic())
+    if not same_tensors(path):
+        raise RuntimeError("the result's tensors differ in name, shape or dtype from the base model's")
+    shutil.rmtree(path / "out")
+    sizes = {name: getattr(job.work, name) for name in ("tasks", "samples", "tokens")}
+    return {**sizes, "seconds to write": round(written, 1), "folder": str(path.parent.parent), **row}
+
+
+def _official(folder: Any, run: Run, left: float) -> dict[str, Any]:
+    """The official demo's own `calibrate`, without reading models and writing the result."""
+    assert run.official is not None
+    checkout, python = run.official
+    end, path = time.monotonic() + left, folder()
+    if not (path / "merged").exists():
+        ff.merge(path / "recipe.json", out=path / "merged")
+    command = [python, "-m", "bench.workers.official", str(path), str(path / "official.safetensors")]
+    return _in_time([*command, "--checkout", str(checkout), "--device", str(run.device)], end - time.monotonic())
+
+
+def _in_time(command: list[str], left: float) -> dict[str, Any]:
+    try:
+        return process.last_json(command, left)
+    except process.TookTooLong as error:
+        raise LeftOut(str(error)) from None
+
+
+def show(rows: Rows, run: Run, results: Results) -> str:
+    notes = [f"{name}, seconds: {phases(row)}." for name, row in rows.items() if "seconds_by_phase" in row]
+    return table("Whole jobs, folders to a folder", lines(rows), notes)
+
+
+def phases(row: dict[str, Any]) -> str:
+    """Where its seconds went."""
+    found = row["seconds_by_phase"]
+    rest = row["seconds"] - sum(found.values())
+    return ", ".join(f"{name} {value:.3g}" for name, value in [*found.items(), ("the rest", rest)])
+
+
+def lines(rows: Rows) -> list[dict[str, Any]]:
+    found = []
+    for name, row in rows.items():
+        plan = row.get("plan", {})
+        line = {"job": name, "tasks": row.get("tasks"), "samples": row.get("samples"), "seconds": row["seconds"]}
+        line |= {"GPU GiB": row.get("peak_device_gib"), "planned": plan.get("device")}
+        line |= {"host GiB": row.get("peak_host_gib", row.get("peak_gib")), "planned host": plan.get("host")}
+        found.append(line | {"GiB read": row.get("gib_read"), "Wh": row.get("gpu_watt_hours")})
+    return found
+
+
+JOBS = Section("jobs", 0.36, rows, show)
