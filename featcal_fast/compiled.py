@@ -125,11 +125,11 @@ class Forwards:
                 warnings.filterwarnings("ignore", "TensorFloat32")  # advice to round what is kept whole on purpose
                 return _known[key](block, hidden, args, kwargs)
         except Exception as error:
-            causes = list(_causes(error))
-            for cause in causes:
-                if isinstance(cause, torch.OutOfMemoryError):
-                    raise torch.OutOfMemoryError(str(cause)) from error
-            reason = f"{type(causes[-1]).__name__}: {causes[-1]}".strip().partition("\n")[0]
+            # No name for a cause here: a frame that holds an error is held by it, and so are features until garbage
+            # is collected.
+            if (full := _out_of_memory(error)) is not None:
+                raise torch.OutOfMemoryError(full) from error
+            reason = _reason(error)
         # Not before the error is gone, whose frames hold on to features.
         if not self._given_up:
             warnings.warn(
@@ -281,6 +281,17 @@ def _of_any_size(value: Any) -> Any:
 def _without_storage(tensor: Tensor) -> Tensor:
     empty = torch.empty_like(tensor, device="meta")
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _out_of_memory(error: BaseException) -> str | None:
+    """What the device said, if memory ran out."""
+    return next((str(cause) for cause in _causes(error) if isinstance(cause, torch.OutOfMemoryError)), None)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in the first place, in one line."""
+    *_, cause = _causes(error)
+    return f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -72,7 +72,10 @@ def fold_precision(merged: Tensor, settings: Settings) -> str:
 
 
 def fold_columns(scratch: GroupMoments, device: torch.device) -> int:
-    """How many columns of a weight a task is folded by at a time."""
+    """How many columns of a weight a task is folded by at a time: all, or as many as copied operands have room for.
+
+    Those of a Llama-8B are folded at once, but for `down_proj`, in two panels.
+    """
     group = scratch.group
     return panel_rows(device, group.in_features * (1 if scratch.output_space else 2) + max(group.out_features))
 

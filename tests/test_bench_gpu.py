@@ -106,6 +106,8 @@ def test_jobs_are_planned_and_run(dry: SimpleNamespace):
         assert row["plan"]["host"] > 0
         assert row["calibrated_weights"] > 0
         assert row["folder"] == str(dry.jobs)
+        assert {"experts' forward", "moments", "fold", "solve", "advance"} <= set(row["seconds_by_phase"])
+        assert 0 < sum(row["seconds_by_phase"].values()) <= row["seconds"]
     assert not list(dry.jobs.iterdir()), "what jobs wrote is gone"
 
 
@@ -289,14 +291,44 @@ def test_kernels_that_cannot_run(triton, why: str, monkeypatch: pytest.MonkeyPat
     assert found.startswith(why)
 
 
-def test_it_needs_no_more_than_torch_and_transformers():
-    """It runs from a checkout; what only terminals and demos need may be absent."""
-    code = "import sys; sys.modules.update(dict.fromkeys(['rich', 'typer', 'bitsandbytes', 'sklearn', 'matplotlib']));"
-    code += "from bench.gpu import __main__ as command; command.main(['--dry-run', '--sections', 'fold'])"
-    done = python(code)
+def test_without_kernels_the_rest_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(command, "_kernels", lambda device: (None, "found triton 3.5.1, expected 3.6 or later"))
+    out = tmp_path / "result.json"
+    status, text = run("--sections", "tiles,solve,fold", "--out", str(out))
+    assert status == 0
+    for name in ("tiles", "fold"):
+        assert text.count(f"{name}: all: left out: found triton 3.5.1, expected 3.6 or later") == 1
+        assert not rows(out, name)
+    assert rows(out, "solve")
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"result.json cannot be written: .*; --out names another"):
+        run("--sections", "fold", "--out", str(tmp_path / "file" / "result.json"))
+
+
+ABSENT = """
+import functools, importlib.machinery
+find = importlib.machinery.PathFinder.find_spec
+def without(name, *args):
+    wanted = name.partition(".")[0] not in {"bitsandbytes", "datasets", "matplotlib", "PIL", "rich", "sklearn", "typer"}
+    return find(name, *args) if wanted else None
+importlib.machinery.PathFinder.find_spec = functools.partial(without)
+"""
+
+
+def test_it_needs_no_more_than_torch_and_transformers(tmp_path: Path):
+    """It runs from a checkout; what only terminals and demos need may be absent, also where jobs run."""
+    (tmp_path / "sitecustomize.py").write_text(ABSENT)  # of every process
+    code = "import importlib.util; assert importlib.util.find_spec('rich') is None\n"
+    code += "from bench.gpu import __main__ as command; command.main(['--dry-run', '--sections', 'fold,jobs'])"
+    done = python(code, tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "Whole jobs" in done.stdout
+    assert "failed" not in done.stdout
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+def python(code: str, *folders: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*folders, ROOT, ROOT / "kernels")))}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)

@@ -11,6 +11,7 @@ import json
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -186,15 +187,19 @@ class Broken(Backend):
         raise RuntimeError("no compiler here\nand more")
 
 
-def test_what_cannot_be_compiled_runs_as_it_is_after_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    job, backend = pico.job("clip", 2), Broken(monkeypatch)
+@pytest.mark.parametrize(("kind", "block", "kinds"), [("clip", "CLIPEncoderLayer", 1), ("t5", "T5Block", 4)])
+def test_what_cannot_be_compiled_runs_as_it_is_after_one_warning(
+    kind: str, block: str, kinds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One, however many kinds of blocks there are."""
+    job, backend = pico.job(kind, 2), Broken(monkeypatch)
     with pytest.warns(UserWarning, match="cannot be compiled") as caught:
         found = calibrated(ff.calibrate_model, job, COMPILED)
     (message,) = warned(caught)
-    assert message.startswith("CLIPEncoderLayer: its forward cannot be compiled")
+    assert message.startswith(f"{block}: its forward cannot be compiled")
     assert "(RuntimeError: no compiler here)" in message
     assert "settings.compile_blocks: false" in message
-    assert len(backend.graphs) == 1
+    assert len(backend.graphs) == kinds
     assert_equal(found, calibrated(ff.calibrate_model, job, ff.Settings()))
 
 
@@ -270,6 +275,33 @@ def test_memory_that_runs_out_halves_the_chunks(
     for name, (error, rounding) in update_errors(found, copy.deepcopy(expected).double(), job.merged).items():
         assert error <= 2e-5 + 2 * rounding, f"{name}: {error:.1e}"
     assert not warned(recwarn)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, ValueError])
+def test_nothing_of_a_forward_that_fails_is_held(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor until garbage is collected: fewer samples pass next, in the memory that it took."""
+    held = []
+
+    class Fails(Backend):
+        def runs(self, forward: Callable) -> Callable:
+            def run(*values: Any) -> Any:
+                features = torch.zeros(8)
+                held.append(weakref.ref(features))
+                raise error("too large")
+
+            return run
+
+    Fails(monkeypatch)
+    block, hidden, calls = entering(pico.llama(), pico.texts(1, 0)[0])
+    gc.disable()
+    try:
+        with suppress(torch.OutOfMemoryError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Forwards(True).run(calls, 0, block, hidden)
+        assert [each() for each in held] == [None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.usefixtures("plain")

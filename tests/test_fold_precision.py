@@ -1,15 +1,16 @@
-"""What the fold's products cost in accuracy of the change where a GPU makes them of float16 parts: emulated here."""
+"""How a GPU folds: what its products of float16 parts cost in accuracy of the change (emulated), what it packs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from featcal_fast import systems
+from featcal_fast import footprint, systems
 from featcal_fast.features import InputGroup
 from featcal_fast.moments import GroupMoments
 from featcal_fast.settings import Settings
@@ -141,3 +142,45 @@ def test_small_ridges_take_every_product(dtype: torch.dtype, monkeypatch: pytest
     plain, ours = (error(case, op, monkeypatch) for op in (systems.addmm_, split_addmm_))
     assert ours < 1.5 * plain
     assert error(case, one_part_addmm_, monkeypatch) > 100 * plain
+
+
+@SPACES
+def test_what_a_groups_modules_share_is_packed_once(output_space: bool, monkeypatch: pytest.MonkeyPatch):
+    """In two panels: S, and in input space Q, for three modules."""
+    packed, multiplied, addmm_ = [], [], systems.addmm_
+
+    def pack(b: Tensor) -> Any:
+        packed.append(SimpleNamespace(x=b))
+        return packed[-1]
+
+    def noted(out: Tensor, a: Tensor, b: Any, scale: Tensor, **options: Any) -> Tensor:
+        multiplied.append(b)
+        return addmm_(out, a, b, scale, **options)
+
+    monkeypatch.setattr(systems, "pack", pack)
+    monkeypatch.setattr(systems, "addmm_", noted)
+    monkeypatch.setattr(systems, "fold_columns", lambda scratch, device: 160)
+    names = ("one", "two", "three")
+    block = nn.ModuleDict({name: nn.Linear(WIDTH, 128, bias=False) for name in names}).requires_grad_(False)
+    group = InputGroup(names, WIDTH, (128, 128, 128), None)
+    scratch = GroupMoments(group, False, 1 if output_space else 10**9, torch.device("cpu"))
+    assert scratch.output_space == output_space
+    system = GroupSystem(group, torch.zeros(WIDTH, WIDTH))
+    system.add(scratch, dict(block.named_parameters()), Anchor(block, block, 1.0), Settings())
+    assert [len(each.x) for each in packed] == ([160, 96] if output_space else [160, 160, 96, 96])
+    assert sorted(map(id, multiplied)) == sorted(3 * list(map(id, packed)))
+
+
+@pytest.mark.parametrize(
+    ("size", "outs", "columns"),
+    [(4096, (4096, 1024, 1024), 4096), (4096, (4096,), 4096), (4096, (14336, 14336), 4096), (14336, (4096,), 7168)],
+    ids=["q, k, v", "o", "gate, up", "down"],
+)
+def test_a_gpu_folds_a_llama_8b_at_once_but_for_down_proj(size: int, outs: tuple[int, ...], columns: int):
+    """And a plan counts the wider weights, which are formed in float32."""
+    meta = torch.device("meta")
+    scratch = GroupMoments(InputGroup(("a", "b", "c")[: len(outs)], size, outs, None), False, 2**17, meta)
+    assert min(size, systems.fold_columns(scratch, torch.device("cuda"))) == columns
+    moments = SimpleNamespace(groups={"a": scratch})
+    assert footprint._larger_weights(moments, meta) == 0
+    assert footprint._larger_weights(moments, torch.device("cuda")) == 4 * max(outs) * (columns - 2048)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -23,6 +22,8 @@ from featcal_fast.systems import LayerSystem
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device"),
+    # Blocks that run as they are would hide that compiling fails, also where the host is seen to wait.
+    pytest.mark.filterwarnings("error:.*cannot be compiled"),
 ]
 
 
@@ -30,6 +31,7 @@ pytestmark = [
 @pytest.mark.parametrize("where", ["device", "host", "file"])
 def test_it_gives_what_the_cpu_gives(kind: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = pico.save(pico.job(kind, 3), tmp_path)
+    recipe["settings"] = {"compile_blocks": None if where == "device" else False}  # compiling takes its time
     ff.calibrate(recipe, out=tmp_path / "cpu", device="cpu")
     if where == "host":
         choose = job.choose_place
@@ -48,7 +50,7 @@ def test_it_gives_what_the_cpu_gives(kind: str, where: str, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(
-    ("kind", "compiled"), [*((kind, False) for kind in pico.KINDS), ("llama", True), ("clip", True), ("t5", True)]
+    ("kind", "compiled"), [*((kind, False) for kind in pico.KINDS), ("llama", True), ("clip", True)]
 )
 def test_it_gives_what_the_reference_gives(kind: str, compiled: bool) -> None:
     """Every family; a few with compiled blocks, which take their time."""
@@ -56,17 +58,36 @@ def test_it_gives_what_the_reference_gives(kind: str, compiled: bool) -> None:
     judge, ours = job.double(), job.copy()
     reference.calibrate_model(judge.merged, base=judge.base, experts=judge.experts, batches=judge.batches)
     settings = ff.Settings(compile_blocks=compiled)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*cannot be compiled")
-        ff.calibrate_model(
-            ours.merged, base=ours.base, experts=ours.experts, batches=ours.batches, settings=settings, device="cuda"
-        )
+    ff.calibrate_model(
+        ours.merged, base=ours.base, experts=ours.experts, batches=ours.batches, settings=settings, device="cuda"
+    )
     for name, exact in judge.merged.named_parameters():
         assert exact.isfinite().all(), name
         start = job.merged.get_parameter(name).double()
         update = (exact - start).norm()
         if update > 0.05 * start.norm():  # well above the parameter's own rounding
             assert (ours.merged.get_parameter(name).double() - exact).norm() < 2e-5 * update, name
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 5e-2), (torch.float16, 6e-3)], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "clip"])
+def test_16_bits_give_what_the_reference_gives(kind: str, dtype: torch.dtype, close: float) -> None:
+    """Features go to matrix units as they are. A CPU comes as close as 1.5e-2 and 2e-3: weights are rounded."""
+    job = pico.job(kind, 2)
+    for model in (job.base, job.merged, *job.experts.values()):
+        model.to(dtype)
+    judge, ours = job.double(), job.copy()
+    reference.calibrate_model(judge.merged, base=judge.base, experts=judge.experts, batches=judge.batches)
+    settings = ff.Settings(compile_blocks=False)
+    ff.calibrate_model(
+        ours.merged, base=ours.base, experts=ours.experts, batches=ours.batches, settings=settings, device="cuda"
+    )
+    for name, exact in judge.merged.named_parameters():
+        assert exact.isfinite().all(), name
+        start = job.merged.get_parameter(name).double()
+        update = (exact - start).norm()
+        if update > 0.05 * start.norm():
+            assert (ours.merged.get_parameter(name).double() - exact).norm() < close * update, name
 
 
 @pytest.mark.parametrize("chunk", [1000, 60, 1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,9 +121,7 @@ def test_blocks_need_no_memory_of_the_size_of_a_side(monkeypatch: pytest.MonkeyP
         factor_blocked_(a)
         solve_blocked_(a, right)
     most = max(event.self_cpu_memory_usage for event in profiled.events())
-    assert (
-        0 < most <= 4 * 128 * 256
-    )  # a product's left operand, half of eight blocks' right-hand sides: torch scales it
+    assert 0 < most <= 4 * 128 * 256  # a product's left operand, half of eight blocks' right sides: torch scales it
 
 
 @pytest.mark.parametrize("bad", [0, 15, 16, 40, 99])
@@ -134,13 +133,25 @@ def test_blocks_say_where_they_stopped(bad: int, value: float, monkeypatch: pyte
     assert int(factor_blocked_(upper(system))) == int(factor_(upper(system))) == bad + 1
 
 
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "n", "expected"),
+    [
+        (True, torch.float32, cholesky.MIN_BLOCKED, True),
+        (True, torch.float32, cholesky.MIN_BLOCKED - 1, False),
+        (True, torch.float64, cholesky.MIN_BLOCKED, False),
+        (False, torch.float32, cholesky.MIN_BLOCKED, False),
+    ],
+)
+def test_blocks_are_for_large_float32_systems_on_a_gpu(gpu: bool, dtype: torch.dtype, n: int, expected: bool) -> None:
+    assert cholesky.by_blocks(SimpleNamespace(is_cuda=gpu, dtype=dtype, shape=(3, n, n))) == expected
+
+
 def test_where_blocks_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a stack each matrix for itself; never in float64, nor against a caller's word, nor for small systems."""
+    """In a stack each matrix for itself; never in float64, nor against a caller's word."""
     called = []
     for name in ("factor_blocked_", "solve_blocked_"):
         whole = getattr(cholesky, name)
         monkeypatch.setattr(cholesky, name, lambda *args, _name=name, _do=whole: (called.append(_name), _do(*args))[1])
-    assert not cholesky.by_blocks(torch.empty(2 * cholesky.MIN_BLOCKED, 1).expand(-1, 2 * cholesky.MIN_BLOCKED))
     monkeypatch.setattr(cholesky, "by_blocks", lambda a: a.dtype == torch.float32)
     stack = torch.stack([ridge(20), -ridge(20)])
     assert factor_(stack).tolist() == [0, 1]

@@ -23,6 +23,8 @@ from math import inf
 from pathlib import Path
 
 import torch
+from featcal_kernels.configs import Arch, arch_of
+from featcal_kernels.ops import missing
 
 from bench.gpu import budget, checks, goals, tiles
 from bench.gpu.block import BLOCK
@@ -62,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.add("peak", PEAK, {"TFLOP/s": measure_peak(run)})
         except RuntimeError as error:  # another process has the device, or its memory
             raise SystemExit(f"bench.gpu: the GPU cannot be used: {str(error).partition(chr(10))[0]}") from None
+        except OSError as error:
+            raise SystemExit(f"bench.gpu: {out} cannot be written: {error.strerror}; --out names another") from None
     run = replace(run, peak=results.of("peak")[PEAK]["TFLOP/s"])
     print(f"peak of a bfloat16 product: {run.peak:.3g} TFLOP/s" + (f"; results go to {out}" if out else ""), flush=True)
 
@@ -71,14 +75,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run = replace(run, compiling=tiles.start(run, results))
         except Exception as error:  # in a compiler's set-up; only tiles need it
             say("tiles", "compiling", f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    measured, lost = False, ""
     try:
         measured = _go_through(chosen, run, results, time, no_kernels, options)
     except DeviceLost as row:
-        say("bench.gpu", str(row), "lost the device for this process; a new one goes on after it")
-        _go_on(sys.argv[1:] if arguments is None else arguments, time)
+        lost = str(row)
     finally:
         if run.compiling is not None:
             run.compiling.close()
+    if lost:  # not before the error is gone: what its frames hold, such as a job's folder, is given back
+        say("bench.gpu", lost, "lost the device for this process; a new one goes on after it")
+        _go_on(sys.argv[1:] if arguments is None else arguments, time)
     table = goals.as_table(goals.figures(results.rows, run.peak), results.to_json()["sections"])
     print(f"\n{table}", flush=True)
     return int(bool(checks.failures(results)) or not measured)
@@ -99,6 +106,8 @@ def _go_through(
             why = why or ("" if options.despite_failures else checks.stopped(results).get(section.name, ""))
             outcomes[section.name] = _run(section, run, results, time, options.retry, why)
             late[section.name] = outcomes[section.name].late
+            if section is TILES and run.compiling is not None and not late[section.name]:
+                run.compiling.close()  # compilers would spoil what is timed next
         options.retry = False  # what fails once is not tried in each pass
         more = any(outcome.measured for outcome in outcomes.values())
         todo = [section for section in todo if more and late[section.name]]
@@ -114,19 +123,17 @@ def _go_through(
 def _go_on(arguments: Sequence[str], time: budget.Budget) -> None:
     """The same command in place of this process: the file has all that was measured, and what failed."""
     again = [argument for argument in arguments if argument != "--retry"]
-    if time.end < inf:
-        time.share_out({"rest": 1.0})
-        time.begin("rest")
-        again += ["--budget", f"{max(time.left, 0.001):.3f}"]
+    if time.rest < inf:
+        again += ["--budget", f"{max(time.rest, 0.001):.3f}"]
     os.execv(sys.executable, [sys.executable, "-m", "bench.gpu", *again])
 
 
 def _run(section: Section, run: Run, results: Results, time: budget.Budget, retry: bool, why: str) -> Outcome:
-    if why:
-        say(section.name, "all", f"left out: {why}")
-        results.leave_out(section.name, {"all": why})
-        return Outcome()
     try:
+        if why:
+            say(section.name, "all", f"left out: {why}")
+            results.leave_out(section.name, {"all": why})
+            return Outcome()
         outcome = run_section(section, run, results, time, retry)
         if results.of(section.name) and (outcome.measured or not outcome.late):
             print(f"\n{section.show(results.of(section.name), run, results)}", flush=True)
@@ -138,23 +145,12 @@ def _run(section: Section, run: Run, results: Results, time: budget.Budget, retr
         return Outcome()
 
 
-def _kernels(device: torch.device) -> tuple[tiles.Arch | None, str]:
+def _kernels(device: torch.device) -> tuple[Arch | None, str]:
     """The device's row of the table, or why the kernels cannot run."""
     if device.type == "cpu":
         return None, ""
-    from featcal_kernels import ops
-    from featcal_kernels.configs import arch_of
-
-    try:
-        import triton
-
-        version = triton.__version__
-    except ImportError:
-        return None, "triton is not installed"
-    if tuple(int(part) for part in version.split(".")[:2]) < ops._TRITON:
-        return None, f"found triton {version}, expected {'.'.join(map(str, ops._TRITON))} or later"
-    arch = arch_of(device)
-    return arch, "" if arch else f"the kernels do not support {torch.cuda.get_device_name(device)}"
+    why = missing(device)
+    return None if why else arch_of(device), why
 
 
 def _folders(options: argparse.Namespace) -> tuple[Path, ...]:

@@ -11,7 +11,7 @@ from bench.gpu import layer, schedules
 from bench.gpu.results import Results, Rows
 from bench.gpu.sections import Row, Section
 from bench.gpu.tables import table
-from bench.gpu.timing import Run, measure
+from bench.gpu.timing import Run, extra_bytes, measure
 from featcal_fast.compiled import Forwards
 
 
@@ -32,15 +32,8 @@ def _measure(run: Run) -> dict[str, Any]:
         ms = measure(ways, run, 1.0)
     row: dict[str, Any] = {"tokens": hidden.shape[0] * hidden.shape[1], "ms": ms}
     if run.device.type == "cuda":
-        row["MiB"] = {name: _bytes(way) / 2**20 for name, way in ways.items()}
+        row["MiB"] = {name: extra_bytes(way) / 2**20 for name, way in ways.items()}
     return row
-
-
-def _bytes(call: Callable[[], object]) -> int:
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def show(rows: Rows, run: Run, results: Results) -> str:

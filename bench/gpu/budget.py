@@ -38,9 +38,14 @@ class Budget:
         """The section's part of what is left, by its share of the shares of all that have not begun."""
         part = self._shares[section] / sum(self._shares.values())
         del self._shares[section]
-        self._until = self._now() + max(0.0, self.end - self._now()) * part if self.end < inf else inf
+        self._until = self._now() + max(0.0, self.rest) * part
 
     @property
     def left(self) -> float:
         """Seconds of the section."""
         return self._until - self._now()
+
+    @property
+    def rest(self) -> float:
+        """Seconds until the end."""
+        return self.end - self._now()

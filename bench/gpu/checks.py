@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -18,14 +19,15 @@ from bench.gpu.timing import Run
 
 DRY_TESTS = ("tests/kernels/test_naive.py",)
 PROCESSES = 8
+TIMEOUT = 120  # seconds a test: an encoder-decoder's twelve forwards are compiled, beside all else
 
 # What a failed test stops, by its name: the first that fits counts. Tests of memory and waiting stop nothing.
 STOPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"::test_\w*(wait|are_not_copied|runs_out)", ()),
-    (r"::test_\w*(solve|factor|cholesky)", ("solve", "layer")),
-    (r"^tests/test_", ("jobs",)),
-    (r"::test_\w*(fold|addmm|pack|triangle)", ("fold", "layer")),
-    (r"", ("moments", "tiles", "layer")),
+    (r"::test_\w*(solve|factor|cholesky)", ("solve", "layer", "jobs")),
+    (r"^tests/test_", ("layer", "jobs")),
+    (r"::test_\w*(fold|addmm|pack|triangle)", ("fold", "solve", "layer", "jobs")),
+    (r"", ("moments", "tiles", "layer", "jobs")),
 )
 
 
@@ -54,16 +56,22 @@ def run_tests(arguments: list[str], timeout: float, processes: int) -> dict[str,
     if find_spec("pytest") is None:
         raise LeftOut("pytest is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", outcomes.__name__]
-    if processes and find_spec("xdist"):
+    apart = bool(processes and find_spec("xdist"))
+    if apart:
         command += ["-n", str(processes), "--dist", "worksteal"]
     if find_spec("pytest_timeout"):
-        command += ["--timeout", "90"]
+        command += ["--timeout", str(TIMEOUT)]
+        if apart:  # ends the test's process: while a kernel hangs, no signal reaches Python
+            command += ["--timeout-method", "thread"]
+    # Each process has compilers of its own; by default as many as there are processors.
+    compilers = str(max(1, (os.cpu_count() or 1) // max(1, processes)))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "outcomes")
         path.touch()
         unfinished = ""
         try:
-            status, output = process.run([*command, *arguments], timeout, **{outcomes.FILE: str(path)})
+            environment = {outcomes.FILE: str(path), "TORCHINDUCTOR_COMPILE_THREADS": compilers}
+            status, output = process.run([*command, *arguments], timeout, **environment)
         except process.TookTooLong as error:
             status, output, unfinished = 0, "", str(error)
         found = [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]
@@ -116,4 +124,4 @@ def show(rows: Rows, run: Run, results: Results) -> str:
     return "\n".join(lines)
 
 
-CHECKS = Section("checks", 0.25, rows, show)
+CHECKS = Section("checks", 0.35, rows, show)

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -75,7 +75,7 @@ def rows(run: Run, results: Results) -> Iterator[Row]:
 
 
 @contextmanager
-def _written(job: Job, run: Run) -> Iterator[Any]:
+def _written(job: Job, run: Run) -> Iterator[Callable[[], Path]]:
     """A job's folder: written when it is first asked for, gone at the end."""
     made: list[Path] = []
 
@@ -110,7 +110,7 @@ def _place(job: Job, run: Run) -> Path:
     raise LeftOut(f"takes about {job.disk_bytes / 2**30:.1f} GiB of disk; {found}; --folder names another")
 
 
-def _ours(job: Job, folder: Any, run: Run, left: float) -> dict[str, Any]:
+def _ours(job: Job, folder: Callable[[], Path], run: Run, left: float) -> dict[str, Any]:
     end, started = time.monotonic() + left, time.perf_counter()
     path = folder()
     written = time.perf_counter() - started
@@ -123,7 +123,7 @@ def _ours(job: Job, folder: Any, run: Run, left: float) -> dict[str, Any]:
     return {**sizes, "seconds to write": round(written, 1), "folder": str(path.parent.parent), **row}
 
 
-def _official(folder: Any, run: Run, left: float) -> dict[str, Any]:
+def _official(folder: Callable[[], Path], run: Run, left: float) -> dict[str, Any]:
     """The official demo's own `calibrate`, without reading models and writing the result."""
     assert run.official is not None
     checkout, python = run.official

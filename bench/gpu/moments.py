@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.gpu.results import Results, Rows
 from bench.gpu.sections import Row, Section
 from bench.gpu.tables import table
-from bench.gpu.timing import Run, measure, refusal
+from bench.gpu.timing import Run, apart, measure, refusal
 
 SIZES = ((4096, 4096), (14336, 4096), (1024, 1024), (3072, 3072), (768, 768))
 TOKENS = (16, 2, 64)  # thousands; the first is what an engine's layer is given at a time
@@ -96,12 +96,8 @@ def measure_shape(shape: Shape, run: Run) -> dict[str, Any]:
         gram_cross_(s, h, x, y)
         right = x.double()
         gram, cross = right.mT @ right, y.double().mT @ right
-        row["error"] = max(float((s.double() - gram).triu().norm() / gram.triu().norm()), _apart(h, cross))
+        row["error"] = max(apart(s.triu(), gram.triu()), apart(h, cross))
     return row
-
-
-def _apart(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
 
 
 def _exact(shape: Shape) -> bool:

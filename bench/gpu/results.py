@@ -21,6 +21,7 @@ SOURCES = (
     "bench/gpu",
     "bench/jobs.py",
     "bench/phases.py",
+    "bench/workers",
     "bench/workloads.py",
 )
 Rows = dict[str, dict[str, Any]]
@@ -92,6 +93,11 @@ class Results:
             file.flush()
             os.fsync(file.fileno())
         whole.replace(self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)  # whose entry is to last, too
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

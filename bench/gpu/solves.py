@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.gpu.results import Results, Rows
 from bench.gpu.sections import Row, Section
 from bench.gpu.tables import table
-from bench.gpu.timing import Run, measure
+from bench.gpu.timing import Run, apart, extra_bytes, measure
 from featcal_fast import cholesky
 
 SIZES = ((4096, 4096, 3), (14336, 4096, 1), (1024, 1024, 3), (768, 768, 3))  # columns, right-hand sides, systems
@@ -71,28 +71,16 @@ def _measure(d: int, m: int, count: int, run: Run) -> dict[str, Any]:
         variants |= {f"potrf {name}": partial(factored, factor), f"trsm {name}": partial(solved, solve)}
     row: dict[str, Any] = {"systems": count, "d": d, "m": m, "ms": measure(variants, run, 0.3)}
     if run.device.type == "cuda":
-        row["extra MiB"] = _extra_bytes([call for name, call in variants.items() if name != "LU"]) / 2**20
+        row["extra MiB"] = extra_bytes(*(call for name, call in variants.items() if name != "LU")) / 2**20
     if d <= EXACT:
         exact = torch.linalg.solve(systems[0].double(), rights[0].mT.double())
-        row["error"] = {"LU": _apart(torch.linalg.solve(systems[0], rights[0].mT), exact)}
+        row["error"] = {"LU": apart(torch.linalg.solve(systems[0], rights[0].mT), exact)}
         for name, (factor, solve) in ways.items():
             one, right = systems[0].clone(), rights[0].clone()
             factor(one)
             solve(one, right.mT)
-            row["error"][name] = _apart(right.mT, exact)
+            row["error"][name] = apart(right.mT, exact)
     return row
-
-
-def _extra_bytes(calls: list[Callable[[], object]]) -> int:
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    for call in calls:
-        call()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _apart(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
 
 
 def fastest(row: dict[str, Any]) -> float:

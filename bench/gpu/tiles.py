@@ -219,11 +219,10 @@ def show(rows: Rows, run: Run, results: Results) -> str:
     for kind in dict.fromkeys(row["kind"] for row in rows.values()):
         found = [row for row in rows.values() if row["kind"] == kind]
         names = dict.fromkeys(name for row in found for name in row["ms"])
-        label = "path" if kind == "paths" else "tile"
         if kind == "paths":
             lines = [{"d": row["d"], "m": row["m"], "n": row["n"], **row["ms"]} for row in found]
         else:
-            lines = [{label: name} | {f"d={row['d']}": row["ms"].get(name) for row in found} for name in names]
+            lines = [{"tile": name} | {f"d={row['d']}": row["ms"].get(name) for row in found} for name in names]
         refused = {name: why for row in found for name, why in row.get("refused", {}).items()}
         parts.append(table(f"{kind}, ms", lines, [f"left out: {name}: {why}" for name, why in refused.items()]))
     row = best_row(_arch(run), rows)

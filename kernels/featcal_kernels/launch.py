@@ -78,9 +78,7 @@ def moments_(
 def pack(b: Tensor) -> Side:
     """`b` `[k, d]` float32 as a right operand of `addmm_`, copied once for several."""
     with torch.cuda.device_of(b):
-        side = Side(b, torch.float16)
-        side[:]
-    return side
+        return Side(b, torch.float16).copied()
 
 
 def addmm_(

@@ -3,9 +3,9 @@
 A float32 value is split in two float16 ones, high and low, which together hold 22 bits of it; the product of two such
 sums without the term low * low takes three 16-bit products and is good to 2^-22; three bfloat16 products, the usual
 way, are good to 2^-17 only. (Of the sums, matrix units are left no more than they add up well: `promote` in
-`configs`.) Float16's narrow range is
-met by a power of two: the largest value is brought to between 2^14 and 2^15, so that of anything down to 2^-18 of it no
-bit of the 22 is lost; the sum takes the powers off again (see `moments_triton`).
+`configs`.) Float16's narrow range is met by a power of two: the largest value is brought to between 2^14 and 2^15, so
+that of anything down to 2^-18 of it no bit of the 22 is lost; the sum takes the powers off again (see
+`moments_triton`).
 
 Splitting ahead of the product touches each element once, instead of once for every tile that it is part of, and leaves
 one kernel for all types of input. Weighted 16-bit features are split likewise, since 16 bits seldom hold the product.
@@ -123,6 +123,7 @@ class Side:
     ) -> None:
         self.x, self.dtype, self.weights = x, dtype, weights
         self.low = self.bound = self._room = None
+        self._whole: Operand | None = None
         changed = weights is not None or x.dtype != dtype
         self.parts = parts if changed and dtype != torch.float32 else 1
         if not changed and in_place(x, dtype):
@@ -135,8 +136,15 @@ class Side:
         rows, width = part_rows(n if tokens is None else min(tokens, n)), ceil_div(d, COLUMN_PAD) * COLUMN_PAD
         self._room = torch.empty(self.parts * rows, width, dtype=dtype, device=x.device)
 
+    def copied(self) -> Side:
+        """Itself, with all of its tokens copied now, and from now on given whole and without another copy."""
+        self._whole = self[:]
+        return self
+
     def __getitem__(self, tokens: slice) -> Operand:
         """These tokens; what was copied before is overwritten."""
+        if self._whole is not None:
+            return self._whole
         x = self.x[tokens]
         n, d = x.shape
         if self._room is None:

@@ -19,6 +19,8 @@ How exact the products are, before sums are rounded:
 
 Column sums are no by-product here: the tensor cores take their tiles from shared memory, and a sum in the same pass
 would pull each tile through registers too. `x.sum(0, dtype=torch.float32)` reads `x` once.
+
+Every op raises a ValueError that says what was found and expected, if operands do not fit together.
 """
 
 from __future__ import annotations
@@ -131,6 +133,8 @@ def add_scaled_(out: Tensor, s: Tensor, scale: Tensor) -> Tensor:
 def pack(b: Tensor) -> Any:
     """`b` `[k, d]` float32 made ready for several `addmm_`: on a GPU a copy in the parts that are multiplied there, of
     the size of `b`; else `b` itself."""
+    if b.ndim != 2 or b.dtype != torch.float32:
+        raise ValueError(f"b must be [k, d] in fp32; found {tuple(b.shape)} {b.dtype}")
     return b if (gpu := _gpu(b)) is None else gpu.pack(b)
 
 
@@ -168,10 +172,26 @@ def addmm_(out: Tensor, a: Tensor, b: Any, scale: Tensor, *, precision: str = "f
         )
     _check_sum("out", out, (a.shape[0], matrix.shape[1]), a, matrix, block=True)
     _check_precision(precision, (*_PRECISIONS, "fp16x2"))
+    if precision == "ieee" and matrix is not b:
+        raise ValueError('a packed b holds no more than 22 bits of a value; precision "ieee" takes b itself')
     if (gpu := _gpu(matrix, out)) is None:
         return naive.addmm_(out, a, matrix, scale)
     gpu.addmm_(out, a, b, scale, precision=precision)
     return out
+
+
+def missing(device: torch.device) -> str:
+    """What keeps the kernels from running on a GPU; empty if nothing does."""
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _TRITON:
+        return f"found triton {triton.__version__}, expected {'.'.join(map(str, _TRITON))} or later"
+    if arch_of(device) is None:
+        found = torch.cuda.get_device_name(device)
+        return f"found {found}, expected a GPU of compute capability 8.0 or later or an AMD gfx9"
+    return ""
 
 
 def _gpu(x: Tensor, *outputs: Tensor) -> ModuleType | None:
@@ -183,21 +203,12 @@ def _gpu(x: Tensor, *outputs: Tensor) -> ModuleType | None:
 
 @cache
 def _gpu_module(device: torch.device) -> ModuleType | None:
-    try:
-        import triton
-
-        found = f"triton {triton.__version__}"
-        usable = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= _TRITON
-    except ImportError:
-        found, usable = "no triton", False
-    if usable and arch_of(device) is not None:
+    if not (why := missing(device)):
         from featcal_kernels import launch
 
         return launch
     warnings.warn(
-        f"featcal_kernels runs in plain torch on {device}, many times slower than it could: its kernels need triton "
-        f"{_TRITON[0]}.{_TRITON[1]} and a GPU of compute capability 8.0 or later or an AMD gfx9; "
-        f"found {found} and {torch.cuda.get_device_name(device)}",
+        f"featcal_kernels runs in plain torch on {device}, many times slower than its kernels could: {why}",
         stacklevel=4,
     )
     return None

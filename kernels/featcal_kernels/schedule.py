@@ -29,11 +29,13 @@ def tile_order(gram_columns: int, cross_rows: int, columns: int, block_m: int, b
     """The codes of all tiles of one launch, in launch order.
 
     Args:
-        gram_columns: size of the square sum, of which the upper triangle is computed; 0 for none. cross_rows: rows
-        of the rectangular sum; 0 for none. columns: columns of the rectangular sum. block_m: tile rows. block_n:
-        tile columns. group: tile rows of a band. Programs that run at the same time stay within one or two bands,
-        so that the L2 cache
-            serves a few row blocks and a few column blocks instead of the whole input.
+        gram_columns: size of the square sum, of which the upper triangle is computed; 0 for none.
+        cross_rows: rows of the rectangular sum; 0 for none.
+        columns: columns of the rectangular sum.
+        block_m: tile rows.
+        block_n: tile columns.
+        group: tile rows of a band. Programs that run at the same time stay within one or two bands, so that the L2
+            cache serves a few row blocks and a few column blocks instead of the whole input.
 
     Returns:
         Every tile that touches the triangle and every tile of the rectangle, once.

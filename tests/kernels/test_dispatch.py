@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,13 +34,21 @@ def test_rows_of_the_table(capability: tuple[int, int], row: str | None, monkeyp
     assert arch_of(GPU) == (TABLE[row] if row else None)
 
 
-def test_an_unsupported_gpu_runs_torch_and_says_so(monkeypatch: pytest.MonkeyPatch):
-    def row_of(device: torch.device) -> Arch | None:
-        return None
-
-    monkeypatch.setattr(ops, "arch_of", row_of)
+@pytest.mark.parametrize(
+    ("triton", "row", "why"),
+    [
+        (None, TABLE["sm_90"], "triton is not installed"),
+        (SimpleNamespace(__version__="3.5.1"), TABLE["sm_90"], "found triton 3.5.1, expected 3.6 or later"),
+        (SimpleNamespace(__version__="3.6.0"), None, "found an old one, expected a GPU of compute capability 8.0"),
+    ],
+)
+def test_where_kernels_cannot_run_torch_does_and_says_so(
+    triton: Any, row: Arch | None, why: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    monkeypatch.setattr(ops, "arch_of", lambda device: row)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old one")
-    with pytest.warns(UserWarning, match=r"plain torch on cuda:0.*an old one"):
+    with pytest.warns(UserWarning, match=f"plain torch on cuda:0, many times slower than its kernels could: {why}"):
         assert ops._gpu_module.__wrapped__(GPU) is None
 
 
@@ -45,8 +56,13 @@ def test_cublas_is_not_offered_where_torch_lacks_it():
     assert not blas.available(torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("add_gram_", "share", "narrowest"),
+    [(blas.add_gram_, 17 / 32, blas.MIN_BLOCK), (blas.add_gram_by_squares_, 9 / 16, 2 * blas.MIN_BLOCK)],
+    ids=["strips", "squares"],
+)
 @pytest.mark.parametrize("d", [100, 1300, 9000])
-def test_block_triangle(d: int, monkeypatch: pytest.MonkeyPatch):
+def test_block_triangle(d: int, add_gram_: Callable, share: float, narrowest: int, monkeypatch: pytest.MonkeyPatch):
     areas = []
 
     def addmm(accumulated: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -57,8 +73,9 @@ def test_block_triangle(d: int, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(torch, "addmm", addmm)
     problem = Problem.random(64, d, 8, torch.bfloat16)
-    s = blas.add_gram_(poisoned(d), problem.x)
+    s = poisoned(d)
+    add_gram_(s, problem.x)
     triangle = sum(areas)
     h = blas.add_product_(torch.zeros(8, d), problem.y, problem.x)
     assert_moments(s, h, problem)
-    assert triangle <= max(d * d * 17 / 32 * 1.02, d * (d + blas.MIN_BLOCK) / 2)
+    assert triangle <= max(d * d * share * 1.02, d * (d + narrowest) / 2)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-from featcal_kernels import add_scaled_, addmm_, cross_, frobenius, gram_, gram_cross_, symmetrize_
+from featcal_kernels import add_scaled_, addmm_, cross_, frobenius, gram_, gram_cross_, pack, symmetrize_
 from moment_oracle import Problem, assert_as_good, assert_moments, error, poisoned
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -72,6 +75,10 @@ def test_cholesky_takes_the_triangle_in_place():
     assert error(column_major.tril(), exact) < 1e-5
 
 
+def product(b: Any, **options: str) -> torch.Tensor:
+    return addmm_(torch.zeros(2, 3), torch.zeros(2, 4), b, torch.ones(()), **options)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -85,7 +92,11 @@ def test_cholesky_takes_the_triangle_in_place():
         (lambda: cross_(torch.zeros(4, 3), torch.zeros(1, 4), torch.zeros(2, 3)), "y and x must share"),
         (lambda: cross_(torch.zeros(4, 3), torch.zeros(2, 4).half(), torch.zeros(2, 3)), "y and x must share"),
         (lambda: symmetrize_(torch.zeros(2, 3)), "s must be contiguous float32 of shape"),
-        (lambda: addmm_(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(5, 3), torch.ones(())), "a must be"),
+        (lambda: product(torch.zeros(5, 3)), "a must be"),
+        (lambda: product(SimpleNamespace(x=torch.zeros(4, 3)), precision="ieee"), "packed"),
+        (lambda: product(torch.zeros(4, 3), precision="fp16"), "precision must be one of"),
+        (lambda: pack(torch.zeros(3)), "b must be"),
+        (lambda: pack(torch.zeros(3, 2).half()), "b must be"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message: str):

@@ -55,8 +55,8 @@ SHAPES += [(d, 0) for d in (1024, 2048, 3072, 4096, 14336)]  # a Gram matrix alo
 def test_an_h200_is_kept_busy(d: int, m: int, n: int, monkeypatch: pytest.MonkeyPatch):
     """At least 0.90 of the SMs' time goes into products that are needed, by the schedule's own arithmetic.
 
-    Two kinds of shapes fall short and are left to cuBLAS: little work, and a Gram matrix alone of a few columns, more
-    than a tenth of whose tiles lies below the diagonal.
+    Two kinds of these shapes fall short and are left to cuBLAS: little work, and a Gram matrix alone of a few columns,
+    more than a tenth of whose tiles lies below the diagonal.
     """
     launch = pytest.importorskip("featcal_kernels.launch")
     monkeypatch.setattr(launch.blas, "available", lambda device: True)
