@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from featcal_kernels.configs import PANEL_BYTES
+from featcal_kernels.configs import PANEL_BYTES, SLAB_BYTES
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -376,7 +376,7 @@ class Planner:
         (device if on_device else host)["hidden states on their way"] = round(ahead)
         if on_device:
             device["a batch"] = round(entering)
-            device["operands of the kernels"] = PANEL_BYTES
+            device["operands of the kernels"] = PANEL_BYTES + SLAB_BYTES
             arriving = [max(self._largest_pinned(layer.index) for layer in plan.layers)]
             arriving[0] += reading + max(self._largest_block(layer.index) for layer in plan.layers)
             if isinstance(self.place, Path):

@@ -7,7 +7,7 @@ from math import ceil
 
 import pytest
 import torch
-from featcal_kernels.configs import TABLE, Tile
+from featcal_kernels.configs import SLAB_BYTES, TABLE, Tile
 from featcal_kernels.schedule import COLUMN_MASK, CROSS, ROW_SHIFT, tile_count, tile_order, token_splits
 
 
@@ -74,6 +74,15 @@ def test_an_h200_is_kept_busy_with_float32_features(d: int, m: int, n: int):
     launch = pytest.importorskip("featcal_kernels.launch")
     tile, splits = launch.choose((d, m, d), n, 3, TABLE["sm_90"], half=True, slots=132)
     assert busy(d, m, n, tile, splits) > (0.7 if (d, n) == (1024, 2048) else 0.9)  # 25 us of work
+
+
+@pytest.mark.parametrize("size", range(128, 8192, 640))
+def test_partial_sums_take_no_more_than_plans_say(size: int):
+    launch = pytest.importorskip("featcal_kernels.launch")
+    for runs in (1, 3):
+        tile, splits = launch.choose((size, size, size), 65536, runs, TABLE["sm_90"], half=True, slots=148)
+        slabs = tile_count(size, size, size, tile.m, tile.n) * splits * tile.m * tile.n * 4
+        assert splits == 1 or slabs <= SLAB_BYTES
 
 
 def busy(d: int, m: int, n: int, tile: Tile, splits: int, slots: int = 132) -> float:
