@@ -62,9 +62,10 @@ class Anchor:
 def fold_precision(merged: Tensor, settings: Settings) -> str:
     """Of the products that make a new weight in place of `merged`.
 
-    One that will be rounded to bfloat16 is made of weights rounded to 11 bits, in two products instead of three. That
-    moves each target weight by 2^-12 of its distance to the anchor, and the solution no farther; emulated, at most 6%
-    of the rounding to bfloat16 (`tests/test_fold_precision.py`). Below `ROUNDED_RIDGE` the change is so much larger
+    One that will be rounded to bfloat16 is folded with left factors rounded to 11 bits, in two products instead of
+    three. That is as if the target weight were off by 2^-12 of `W_t - W_a`, in output space of `(1 - alpha) W_t - W_a`,
+    which no small lambda amplifies; emulated, at most 6% of the rounding to bfloat16 (`tests/test_fold_precision.py`,
+    for `alpha` up to 1, 1 to 8 tasks). Below `ROUNDED_RIDGE` the change is so much larger
     that more of it would be lost than the rounding loses; float16 rounds too little to hide behind.
     """
     rounds = merged.dtype == torch.bfloat16 and settings.ridge_lambda >= ROUNDED_RIDGE

@@ -117,7 +117,7 @@ def test_float32_weights(alpha: float, output_space: bool, monkeypatch: pytest.M
 
 
 @SPACES
-@pytest.mark.parametrize("tasks", [1, 4])
+@pytest.mark.parametrize("tasks", [1, 8])
 @pytest.mark.parametrize(("alpha", "ridge"), [(0.1, 1.0), (0.3, 0.05), (0.6, 1e-3), (1.0, 0.05)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_weights(
