@@ -34,7 +34,7 @@ import featcal_fast as ff
 from bench.machine import machine
 from bench.phases import clocked
 from bench.workloads import WORKLOADS, Workload, write
-from featcal_fast.machine import peak_resident_bytes, use_whole_machine
+from featcal_fast.streaming.machine import peak_resident_bytes, use_whole_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 

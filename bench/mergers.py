@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from featcal_fast.merge import METHODS, merge_tensor
+from featcal_fast.merging.merged import METHODS, merge_tensor
 
 State = dict[str, Tensor]
 

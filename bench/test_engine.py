@@ -16,13 +16,13 @@ from torch import nn
 import featcal_fast as ff
 from bench.workloads import VISION, Workload, random_model
 from featcal_fast.checkpoints import find_checkpoint
-from featcal_fast.features import InputGroup, Layout
-from featcal_fast.moments import TaskMoments
+from featcal_fast.layer.features import InputGroup, Layout
+from featcal_fast.layer.moments import TaskMoments
+from featcal_fast.layer.solve import solve_layer
+from featcal_fast.layer.systems import Anchor, LayerSystem
+from featcal_fast.layer.tokens import TokenCounts
 from featcal_fast.reference import LinearStats, solve_weight
-from featcal_fast.solve import solve_layer
-from featcal_fast.sources import CheckpointSource
-from featcal_fast.systems import Anchor, LayerSystem
-from featcal_fast.tokens import TokenCounts
+from featcal_fast.streaming.sources import CheckpointSource
 
 CPU, SETTINGS, TOKENS = torch.device("cpu"), ff.Settings(), 3200
 SHAPES = [

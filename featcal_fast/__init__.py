@@ -3,11 +3,11 @@
 from featcal_fast import reference
 from featcal_fast.calibrate import calibrate_model
 from featcal_fast.errors import FeatCalError
-from featcal_fast.job import calibrate, merge
-from featcal_fast.plan import Plan
-from featcal_fast.planner import plan
-from featcal_fast.recipe import ExpertRecipe, MergeRecipe, Recipe
-from featcal_fast.report import Report
+from featcal_fast.inputs.recipe import ExpertRecipe, MergeRecipe, Recipe
+from featcal_fast.job.run import calibrate, merge
+from featcal_fast.planning.plan import Plan
+from featcal_fast.planning.planner import plan
+from featcal_fast.reporting.report import Report
 from featcal_fast.settings import PRESETS, Settings
 from featcal_fast.version import __version__
 

@@ -20,28 +20,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featcal_fast.activations import HOST, Place, Stream
-from featcal_fast.chunks import Chunks, memory_errors
-from featcal_fast.compiled import Forwards, wanted
-from featcal_fast.drift import Probe
 from featcal_fast.errors import DataError, UnsupportedModelError
-from featcal_fast.experts import BlockReader
-from featcal_fast.features import Kept, Layout, find_layout
-from featcal_fast.machine import find_device, give_back_freed_blocks, reusing_freed_blocks
+from featcal_fast.forward.compiled import Forwards, wanted
+from featcal_fast.layer.features import Kept, Layout, find_layout
+from featcal_fast.layer.moments import TaskMoments
+from featcal_fast.layer.precision import whole_float32
+from featcal_fast.layer.selection import check_patterns
+from featcal_fast.layer.solve import Update, check_finite, solve_layer
+from featcal_fast.layer.systems import Anchor, LayerSystem
+from featcal_fast.layer.tokens import TokenCounts, Tokens
 from featcal_fast.models import Structure
 from featcal_fast.models.linear import is_linear, oriented
 from featcal_fast.models.structure import Layer
-from featcal_fast.moments import TaskMoments
-from featcal_fast.precision import whole_float32
-from featcal_fast.progress import Progress
-from featcal_fast.report import GroupReport, LayerReport, Report
-from featcal_fast.selection import check_patterns
+from featcal_fast.reporting.progress import Progress
+from featcal_fast.reporting.report import GroupReport, LayerReport, Report
 from featcal_fast.settings import Settings
-from featcal_fast.solve import Update, check_finite, solve_layer
-from featcal_fast.sources import ModuleSource, Source, check_same_architecture
-from featcal_fast.systems import Anchor, LayerSystem
-from featcal_fast.tokens import TokenCounts, Tokens
-from featcal_fast.transfers import Transfers, on_host
+from featcal_fast.streaming.chunks import Chunks, memory_errors
+from featcal_fast.streaming.drift import Probe
+from featcal_fast.streaming.hidden_states import HOST, Place, Stream
+from featcal_fast.streaming.machine import find_device, give_back_freed_blocks, reusing_freed_blocks
+from featcal_fast.streaming.prefetch import BlockReader
+from featcal_fast.streaming.sources import ModuleSource, Source, check_same_architecture
+from featcal_fast.streaming.transfers import Transfers, on_host
 
 Batches = Sequence[Mapping[str, Tensor]]
 SCRATCH = "hidden states"  # in a report of what was read and written

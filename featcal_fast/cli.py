@@ -16,10 +16,10 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from featcal_fast.errors import FeatCalError
-from featcal_fast.machine import known_rate, remember_rate, use_whole_machine
-from featcal_fast.plan import parse_bytes
-from featcal_fast.progress import Progress
-from featcal_fast.report import LayerReport
+from featcal_fast.planning.plan import parse_bytes
+from featcal_fast.reporting.progress import Progress
+from featcal_fast.reporting.report import LayerReport
+from featcal_fast.streaming.machine import known_rate, remember_rate, use_whole_machine
 from featcal_fast.version import __version__
 
 EXAMPLE = """
@@ -85,7 +85,7 @@ def calibrate(
     Example:
         featcal-fast calibrate recipe.yaml --out models/calibrated --device cuda
     """
-    from featcal_fast.job import calibrate as run
+    from featcal_fast.job.run import calibrate as run
 
     use_whole_machine()
     console = Console()
@@ -125,7 +125,7 @@ def plan(
     Example:
         featcal-fast plan recipe.yaml --device-memory 22GiB --rate 150
     """
-    from featcal_fast.planner import plan as make
+    from featcal_fast.planning.planner import plan as make
 
     if rate is not None and not 0 < rate < math.inf:
         raise typer.BadParameter(
@@ -158,7 +158,7 @@ def merge(
     Example:
         featcal-fast merge recipe.yaml --out models/merged
     """
-    from featcal_fast.job import merge as run
+    from featcal_fast.job.run import merge as run
 
     console = Console()
     with console.status("merging"):

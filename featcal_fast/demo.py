@@ -34,9 +34,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from featcal_fast.errors import FeatCalError, OutputError
-from featcal_fast.job import calibrate, merge
-from featcal_fast.recipe import Recipe
-from featcal_fast.report import Report
+from featcal_fast.inputs.recipe import Recipe
+from featcal_fast.job.run import calibrate, merge
+from featcal_fast.reporting.report import Report
 
 SCRAMBLED = torch.randperm(64, generator=torch.Generator().manual_seed(0))
 VIEWS = {  # what each task makes of images [n, 8, 8] with pixels in [-1, 1]

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from featcal_fast.forward.calls import BatchCalls, first_hidden
+from featcal_fast.layer.precision import whole_float32
+from featcal_fast.layer.selection import reason_to_keep
 from featcal_fast.models import Layer, find_structure
 from featcal_fast.models.linear import is_linear, oriented
-from featcal_fast.models.stepping import BatchCalls, first_hidden
-from featcal_fast.precision import whole_float32
-from featcal_fast.selection import reason_to_keep
 from featcal_fast.settings import Settings
 
 

@@ -225,7 +225,7 @@ def test_bad_experts_are_named_before_any_compute(
 ) -> None:
     breakage, message = BROKEN[case]
     changes = expert_at(recipe, "task1", breakage(tmp_path))
-    monkeypatch.setattr("featcal_fast.job.calibrate_source", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr("featcal_fast.job.run.calibrate_source", lambda *_, **__: pytest.fail("computed"))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ff.FeatCalError, match=f"(?s)expert task1: .*{message}"):
         ff.calibrate({**recipe, **changes})

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import featcal_fast as ff
-from featcal_fast import compiled, reference
-from featcal_fast.compiled import Forwards
+from featcal_fast import reference
+from featcal_fast.forward import compiled
+from featcal_fast.forward.calls import BatchCalls, first_hidden
+from featcal_fast.forward.compiled import Forwards
 from featcal_fast.models import find_structure
-from featcal_fast.models.stepping import BatchCalls, first_hidden
-from featcal_fast.progress import Progress
-from featcal_fast.report import LayerReport
+from featcal_fast.reporting.progress import Progress
+from featcal_fast.reporting.report import LayerReport
 
 COMPILED = ff.Settings(compile_blocks=True)
 GRAPHS: list[torch.fx.GraphModule] = []

@@ -14,9 +14,9 @@ from torch import nn
 
 import featcal_fast as ff
 from featcal_fast import reference
-from featcal_fast.features import tapped
-from featcal_fast.progress import Progress
-from featcal_fast.report import LayerReport
+from featcal_fast.layer.features import tapped
+from featcal_fast.reporting.progress import Progress
+from featcal_fast.reporting.report import LayerReport
 
 ROUNDING = 2.0**-24
 
@@ -107,7 +107,7 @@ def test_both_spaces_give_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> N
     job, results = pico.job("clip", 2), []
     judge = calibrated(reference.calibrate_model, job.double(), ff.Settings())
     for choice in (True, False):
-        monkeypatch.setattr("featcal_fast.moments.output_space", lambda *_, choice=choice: choice)
+        monkeypatch.setattr("featcal_fast.layer.moments.output_space", lambda *_, choice=choice: choice)
         results.append(calibrated(ff.calibrate_model, job, ff.Settings()))
     for found in results:
         for name, (error, rounding) in update_errors(found, judge, job.merged).items():

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import featcal_fast as ff
 from featcal_fast import reference
-from featcal_fast.data import load_batches
+from featcal_fast.forward.calls import first_hidden
+from featcal_fast.inputs.data import load_batches
 from featcal_fast.models import FAMILIES, families_table, find_structure
-from featcal_fast.models.stepping import first_hidden
 
 KINDS = list(pico.KINDS)
 PADDED = [kind for kind in KINDS if "input_ids" in pico.batches_for(kind, 0)[0]]

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from featcal_fast import footprint, systems
-from featcal_fast.features import InputGroup
-from featcal_fast.moments import GroupMoments
+from featcal_fast.layer import systems
+from featcal_fast.layer.features import InputGroup
+from featcal_fast.layer.moments import GroupMoments
+from featcal_fast.layer.systems import Anchor, GroupSystem
+from featcal_fast.planning import footprint
 from featcal_fast.settings import Settings
-from featcal_fast.systems import Anchor, GroupSystem
 
 WIDTH, OUT, TOKENS = 256, 320, 2048
 

@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 import featcal_fast as ff
-from featcal_fast import cholesky, job, reference
-from featcal_fast.activations import HOST
-from featcal_fast.cholesky import factor_, solve_
-from featcal_fast.chunks import Chunks
-from featcal_fast.systems import LayerSystem
+from featcal_fast import reference
+from featcal_fast.job import run as job
+from featcal_fast.layer import cholesky
+from featcal_fast.layer.cholesky import factor_, solve_
+from featcal_fast.layer.systems import LayerSystem
+from featcal_fast.streaming.chunks import Chunks
+from featcal_fast.streaming.hidden_states import HOST
 
 pytestmark = [
     pytest.mark.gpu,

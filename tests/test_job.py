@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import featcal_fast as ff
-from featcal_fast.data import load_batches
-from featcal_fast.progress import Progress
-from featcal_fast.report import LayerReport
+from featcal_fast.inputs.data import load_batches
+from featcal_fast.reporting.progress import Progress
+from featcal_fast.reporting.report import LayerReport
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import featcal_fast as ff
-from featcal_fast import machine
-from featcal_fast.machine import find_device, known_rate, remember_rate
+from featcal_fast.streaming import machine
+from featcal_fast.streaming.machine import find_device, known_rate, remember_rate
 
 CPU = torch.device("cpu")
 
@@ -82,7 +82,7 @@ def test_limits_of_groups_around_ones_own_count(version: int, tmp_path: Path, mo
 
 FAULTS = """
 import resource, torch
-from featcal_fast.machine import resident_bytes, reusing_freed_blocks, use_whole_machine
+from featcal_fast.streaming.machine import resident_bytes, reusing_freed_blocks, use_whole_machine
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -113,7 +113,7 @@ def test_freed_blocks_are_used_again_while_batches_pass_and_go_back_after() -> N
 
 HOLES = """
 import torch
-from featcal_fast.machine import REUSED_BYTES, resident_bytes, reusing_freed_blocks, use_whole_machine
+from featcal_fast.streaming.machine import REUSED_BYTES, resident_bytes, reusing_freed_blocks, use_whole_machine
 
 use_whole_machine()
 with reusing_freed_blocks() as limit:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from featcal_fast.merge import METHODS, PART, merge_tensor
+from featcal_fast.merging.merged import METHODS, PART, merge_tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import featcal_fast as ff
-from featcal_fast import moments
-from featcal_fast.chunks import Chunks
-from featcal_fast.models.stepping import BatchCalls
+from featcal_fast.forward.calls import BatchCalls
+from featcal_fast.layer import moments
+from featcal_fast.streaming.chunks import Chunks
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from featcal_fast.forward.calls import BatchCalls, first_hidden, move
+from featcal_fast.forward.shared import Patterns, Remembered
 from featcal_fast.models import find_structure
-from featcal_fast.models.patterns import Patterns, Remembered
-from featcal_fast.models.stepping import BatchCalls, first_hidden, move
 
 CPU = torch.device("cpu")
 PADDED = [kind for kind in pico.KINDS if "input_ids" in pico.batches_for(kind, 0)[0]]

@@ -19,10 +19,10 @@ from torch import Tensor
 
 import featcal_fast as ff
 from featcal_fast import reference
-from featcal_fast.activations import Stream
-from featcal_fast.models.stepping import BatchCalls
-from featcal_fast.precision import OTHERS, PARENTS, PRODUCTS, whole_float32
-from featcal_fast.systems import LayerSystem
+from featcal_fast.forward.calls import BatchCalls
+from featcal_fast.layer.precision import OTHERS, PARENTS, PRODUCTS, whole_float32
+from featcal_fast.layer.systems import LayerSystem
+from featcal_fast.streaming.hidden_states import Stream
 
 NEWER = hasattr(torch._C, "_set_fp32_precision_setter")
 STEPS = 3000

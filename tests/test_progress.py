@@ -6,8 +6,8 @@ import pico
 import pytest
 
 import featcal_fast as ff
-from featcal_fast.progress import Progress
-from featcal_fast.report import LayerReport
+from featcal_fast.reporting.progress import Progress
+from featcal_fast.reporting.report import LayerReport
 
 
 class Watcher(Progress):

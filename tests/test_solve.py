@@ -12,13 +12,13 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import featcal_fast as ff
-from featcal_fast import cholesky, solve
-from featcal_fast.cholesky import factor_, factor_blocked_, solve_, solve_blocked_
-from featcal_fast.features import InputGroup, Layout
-from featcal_fast.moments import TaskMoments
-from featcal_fast.solve import MAX_CONDITION_SPLIT, check_finite, max_condition, solve_layer
-from featcal_fast.systems import Anchor, LayerSystem
-from featcal_fast.tokens import TokenCounts
+from featcal_fast.layer import cholesky, solve
+from featcal_fast.layer.cholesky import factor_, factor_blocked_, solve_, solve_blocked_
+from featcal_fast.layer.features import InputGroup, Layout
+from featcal_fast.layer.moments import TaskMoments
+from featcal_fast.layer.solve import MAX_CONDITION_SPLIT, check_finite, max_condition, solve_layer
+from featcal_fast.layer.systems import Anchor, LayerSystem
+from featcal_fast.layer.tokens import TokenCounts
 
 IN, OUT, TOKENS = 48, 20, 400
 

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 import featcal_fast as ff
-from featcal_fast.activations import Stream, Traffic, _Away, _Here, _HostMemory, _ScratchFile
 from featcal_fast.errors import OutputError
-from featcal_fast.experts import BlockReader
-from featcal_fast.moments import TaskMoments
-from featcal_fast.sources import ModuleSource
-from featcal_fast.transfers import Transfers
+from featcal_fast.layer.moments import TaskMoments
+from featcal_fast.streaming.hidden_states import Stream, Traffic, _Away, _Here, _HostMemory, _ScratchFile
+from featcal_fast.streaming.prefetch import BlockReader
+from featcal_fast.streaming.sources import ModuleSource
+from featcal_fast.streaming.transfers import Transfers
 
 CPU = torch.device("cpu")
 

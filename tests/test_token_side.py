@@ -11,11 +11,12 @@ import torch
 from test_engine import calibrated, update_errors
 
 import featcal_fast as ff
-from featcal_fast import moments, reference
+from featcal_fast import reference
 from featcal_fast.errors import SolveError
-from featcal_fast.features import InputGroup
-from featcal_fast.moments import token_side
-from featcal_fast.tokens import TokenCounts
+from featcal_fast.layer import moments
+from featcal_fast.layer.features import InputGroup
+from featcal_fast.layer.moments import token_side
+from featcal_fast.layer.tokens import TokenCounts
 
 
 def few_tokens(kind: str, tasks: int) -> pico.Job:
@@ -37,7 +38,7 @@ def test_it_is_the_same_solution(kind: str, ridge: float, monkeypatch: pytest.Mo
     judge = calibrated(reference.calibrate_model, job.double(), settings)
     plain = calibrated(reference.calibrate_model, job.copy(), settings)
     monkeypatch.setattr(moments, "token_side", lambda group, _: not group.memory)
-    monkeypatch.setattr("featcal_fast.systems.token_side", moments.token_side)
+    monkeypatch.setattr("featcal_fast.layer.systems.token_side", moments.token_side)
     merged = copy.deepcopy(job.merged)
     report = ff.calibrate_model(merged, base=job.base, experts=job.experts, batches=job.batches, settings=settings)
     assert "tokens" in spaces(report)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from featcal_fast.layer.tokens import Tokens
 from featcal_fast.models.family import LastLayerWeights
-from featcal_fast.tokens import Tokens
 
 CPU, GPU, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
 RULE = LastLayerWeights(rest=0.01, except_modules=())

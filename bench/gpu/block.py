@@ -12,7 +12,7 @@ from bench.gpu.results import Results, Rows
 from bench.gpu.sections import Row, Section
 from bench.gpu.tables import table
 from bench.gpu.timing import Run, extra_bytes, measure
-from featcal_fast.compiled import Forwards
+from featcal_fast.forward.compiled import Forwards
 
 
 def rows(run: Run, results: Results) -> Iterator[Row]:

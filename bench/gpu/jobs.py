@@ -21,7 +21,7 @@ from bench.gpu.tables import table
 from bench.gpu.timing import Run
 from bench.jobs import same_tensors, worker_command
 from bench.workloads import VISION, WORKLOADS, Workload, model_bytes, write, write_linked
-from featcal_fast.machine import available_host_bytes
+from featcal_fast.streaming.machine import available_host_bytes
 
 MEMORY_BACKED = Path("/dev/shm")
 

@@ -15,7 +15,7 @@ from bench.gpu.results import Results, Rows
 from bench.gpu.sections import Row, Section
 from bench.gpu.tables import table
 from bench.gpu.timing import Run
-from featcal_fast import compiled as forwards
+from featcal_fast.forward import compiled as forwards
 
 ENGINE, COMPILED = "engine, blocks as they are", "engine, blocks compiled"
 OFFICIAL, FUSIONEVAL = "official, as published", "FusionEval, as published"

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from bench.phases import Clock
-from featcal_fast.compiled import Forwards
-from featcal_fast.features import Kept, Layout, find_layout, tapped
+from featcal_fast.forward.calls import BatchCalls, first_hidden
+from featcal_fast.forward.compiled import Forwards
+from featcal_fast.layer.features import Kept, Layout, find_layout, tapped
+from featcal_fast.layer.moments import TaskMoments, output_space
+from featcal_fast.layer.solve import solve_layer
+from featcal_fast.layer.systems import Anchor, LayerSystem
+from featcal_fast.layer.tokens import TokenCounts, Tokens
 from featcal_fast.models import find_structure
-from featcal_fast.models.stepping import BatchCalls, first_hidden
-from featcal_fast.moments import TaskMoments, output_space
 from featcal_fast.settings import Settings
-from featcal_fast.solve import solve_layer
-from featcal_fast.systems import Anchor, LayerSystem
-from featcal_fast.tokens import TokenCounts, Tokens
 
 SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 TOY = {"hidden_size": 64, "intermediate_size": 224, "num_attention_heads": 4, "num_key_value_heads": 1}

@@ -13,7 +13,7 @@ from bench.gpu.results import Results, Rows
 from bench.gpu.sections import Row, Section
 from bench.gpu.tables import table
 from bench.gpu.timing import Run, apart, extra_bytes, measure
-from featcal_fast import cholesky
+from featcal_fast.layer import cholesky
 
 SIZES = ((4096, 4096, 3), (14336, 4096, 1), (1024, 1024, 3), (768, 768, 3))  # columns, right-hand sides, systems
 EXACT = 4096  # columns up to which float64 is the judge

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 import featcal_fast as ff
 from bench.workers import Measured, options
 from bench.workers.common import load_batches, load_model, save, tasks_of
-from featcal_fast.features import tapped
+from featcal_fast.forward.calls import BatchCalls, first_hidden, move
+from featcal_fast.layer.features import tapped
 from featcal_fast.models import find_structure
-from featcal_fast.models.stepping import BatchCalls, first_hidden, move
 
 GROUPS = (
     tuple(f"self_attn.{name}_proj" for name in "qkv"),

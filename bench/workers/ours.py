@@ -9,7 +9,7 @@ import transformers
 
 import featcal_fast as ff
 from bench.workers import Measured, options
-from featcal_fast.machine import use_whole_machine
+from featcal_fast.streaming.machine import use_whole_machine
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from featcal_kernels.configs import Arch
 from moment_oracle import assert_as_good, poisoned
 from test_interpreter import BODIES, POINTER, pytestmark  # noqa: F401 (where the interpreter can be used)
 
-from featcal_fast import cholesky
+from featcal_fast.layer import cholesky
 
 
 @pytest.fixture

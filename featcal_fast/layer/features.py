@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from featcal_fast.forward.calls import BatchCalls
+from featcal_fast.layer.selection import reason_to_keep
+from featcal_fast.layer.tokens import Tokens
 from featcal_fast.models.family import LastLayerWeights
 from featcal_fast.models.linear import is_linear, oriented
-from featcal_fast.models.stepping import BatchCalls
 from featcal_fast.models.structure import Layer
-from featcal_fast.selection import reason_to_keep
 from featcal_fast.settings import Settings
-from featcal_fast.tokens import Tokens
 
 
 @dataclass(frozen=True)

@@ -12,24 +12,30 @@ from featcal_kernels.configs import PANEL_BYTES, SLAB_BYTES
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from featcal_fast.activations import HOST, Place, check_scratch
 from featcal_fast.calibrate import check_settings
 from featcal_fast.checkpoints import BitsAndBytesCheckpoint, HostedExpert, LoraExpert, TensorSource, canonical
 from featcal_fast.checkpoints import kept_bytes as kept_in_host
 from featcal_fast.checkpoints.adapter import ROWS
-from featcal_fast.compiled import wanted
-from featcal_fast.drift import PROBE_SAMPLES
 from featcal_fast.errors import DataError, FeatCalError
-from featcal_fast.footprint import FirstStates, Footprint, Phantom, measure_layer
-from featcal_fast.inputs import Models, TaskData, load_data, output_folder
-from featcal_fast.machine import REUSED_BYTES, available_device_bytes, available_host_bytes, find_device, resident_bytes
-from featcal_fast.merge import MergedCheckpoint
+from featcal_fast.forward.compiled import wanted
+from featcal_fast.inputs.load import Models, TaskData, load_data, output_folder
+from featcal_fast.inputs.recipe import Recipe, RecipeLike
+from featcal_fast.layer.tokens import TokenCounts
+from featcal_fast.merging.merged import MergedCheckpoint
 from featcal_fast.models.structure import Layer
-from featcal_fast.plan import LayerPlan, Plan, folded
-from featcal_fast.recipe import Recipe, RecipeLike
-from featcal_fast.remedies import problems
-from featcal_fast.sources import CheckpointSource, check_same_architecture
-from featcal_fast.tokens import TokenCounts
+from featcal_fast.planning.footprint import FirstStates, Footprint, Phantom, measure_layer
+from featcal_fast.planning.plan import LayerPlan, Plan, folded
+from featcal_fast.planning.remedies import problems
+from featcal_fast.streaming.drift import PROBE_SAMPLES
+from featcal_fast.streaming.hidden_states import HOST, Place, check_scratch
+from featcal_fast.streaming.machine import (
+    REUSED_BYTES,
+    available_device_bytes,
+    available_host_bytes,
+    find_device,
+    resident_bytes,
+)
+from featcal_fast.streaming.sources import CheckpointSource, check_same_architecture
 
 States = dict[str, tuple[FirstStates, FirstStates]]  # the student's and the expert's, by task
 # Measured by bench/jobs.py: what libraries take once they compute (threads, their buffers, code paged in).

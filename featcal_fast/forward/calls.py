@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from featcal_fast.errors import UnsupportedModelError
-from featcal_fast.models.patterns import Patterns, Remembered
+from featcal_fast.forward.shared import Patterns, Remembered
 from featcal_fast.models.structure import Structure
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from featcal_fast.features import Kept, tapped
-from featcal_fast.models.stepping import BatchCalls
+from featcal_fast.forward.calls import BatchCalls
+from featcal_fast.layer.features import Kept, tapped
 from featcal_fast.settings import Settings
 
 BACKEND: Any = "inductor"  # of torch.compile

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from featcal_fast.checkpoints import is_finite
-from featcal_fast.cholesky import factor_, solve_
 from featcal_fast.errors import SolveError
-from featcal_fast.moments import GroupMoments, TaskMoments
-from featcal_fast.settings import Settings
-from featcal_fast.systems import (
+from featcal_fast.layer.cholesky import factor_, solve_
+from featcal_fast.layer.moments import GroupMoments, TaskMoments
+from featcal_fast.layer.systems import (
     Anchor,
     GroupSystem,
     InputSystem,
@@ -35,6 +34,7 @@ from featcal_fast.systems import (
     column_blocks,
     matvec,
 )
+from featcal_fast.settings import Settings
 
 MAX_CONDITION_FLOAT32 = 1e4  # beyond this bound on cond(A), float32's 6e-8 leaves too few digits
 # Beyond this one, no split products. Errors of the solution relative to the update, the worst of four kinds of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from featcal_fast.report import LayerReport
+from featcal_fast.reporting.report import LayerReport
 
 
 class Progress:

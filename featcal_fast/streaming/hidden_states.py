@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from featcal_fast.errors import DataError, FeatCalError, OutputError
-from featcal_fast.models.stepping import BatchCalls, move, pinned
-from featcal_fast.sources import Source
-from featcal_fast.transfers import Transfer, Transfers, on_host
+from featcal_fast.forward.calls import BatchCalls, move, pinned
+from featcal_fast.streaming.sources import Source
+from featcal_fast.streaming.transfers import Transfer, Transfers, on_host
 
 Place = torch.device | Path  # of hidden states: a device's memory, or a folder for scratch files
 HOST = torch.device("cpu")

@@ -9,8 +9,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from featcal_fast.sources import Source
-from featcal_fast.transfers import Transfers, on_host
+from featcal_fast.streaming.sources import Source
+from featcal_fast.streaming.transfers import Transfers, on_host
 
 
 class BlockReader:

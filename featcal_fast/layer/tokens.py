@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from featcal_fast.errors import DataError
+from featcal_fast.forward.calls import move, pinned
 from featcal_fast.models.family import LastLayerWeights
-from featcal_fast.models.stepping import move, pinned
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from featcal_kernels import add_scaled_, addmm_, frobenius, pack, panel_rows, sy
 from torch import Tensor, nn
 
 from featcal_fast.errors import SolveError
-from featcal_fast.features import InputGroup, Layout
+from featcal_fast.layer.features import InputGroup, Layout
+from featcal_fast.layer.moments import GroupMoments, InputMoments, NormMoments, RowMoments, TaskMoments, token_side
+from featcal_fast.layer.tokens import TokenCounts
 from featcal_fast.models.linear import oriented
-from featcal_fast.moments import GroupMoments, InputMoments, NormMoments, RowMoments, TaskMoments, token_side
 from featcal_fast.settings import Settings
-from featcal_fast.tokens import TokenCounts
 
 BLOCK = 2048  # columns of a weight at a time
 ROUNDED_RIDGE = 1e-3

@@ -12,7 +12,7 @@ import yaml
 
 from featcal_fast.checkpoints import STORAGES
 from featcal_fast.errors import RecipeError
-from featcal_fast.merge import METHODS
+from featcal_fast.merging.merged import METHODS
 from featcal_fast.settings import Settings, number
 
 

@@ -20,10 +20,10 @@ from featcal_fast.checkpoints import (
     find_checkpoint,
     find_expert,
 )
-from featcal_fast.data import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, check_exists, load_batches, os_errors
 from featcal_fast.errors import DataError, RecipeError
-from featcal_fast.merge import MergedCheckpoint
-from featcal_fast.recipe import Recipe
+from featcal_fast.inputs.data import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, check_exists, load_batches, os_errors
+from featcal_fast.inputs.recipe import Recipe
+from featcal_fast.merging.merged import MergedCheckpoint
 
 Batches = list[dict[str, Tensor]]
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}  # of a forward pass: enough for products to run at full speed

@@ -8,12 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from featcal_fast.activations import Run, Stream
-from featcal_fast.chunks import Chunks
-from featcal_fast.models.stepping import BatchCalls
-from featcal_fast.sources import Source
-from featcal_fast.tokens import Tokens
-from featcal_fast.transfers import Transfers
+from featcal_fast.forward.calls import BatchCalls
+from featcal_fast.layer.tokens import Tokens
+from featcal_fast.streaming.chunks import Chunks
+from featcal_fast.streaming.hidden_states import Run, Stream
+from featcal_fast.streaming.sources import Source
+from featcal_fast.streaming.transfers import Transfers
 
 PROBE_SAMPLES = 4  # a task; enough for a figure to watch, at a few per cent of a run's forward passes
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from featcal_fast.checkpoints import TensorSource, canonical, is_finite
 from featcal_fast.errors import CheckpointError, ModelMismatchError, UnsupportedModelError
+from featcal_fast.forward.calls import BatchCalls, first_hidden, move
+from featcal_fast.forward.shared import Patterns
 from featcal_fast.models import Structure, find_structure
-from featcal_fast.models.patterns import Patterns
-from featcal_fast.models.stepping import BatchCalls, first_hidden, move
 from featcal_fast.models.stored import StoredNames
 
 STEPPING = Lock()  # while a model's forward is recorded its blocks are not themselves, and nobody copies one

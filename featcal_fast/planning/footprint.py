@@ -16,20 +16,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from featcal_fast.activations import Stream
 from featcal_fast.calibrate import see_expert, see_student
 from featcal_fast.checkpoints import TensorInfo, TensorSource
-from featcal_fast.compiled import Forwards, wanted
-from featcal_fast.features import InputGroup, Layout, find_layout
-from featcal_fast.models.patterns import Remembered
-from featcal_fast.models.stepping import BatchCalls, move
+from featcal_fast.forward.calls import BatchCalls, move
+from featcal_fast.forward.compiled import Forwards, wanted
+from featcal_fast.forward.shared import Remembered
+from featcal_fast.layer.features import InputGroup, Layout, find_layout
+from featcal_fast.layer.moments import GroupMoments, TaskMoments, token_side
+from featcal_fast.layer.solve import solve_dtype
+from featcal_fast.layer.systems import Anchor, LayerSystem, fold_columns
+from featcal_fast.layer.tokens import TokenCounts, Tokens
 from featcal_fast.models.structure import Layer
-from featcal_fast.moments import GroupMoments, TaskMoments, token_side
 from featcal_fast.settings import Settings
-from featcal_fast.solve import solve_dtype
-from featcal_fast.sources import CheckpointSource
-from featcal_fast.systems import Anchor, LayerSystem, fold_columns
-from featcal_fast.tokens import TokenCounts, Tokens
+from featcal_fast.streaming.hidden_states import Stream
+from featcal_fast.streaming.sources import CheckpointSource
 
 META = torch.device("meta")
 

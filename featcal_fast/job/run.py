@@ -11,13 +11,13 @@ from torch import Tensor
 from featcal_fast.calibrate import calibrate_source
 from featcal_fast.checkpoints import CheckpointWriter
 from featcal_fast.errors import RecipeError
-from featcal_fast.inputs import Models, load_data, output_folder
-from featcal_fast.machine import find_device
-from featcal_fast.planner import choose_place
-from featcal_fast.progress import Progress
-from featcal_fast.recipe import Recipe, RecipeLike
-from featcal_fast.report import Report
-from featcal_fast.sources import CheckpointSource
+from featcal_fast.inputs.load import Models, load_data, output_folder
+from featcal_fast.inputs.recipe import Recipe, RecipeLike
+from featcal_fast.planning.planner import choose_place
+from featcal_fast.reporting.progress import Progress
+from featcal_fast.reporting.report import Report
+from featcal_fast.streaming.machine import find_device
+from featcal_fast.streaming.sources import CheckpointSource
 
 
 def calibrate(

@@ -6,11 +6,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from featcal_fast.activations import Place
 from featcal_fast.checkpoints import existing
-from featcal_fast.inputs import TaskData
-from featcal_fast.plan import Plan, format_bytes
-from featcal_fast.recipe import Recipe
+from featcal_fast.inputs.load import TaskData
+from featcal_fast.inputs.recipe import Recipe
+from featcal_fast.planning.plan import Plan, format_bytes
+from featcal_fast.streaming.hidden_states import Place
 
 SMALLEST = {"batch_size": 1, "samples": 16, "max_length": 32}  # that is named
 Measure = Callable[[Mapping[str, TaskData]], Plan]

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from featcal_kernels import cross_, gram_cross_
 from torch import Tensor, nn
 
-from featcal_fast.features import InputGroup, Kept, Layout
+from featcal_fast.layer.features import InputGroup, Kept, Layout
+from featcal_fast.layer.tokens import TokenCounts, Tokens
 from featcal_fast.settings import Settings
-from featcal_fast.tokens import TokenCounts, Tokens
 
 Once = Callable[[str, Callable[[], object]], None]
 

@@ -1,0 +1,1 @@
+"""A recipe carried out: folders in, a folder out."""

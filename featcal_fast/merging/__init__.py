@@ -1,0 +1,1 @@
+"""Upstream mergers that stream."""

@@ -1,0 +1,1 @@
+"""What a job will need, before anything runs, and what to change where that is too much."""

@@ -1,0 +1,1 @@
+"""What arrives and leaves while the device computes: blocks, hidden states, and the memory they take."""
