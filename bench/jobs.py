@@ -34,7 +34,7 @@ import featcal_fast as ff
 from bench.machine import machine
 from bench.phases import clocked
 from bench.workloads import WORKLOADS, Workload, write
-from featcal_fast.streaming.machine import peak_resident_bytes, use_whole_machine
+from featcal_fast.streaming.machine import configure_process, peak_resident_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -126,7 +126,7 @@ def _both(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    use_whole_machine()  # as the command does
+    configure_process()  # as the command does
     recipe = json.loads((folder / "recipe.json").read_text())
     started = time.perf_counter()
     plan = ff.plan({**recipe, "out": str(folder / "out")}, device=args.device, scratch=args.scratch)
@@ -147,7 +147,7 @@ def _plan(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def _run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
-    use_whole_machine()
+    configure_process()
     recipe = json.loads((folder / "recipe.json").read_text())
     on_gpu = torch.device(args.device).type == "cuda"
     started = time.perf_counter()

@@ -52,14 +52,14 @@ def clocked(device: torch.device) -> Iterator[Callable[[], dict[str, float]]]:
     clock, loop = Clock(device), import_module("featcal_fast.calibrate")
     # The loop's own names, not what they stand for: plans use that too.
     steps = {
-        "Stream.enter": "entering",
-        "BlockReader.next": "waiting for blocks",
-        "see_expert": "experts' forward",
-        "see_student": STUDENT,
+        "HiddenStates.enter": "entering",
+        "BlockPrefetcher.next": "waiting for blocks",
+        "forward_expert": "experts' forward",
+        "forward_student": STUDENT,
         "TaskMoments.add": MOMENTS,
         "LayerSystem.fold": "fold",
         "solve_layer": "solve",
-        "Stream.advance": "advance",
+        "HiddenStates.advance": "advance",
     }
 
     def seconds() -> dict[str, float]:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from featcal_fast.errors import DataError, UnsupportedModelError
-from featcal_fast.forward.compiled import Forwards, wanted
-from featcal_fast.layer.features import Kept, Layout, find_layout
+from featcal_fast.forward.compiled import BlockRunner, should_compile
+from featcal_fast.layer.features import Activations, Layout, find_layout
 from featcal_fast.layer.moments import TaskMoments
-from featcal_fast.layer.precision import whole_float32
+from featcal_fast.layer.precision import ieee_float32
 from featcal_fast.layer.selection import check_patterns
 from featcal_fast.layer.solve import Update, check_finite, solve_layer
 from featcal_fast.layer.systems import Anchor, LayerSystem
@@ -35,13 +35,13 @@ from featcal_fast.models.structure import Layer
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import GroupReport, LayerReport, Report
 from featcal_fast.settings import Settings
-from featcal_fast.streaming.chunks import Chunks, memory_errors
-from featcal_fast.streaming.drift import Probe
-from featcal_fast.streaming.hidden_states import HOST, Place, Stream
-from featcal_fast.streaming.machine import find_device, give_back_freed_blocks, reusing_freed_blocks
-from featcal_fast.streaming.prefetch import BlockReader
+from featcal_fast.streaming.chunks import Chunks, explain_out_of_memory
+from featcal_fast.streaming.drift import DriftProbe
+from featcal_fast.streaming.hidden_states import HOST, HiddenStates, Offload
+from featcal_fast.streaming.machine import caching_malloc, find_device, trim_malloc
+from featcal_fast.streaming.prefetch import BlockPrefetcher
 from featcal_fast.streaming.sources import ModuleSource, Source, check_same_architecture
-from featcal_fast.streaming.transfers import Transfers, on_host
+from featcal_fast.streaming.transfers import Transfers, empty_pinned
 
 Batches = Sequence[Mapping[str, Tensor]]
 SCRATCH = "hidden states"  # in a report of what was read and written
@@ -57,7 +57,7 @@ def calibrate_model(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Calibrate `merged` in place, towards `experts`, with models in memory.
+    """Calibrate `merged` in offload, towards `experts`, with models in memory.
 
     Args:
         merged: the model to repair. Its parameters change only once every layer has been solved.
@@ -112,7 +112,7 @@ def calibrate_source(
     device: torch.device,
     write: Callable[[int, dict[str, Tensor]], None],
     progress: Progress,
-    place: Place = HOST,
+    offload: Offload = HOST,
     chunk: int | None = None,
 ) -> Report:
     """Calibrate a model whose blocks arrive one at a time, each being read while the one before it is in use.
@@ -128,32 +128,38 @@ def calibrate_source(
     check_settings(structure, settings)
 
     transfers = Transfers(device, "hidden-states")
-    student_streams = {task: Stream(student, task, device, transfers, place) for task in experts}
-    expert_streams = {task: Stream(expert, task, device, transfers, place) for task, expert in experts.items()}
+    student_streams = {task: HiddenStates(student, task, device, transfers, offload) for task in experts}
+    expert_streams = {task: HiddenStates(expert, task, device, transfers, offload) for task, expert in experts.items()}
     chunks = Chunks(device, chunk, settings.forward_dtype)
-    forwards = Forwards(wanted(settings, device))
-    probe = Probe(student, experts, device, chunks, transfers, forwards.run)
+    runner = BlockRunner(should_compile(settings, device))
+    probe = DriftProbe(student, experts, device, chunks, transfers, runner.run)
     inputs: dict[str, Batches] = {}
     tokens: dict[str, list[Tokens]] = {}
     report = Report(settings, structure.family.name, str(device), dict.fromkeys(experts, 0))
     report.kept |= structure.outside
 
     order = ((source, layer.index) for layer in structure.layers for source in (student, base, *experts.values()))
-    with closing(progress), transfers, BlockReader(order, device) as blocks, memory_errors(device), whole_float32():
+    with (
+        closing(progress),
+        transfers,
+        BlockPrefetcher(order, device) as blocks,
+        explain_out_of_memory(device),
+        ieee_float32(),
+    ):
         for layer in structure.layers:
             if layer.number == 0:  # a stage begins: most models have one, an encoder-decoder two
                 for task, expert in experts.items():
                     items = inputs[task] if layer.stage else _checked(task, batches[task], structure)
                     for stream in (student_streams[task], expert_streams[task]):
                         stream.enter(layer.stage, items)
-                        give_back_freed_blocks()
+                        trim_malloc()
                     tokens[task] = _tokens_of(task, items, layer, student_streams[task], device, tokens.get(task))
                     probe.enter(layer.stage, task, items[0])
-                    expert.end_first_hidden()
+                    expert.release_stage_inputs()
                     if len(structure.paths) > 1:  # they are needed again; else one task's data at a time
                         inputs[task] = items
                     del items
-                student.end_first_hidden()
+                student.release_stage_inputs()
                 counts = {task: sum(item.count for item in items) for task, items in tokens.items()}
                 report.tokens = {task: report.tokens[task] + count for task, count in counts.items()}
                 progress.stage(len(structure.layers) - layer.index, sum(counts.values()))
@@ -168,7 +174,7 @@ def calibrate_source(
             for task in experts:
                 progress.task(index, task)
                 teacher = blocks.next()
-                with reusing_freed_blocks() as limit:
+                with caching_malloc() as limit:
                     moments.reset()
                     for i, counted in enumerate(tokens[task]):
                         moments.begin_batch()
@@ -176,7 +182,9 @@ def calibrate_source(
                         # No name for the step: it would keep the blocks and the moments beyond their time.
                         chunks.each(
                             counted.extent,
-                            partial(see_both, forwards, number, (teacher, block), streams, i, layout, moments, counted),
+                            partial(
+                                accumulate_chunk, runner, number, (teacher, block), streams, i, layout, moments, counted
+                            ),
                         )
                         limit()
                         progress.tokens(counted.count)
@@ -194,12 +202,12 @@ def calibrate_source(
             drift, changed, sums = _read(probe.drift(), changes, update.sums)
             check_finite(system.systems, sums)
             if index < len(structure.layers) - 1:
-                with reusing_freed_blocks() as limit:
+                with caching_malloc() as limit:
                     for task, stream in student_streams.items():
                         for i, counted in enumerate(tokens[task]):
-                            chunks.each(counted.extent, partial(stream.advance, number, block, i, run=forwards.run))
+                            chunks.each(counted.extent, partial(stream.advance, number, block, i, run=runner.run))
                             limit()
-            write(index, leaving.on_host())  # while a GPU advances
+            write(index, leaving.synchronize())  # while a GPU advances
 
             groups = _group_reports(layout, moments, update, changed)
             done = LayerReport(index, drift[0], drift[1], time.perf_counter() - began, groups, list(moments.norms))
@@ -207,7 +215,7 @@ def calibrate_source(
             report.kept |= layout.kept
             progress.layer(done)
             del block, anchor, system, moments, update, new, leaving, changes  # before the next layer's are made
-    if isinstance(place, Path):
+    if isinstance(offload, Path):
         traffic = [stream.traffic for stream in (*student_streams.values(), *expert_streams.values())]
         report.bytes_read[SCRATCH] = sum(each.read for each in traffic)
         report.bytes_written[SCRATCH] = sum(each.written for each in traffic)
@@ -215,11 +223,11 @@ def calibrate_source(
     return report
 
 
-def see_both(
-    forwards: Forwards,
+def accumulate_chunk(
+    runner: BlockRunner,
     number: int,
     blocks: tuple[nn.Module, nn.Module],
-    streams: tuple[Stream, Stream],
+    streams: tuple[HiddenStates, HiddenStates],
     batch: int,
     layout: Layout,
     moments: TaskMoments,
@@ -231,7 +239,7 @@ def see_both(
     Nothing is lost when memory runs out in the middle: the expert's hidden states advance last.
 
     Args:
-        forwards: run the blocks.
+        runner: run the blocks.
         number: the layer's, in its stage.
         blocks: the expert's and the student's.
         streams: the expert's and the student's hidden states.
@@ -241,42 +249,42 @@ def see_both(
         tokens: of the batch.
         rows: the samples.
     """
-    seen, out = see_expert(forwards, blocks[0], number, streams[0], batch, rows, layout, moments)
-    see_student(forwards, blocks[1], number, streams[1], batch, rows, layout, moments, seen, tokens)
+    seen, out = forward_expert(runner, blocks[0], number, streams[0], batch, rows, layout, moments)
+    forward_student(runner, blocks[1], number, streams[1], batch, rows, layout, moments, seen, tokens)
     streams[0].store(batch, rows, out)
 
 
-def see_expert(
-    forwards: Forwards,
+def forward_expert(
+    runner: BlockRunner,
     teacher: nn.Module,
     number: int,
-    stream: Stream,
+    stream: HiddenStates,
     batch: int,
     rows: slice,
     layout: Layout,
     moments: TaskMoments,
-) -> tuple[tuple[Kept, Kept], Tensor]:
+) -> tuple[tuple[Activations, Activations], Tensor]:
     """What the expert's linear modules are given, and make of it; and the hidden states after its layer."""
-    inputs, outputs = Kept(), Kept()
+    inputs, outputs = Activations(), Activations()
     leaders = [group.leader for group in layout.groups]
     hidden, calls = stream.load(batch, rows)
-    out = forwards.see(
+    out = runner.capture(
         calls, number, teacher, hidden, leaders, inputs.__setitem__, moments.outputs, outputs.__setitem__
     )
     assert out is not None
     return (inputs, outputs), out
 
 
-def see_student(
-    forwards: Forwards,
+def forward_student(
+    runner: BlockRunner,
     block: nn.Module,
     number: int,
-    stream: Stream,
+    stream: HiddenStates,
     batch: int,
     rows: slice,
     layout: Layout,
     moments: TaskMoments,
-    expert: tuple[Kept, Kept],
+    expert: tuple[Activations, Activations],
     tokens: Tokens,
 ) -> None:
     """Run the student's layer up to its last captured input; moments grow."""
@@ -285,7 +293,7 @@ def see_student(
     hidden, calls = stream.load(batch, rows)
     counted = tokens.part(rows)
     taps = [*(group.leader for group in layout.groups), *moments.norms]
-    forwards.see(
+    runner.capture(
         calls,
         number,
         block,
@@ -306,7 +314,7 @@ def _load(block: nn.Module, update: Update) -> dict[str, Tensor]:
 
 def _to_host(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
-        name: on_host(tuple(value.shape), value.dtype, value.device).copy_(value, non_blocking=True)
+        name: empty_pinned(tuple(value.shape), value.dtype, value.device).copy_(value, non_blocking=True)
         for name, value in parameters.items()
     }
 
@@ -342,7 +350,7 @@ def _group_reports(layout: Layout, moments: TaskMoments, update: Update, changes
 
 
 def _tokens_of(
-    task: str, batches: Batches, layer: Layer, stream: Stream, device: torch.device, before: list[Tokens] | None
+    task: str, batches: Batches, layer: Layer, stream: HiddenStates, device: torch.device, before: list[Tokens] | None
 ) -> list[Tokens]:
     """The tokens of every batch in the layer's stage, which know those of the stage before it."""
     mask = layer.family.stages[layer.stage].mask

@@ -19,7 +19,7 @@ from featcal_fast.errors import FeatCalError
 from featcal_fast.planning.plan import parse_bytes
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import LayerReport
-from featcal_fast.streaming.machine import known_rate, remember_rate, use_whole_machine
+from featcal_fast.streaming.machine import configure_process, known_rate, remember_rate
 from featcal_fast.version import __version__
 
 EXAMPLE = """
@@ -87,7 +87,7 @@ def calibrate(
     """
     from featcal_fast.job.run import calibrate as run
 
-    use_whole_machine()
+    configure_process()
     console = Console()
     report = run(
         recipe,
@@ -131,7 +131,7 @@ def plan(
         raise typer.BadParameter(
             f"found {rate}, expected TFLOP/s above 0, such as a run's summary says", param_hint="--rate"
         )
-    use_whole_machine()
+    configure_process()
     console = Console()
     found = make(
         recipe,

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featcal_fast.forward.calls import BatchCalls, first_hidden
-from featcal_fast.layer.precision import whole_float32
+from featcal_fast.forward.calls import BatchCalls, stage_inputs
+from featcal_fast.layer.precision import ieee_float32
 from featcal_fast.layer.selection import reason_to_keep
 from featcal_fast.models import Layer, find_structure
 from featcal_fast.models.linear import is_linear, oriented
@@ -110,7 +110,7 @@ def task_weight(s: Tensor, settings: Settings) -> Tensor:
 
 
 @torch.no_grad()
-@whole_float32()
+@ieee_float32()
 def calibrate_model(
     merged: nn.Module,
     *,
@@ -138,7 +138,7 @@ def calibrate_model(
         states = []
         for number, batch in enumerate(data[task]):
             previous = before[number] if before else None
-            hidden, calls = first_hidden(found[name], batch, stage, previous.hidden if previous else None)
+            hidden, calls = stage_inputs(found[name], batch, stage, previous.hidden if previous else None)
             mask = found[name].family.stages[stage].mask(batch)
             states.append(State(hidden, calls, mask, previous.mask if previous else None))
         return states

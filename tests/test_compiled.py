@@ -1,4 +1,4 @@
-"""Compiled forwards: the same results, compiled a few times whatever passes, and no harm where compiling fails.
+"""Compiled runner: the same results, compiled a few times whatever passes, and no harm where compiling fails.
 
 Most tests put another backend in the C++ compiler's place: one that runs the graphs as they are, or looks at them.
 """
@@ -26,8 +26,8 @@ from torch._dynamo.backends.common import aot_autograd
 import featcal_fast as ff
 from featcal_fast import reference
 from featcal_fast.forward import compiled
-from featcal_fast.forward.calls import BatchCalls, first_hidden
-from featcal_fast.forward.compiled import Forwards
+from featcal_fast.forward.calls import BatchCalls, stage_inputs
+from featcal_fast.forward.compiled import BlockRunner
 from featcal_fast.models import find_structure
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import LayerReport
@@ -74,7 +74,7 @@ def assert_equal(found: nn.Module, expected: nn.Module) -> None:
 def entering(model: nn.Module, batch: pico.Batch) -> tuple[nn.Module, Tensor, BatchCalls]:
     """A model's first block, and what enters it."""
     structure = find_structure(model.requires_grad_(False), "model")
-    return structure.blocks[0], *first_hidden(structure, batch)
+    return structure.blocks[0], *stage_inputs(structure, batch)
 
 
 @pytest.mark.usefixtures("plain")
@@ -94,7 +94,7 @@ def test_every_family_is_compiled_and_gives_the_same_bits(
 
 @pytest.mark.usefixtures("plain")
 def test_layers_tasks_and_shapes_of_chunks_share_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts padded or not, and one alone: three forms of a call, and three forwards of each."""
+    """Texts padded or not, and one alone: three forms of a call, and three runner of each."""
     monkeypatch.setattr(compiled, "_known", {})
     before = len(GRAPHS)
     for layers in (4, 6):
@@ -121,11 +121,11 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("layers", [3, 20])
 def test_what_differs_from_layer_to_layer_is_not_mixed_up(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A constant is compiled in (GPT-2's scores may be divided by the layer's number), until it is too often."""
-    hidden, backend, forwards = torch.randn(2, 5, 8), Backend(monkeypatch), Forwards(True)
+    hidden, backend, runner = torch.randn(2, 5, 8), Backend(monkeypatch), BlockRunner(True)
     with warnings.catch_warnings(record=True) as caught:
         for number in range(layers):
             block = Scaled(0.1 * (1 + number))
-            assert torch.equal(forwards.run(BatchCalls([()], [{}]), 0, block, hidden), block(hidden))
+            assert torch.equal(runner.run(BatchCalls([()], [{}]), 0, block, hidden), block(hidden))
     assert len(backend.graphs) == min(layers, 8)
     assert [("limit" in message) for message in warned(caught)] == [True] * (layers > 8)
 
@@ -173,7 +173,7 @@ def test_compiled_a_bfloat16_block_is_no_farther_from_the_exact_one(recwarn: pyt
     for dtype, compile in ((torch.float64, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         block, hidden, calls = entering(copy.deepcopy(model).bfloat16().to(dtype), batch)
         seen: dict[str, Tensor] = {}
-        out = Forwards(compile).see(calls, 0, block, hidden, names, seen.__setitem__)
+        out = BlockRunner(compile).capture(calls, 0, block, hidden, names, seen.__setitem__)
         assert out is not None
         found.append({**seen, "out": out})
     exact, plain, ours = found
@@ -208,7 +208,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_after_one_warning(
 def test_a_blocks_own_error_is_the_one_that_is_raised() -> None:
     block, hidden, calls = entering(pico.llama(), pico.texts(1, 0)[0])
     with pytest.warns(UserWarning, match="LlamaDecoderLayer"), pytest.raises(RuntimeError) as found:
-        Forwards(True).run(calls, 0, block, hidden[..., :-1])
+        BlockRunner(True).run(calls, 0, block, hidden[..., :-1])
     with pytest.raises(RuntimeError) as expected:
         calls.run(0, block, hidden[..., :-1])
     assert str(found.value) == str(expected.value)
@@ -217,11 +217,11 @@ def test_a_blocks_own_error_is_the_one_that_is_raised() -> None:
 @torch.no_grad()
 def test_hooks_of_others_run_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     block, hidden, calls = entering(pico.llama(), pico.texts(1, 0)[0])
-    backend, forwards, ran = Backend(monkeypatch), Forwards(True), []
+    backend, runner, ran = Backend(monkeypatch), BlockRunner(True), []
     block.mlp.register_forward_hook(lambda *_: ran.append(1))
     with pytest.warns(UserWarning, match="it has hooks"):
-        forwards.run(calls, 0, block, hidden)
-    forwards.run(calls, 0, block, hidden)
+        runner.run(calls, 0, block, hidden)
+    runner.run(calls, 0, block, hidden)
     assert (len(ran), len(backend.graphs)) == (2, 0)
 
 
@@ -239,7 +239,7 @@ def test_an_input_that_is_overwritten_is_seen_before_it_is(monkeypatch: pytest.M
     block, hidden, seen = Overwriting().requires_grad_(False), torch.randn(3, 5, 8), {}
     backend = Backend(monkeypatch)
     with pytest.warns(UserWarning, match="overwrites the input of norm in place"):
-        Forwards(True).see(
+        BlockRunner(True).capture(
             BatchCalls([()], [{}]), 0, block, hidden, ["norm", "linear"], lambda name, x: seen.update({name: x.clone()})
         )
     assert torch.equal(seen["norm"], hidden + 1)
@@ -299,7 +299,7 @@ def test_nothing_of_a_forward_that_fails_is_held(error: type[Exception], monkeyp
     try:
         with suppress(torch.OutOfMemoryError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            Forwards(True).run(calls, 0, block, hidden)
+            BlockRunner(True).run(calls, 0, block, hidden)
         assert [each() for each in held] == [None]
     finally:
         gc.enable()
@@ -308,11 +308,11 @@ def test_nothing_of_a_forward_that_fails_is_held(error: type[Exception], monkeyp
 @pytest.mark.usefixtures("plain")
 @torch.no_grad()
 def test_nothing_of_a_block_or_a_chunk_is_held() -> None:
-    model, forwards, held = pico.llama(), Forwards(True), []
+    model, runner, held = pico.llama(), BlockRunner(True), []
     for batch in pico.texts(2, 0):
         block, hidden, calls = entering(copy.deepcopy(model), batch)
         seen: dict[str, Tensor] = {}
-        forwards.see(calls, 0, block, hidden, ["mlp.down_proj"], seen.__setitem__)
+        runner.capture(calls, 0, block, hidden, ["mlp.down_proj"], seen.__setitem__)
         held += [weakref.ref(each) for each in (*seen.values(), hidden, block, block.mlp.down_proj.weight)]
         del block, hidden, calls, seen
     gc.collect()
@@ -346,7 +346,7 @@ def test_it_is_a_setting_that_a_report_names(tmp_path: Any) -> None:
         with pytest.raises(ff.FeatCalError, match=r"settings.compile_blocks: found .*, expected true, false or null"):
             ff.Settings(compile_blocks=value)
     assert [
-        compiled.wanted(ff.Settings(compile_blocks=value), torch.device(device))
+        compiled.should_compile(ff.Settings(compile_blocks=value), torch.device(device))
         for value in (None, False, True)
         for device in ("cpu", "cuda")
     ] == [False, True, False, False, True, True]
@@ -371,10 +371,10 @@ def test_a_plan_counts_what_lives_longer_and_no_more_arithmetic(tmp_path: Any) -
 def test_compiled_or_not_the_same_is_reported() -> None:
     block, hidden, calls = entering(pico.llama(), pico.texts(1, 0)[0])
     names, outputs, found = ["mlp.down_proj", "self_attn.v_proj"], ["mlp.up_proj", "self_attn.v_proj"], []
-    for forwards in (Forwards(True), Forwards(False)):
+    for runner in (BlockRunner(True), BlockRunner(False)):
         given: dict[str, Tensor] = {}
         made: dict[str, Tensor] = {}
-        out = forwards.see(calls, 0, block, hidden, names, given.__setitem__, outputs, made.__setitem__)
+        out = runner.capture(calls, 0, block, hidden, names, given.__setitem__, outputs, made.__setitem__)
         assert out is not None
         found.append([*(given[name] for name in names), *(made[name] for name in outputs), out])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))

@@ -14,7 +14,7 @@ from torch import nn
 
 import featcal_fast as ff
 from featcal_fast import reference
-from featcal_fast.layer.features import tapped
+from featcal_fast.layer.features import ActivationHooks
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import LayerReport
 
@@ -120,7 +120,7 @@ def test_a_stopped_forward_lets_go_of_its_features() -> None:
     seen: list[weakref.ref] = []
     gc.disable()
     try:
-        with tapped(block, ["1"], lambda _, x: seen.append(weakref.ref(x)), stop_at="1"):
+        with ActivationHooks(block, ["1"], lambda _, x: seen.append(weakref.ref(x)), stop_at="1"):
             block(torch.zeros(2, 4))
         assert [each() for each in seen] == [None]
     finally:

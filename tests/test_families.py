@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import featcal_fast as ff
 from featcal_fast import reference
-from featcal_fast.forward.calls import first_hidden
+from featcal_fast.forward.calls import stage_inputs
 from featcal_fast.inputs.data import load_batches
 from featcal_fast.models import FAMILIES, families_table, find_structure
 
@@ -45,7 +45,7 @@ def stepped(model: nn.Module, batch: pico.Batch) -> list[Tensor]:
     """The hidden states after each stage's last block, through the block runner."""
     structure, out = find_structure(model, "model"), []
     for stage in range(len(structure.paths)):
-        hidden, calls = first_hidden(structure, batch, stage, out[-1] if out else None)
+        hidden, calls = stage_inputs(structure, batch, stage, out[-1] if out else None)
         for number, block in enumerate(structure.stage(stage)):
             hidden = calls.run(number, block, hidden)
         out.append(hidden)
@@ -209,8 +209,8 @@ def test_position_biases_are_handed_on() -> None:
     job = pico.job("t5", 1)
     structure, batch = find_structure(job.merged, "model"), job.batches["task0"][0]
     with torch.no_grad():
-        _, calls = first_hidden(structure, batch)
-        hidden, decoding = first_hidden(structure, batch, 1, torch.zeros(4, 20, 48))
+        _, calls = stage_inputs(structure, batch)
+        hidden, decoding = stage_inputs(structure, batch, 1, torch.zeros(4, 20, 48))
     assert hidden.shape == (4, 11, 48)
     assert calls.args[1][1].shape == (1, 4, 20, 20) or calls.args[1][1].shape == (4, 4, 20, 20)
     assert calls.args[1][1].abs().max() > 0

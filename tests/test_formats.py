@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import featcal_fast as ff
-from featcal_fast.checkpoints import Checkpoint, HostedExpert, LoraExpert, find_expert, kept_bytes
+from featcal_fast.checkpoints import CachedExpert, Checkpoint, LoraExpert, find_expert, kept_bytes
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def test_compressed_storage_is_the_expert_compressed_beforehand(storage: str, re
     merged = ff.merge({**recipe, **merge}, out=tmp_path / "merged-again")
     experts = {}
     for task, expert in recipe["experts"].items():
-        hosted = HostedExpert(Checkpoint(tmp_path / task, task), storage)
+        hosted = CachedExpert(Checkpoint(tmp_path / task, task), storage)
         kept = hosted.read(hosted.tensors)
         exact = hosted.read_exactly(hosted.tensors)
         assert hosted.error == pytest.approx(_relative(kept, exact), rel=1e-4)

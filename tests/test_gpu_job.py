@@ -36,8 +36,8 @@ def test_it_gives_what_the_cpu_gives(kind: str, where: str, tmp_path: Path, monk
     recipe["settings"] = {"compile_blocks": None if where == "device" else False}  # compiling takes its time
     ff.calibrate(recipe, out=tmp_path / "cpu", device="cpu")
     if where == "host":
-        choose = job.choose_place
-        monkeypatch.setattr(job, "choose_place", lambda *args: (choose(*args)[0], HOST))
+        choose = job.choose_offload
+        monkeypatch.setattr(job, "choose_offload", lambda *args: (choose(*args)[0], HOST))
     found = []
     for name in ("first", "second"):
         ff.calibrate(recipe, out=tmp_path / name, device="cuda", scratch=tmp_path if where == "file" else None)
@@ -111,11 +111,11 @@ def test_a_task_passes_without_waiting_for_the_device(
         return replace(plan, chunk=chunk), HOST if where == "host" else place
 
     recipe = pico.save(pico.job(kind, 3), tmp_path)
-    choose = job.choose_place
-    monkeypatch.setattr(job, "choose_place", chosen)
+    choose = job.choose_offload
+    monkeypatch.setattr(job, "choose_offload", chosen)
     ff.calibrate(recipe, out=tmp_path / "first", device="cuda")  # what is found out once is known; tokens are not
     loop = import_module("featcal_fast.calibrate")
-    monkeypatch.setattr(loop, "see_both", never_waits(loop.see_both))
+    monkeypatch.setattr(loop, "accumulate_chunk", never_waits(loop.accumulate_chunk))
     monkeypatch.setattr(LayerSystem, "fold", never_waits(LayerSystem.fold))
     ff.calibrate(recipe, out=tmp_path / "second", device="cuda")
 

@@ -82,7 +82,7 @@ def test_limits_of_groups_around_ones_own_count(version: int, tmp_path: Path, mo
 
 FAULTS = """
 import resource, torch
-from featcal_fast.streaming.machine import resident_bytes, reusing_freed_blocks, use_whole_machine
+from featcal_fast.streaming.machine import resident_bytes, caching_malloc, configure_process
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -90,11 +90,11 @@ def faults():
         torch.ones(2**21)  # 8 MiB, 2048 pages
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-with reusing_freed_blocks():
+with caching_malloc():
     pass  # nothing was set up
-use_whole_machine()
+configure_process()
 fresh, before = faults(), resident_bytes()
-with reusing_freed_blocks():
+with caching_malloc():
     reused = faults()
     small = [torch.ones(2**18), torch.ones(2**20)]
     del small[1]
@@ -113,17 +113,17 @@ def test_freed_blocks_are_used_again_while_batches_pass_and_go_back_after() -> N
 
 HOLES = """
 import torch
-from featcal_fast.streaming.machine import REUSED_BYTES, resident_bytes, reusing_freed_blocks, use_whole_machine
+from featcal_fast.streaming.machine import MALLOC_CACHE_BYTES, resident_bytes, caching_malloc, configure_process
 
-use_whole_machine()
-with reusing_freed_blocks() as limit:
+configure_process()
+with caching_malloc() as limit:
     before = resident_bytes()
-    blocks = [torch.ones(2**n) for _ in range(3 * REUSED_BYTES // 2**23) for n in (21, 18)]  # of 8 MiB, and of 1
+    blocks = [torch.ones(2**n) for _ in range(3 * MALLOC_CACHE_BYTES // 2**23) for n in (21, 18)]  # of 8 MiB, and of 1
     del blocks[::2]
     held = resident_bytes() - before
     limit()
     left = resident_bytes() - before
-print(REUSED_BYTES, held, left, sum(block.nbytes for block in blocks))
+print(MALLOC_CACHE_BYTES, held, left, sum(block.nbytes for block in blocks))
 """
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 import featcal_fast as ff
 from featcal_fast import reference
 from featcal_fast.forward.calls import BatchCalls
-from featcal_fast.layer.precision import OTHERS, PARENTS, PRODUCTS, whole_float32
+from featcal_fast.layer.precision import OTHERS, PARENTS, PRODUCTS, ieee_float32
 from featcal_fast.layer.systems import LayerSystem
-from featcal_fast.streaming.hidden_states import Stream
+from featcal_fast.streaming.hidden_states import HiddenStates
 
 NEWER = hasattr(torch._C, "_set_fp32_precision_setter")
 STEPS = 3000
@@ -123,13 +123,13 @@ def walk(seed: int) -> int:
         every[name]()
         before = readings()
         states.add(str(before))
-        with suppress(KeyError), whole_float32():
+        with suppress(KeyError), ieee_float32():
             check_nothing_is_rounded()
             inside = readings()
             if NEWER:
                 with cpu._exact_bf16_products():
                     assert read(("mkldnn", "matmul")) == "bf16"
-            with suppress(ValueError), whole_float32():
+            with suppress(ValueError), ieee_float32():
                 check_nothing_is_rounded()
                 if rng.random() < 0.5:
                     raise ValueError
@@ -165,11 +165,11 @@ def calibrated(ways_to_set: list[str]) -> tuple[set[str], list[dict[str, Tensor]
 
     loop = import_module("featcal_fast.calibrate")
     for owner, name in (
-        (Stream, "enter"),
+        (HiddenStates, "enter"),
         (BatchCalls, "run"),
         (LayerSystem, "fold"),
         (loop, "solve_layer"),
-        (reference, "first_hidden"),
+        (reference, "stage_inputs"),
         (reference, "solve_weight"),
     ):
         setattr(owner, name, noting(name, getattr(owner, name)))
@@ -205,7 +205,7 @@ def exact(device: str) -> tuple[bool, bool]:
     if NEWER:
         torch.backends.fp32_precision = "bf16" if device == "cpu" else "tf32"
     outside = sums(device)
-    with whole_float32():
+    with ieee_float32():
         inside = sums(device)
     return all((x.frac() > 0).all() for x in outside), all((x.frac() > 0).all() for x in inside)
 

@@ -16,8 +16,8 @@ from torch import nn
 import featcal_fast as ff
 from featcal_fast.errors import OutputError
 from featcal_fast.layer.moments import TaskMoments
-from featcal_fast.streaming.hidden_states import Stream, Traffic, _Away, _Here, _HostMemory, _ScratchFile
-from featcal_fast.streaming.prefetch import BlockReader
+from featcal_fast.streaming.hidden_states import HiddenStates, Traffic, _HostMemory, _Offloaded, _OnDevice, _ScratchFile
+from featcal_fast.streaming.prefetch import BlockPrefetcher
 from featcal_fast.streaming.sources import ModuleSource
 from featcal_fast.streaming.transfers import Transfers
 
@@ -42,7 +42,7 @@ def test_reading_overlaps_computing() -> None:
     """Reading as fast as computing takes little longer than either alone."""
     source = SlowSource(0.05)
     started = time.perf_counter()
-    with BlockReader(((source, index) for index in range(10)), CPU) as reader:
+    with BlockPrefetcher(((source, index) for index in range(10)), CPU) as reader:
         for _ in range(10):
             reader.next()
             time.sleep(0.05)
@@ -52,14 +52,14 @@ def test_reading_overlaps_computing() -> None:
 
 def test_no_more_than_one_block_is_read_ahead() -> None:
     source = SlowSource(0.0)
-    with BlockReader(((source, index) for index in range(5)), CPU) as reader:
+    with BlockPrefetcher(((source, index) for index in range(5)), CPU) as reader:
         reader.next()
         time.sleep(0.1)
         assert source.reads == [0, 1]
 
 
 def test_an_error_while_reading_is_raised_where_the_block_is_needed() -> None:
-    with BlockReader([(SlowSource(0.0), 0), (SlowSource(0.0), 99)], CPU) as reader:
+    with BlockPrefetcher([(SlowSource(0.0), 0), (SlowSource(0.0), 99)], CPU) as reader:
         reader.next()
         with pytest.raises(ValueError, match="block 99 is broken"):
             reader.next()
@@ -70,7 +70,7 @@ def test_streams_on_disk_hold_the_same_states(tmp_path: Path, dtype: torch.dtype
     model, cpu = pico.llama().to(dtype), torch.device("cpu")
     source, batches = ModuleSource(model, "model", cpu), pico.texts(3, seed=0)
     with torch.no_grad(), Transfers(cpu, "test") as transfers:
-        memory, disk = (Stream(source, "task", cpu, transfers, place) for place in (cpu, tmp_path))
+        memory, disk = (HiddenStates(source, "task", cpu, transfers, place) for place in (cpu, tmp_path))
         memory.enter(0, batches)
         disk.enter(0, batches)
         for index in range(2):
@@ -89,7 +89,7 @@ def test_states_that_wait_elsewhere_are_those_that_were_stored(memory: str, tmp_
     """In whatever order and parts they are loaded and stored; what was fetched ahead is never stale."""
     rng = random.Random(0)
     with Transfers(CPU, "test") as transfers:
-        away = _Away(CPU, transfers, _HostMemory() if memory == "host" else _ScratchFile(tmp_path, Traffic()))
+        away = _Offloaded(CPU, transfers, _HostMemory() if memory == "host" else _ScratchFile(tmp_path, Traffic()))
         sizes, expected = [4, 1, 6], {}
         for batch, size in enumerate(sizes):
             expected[batch] = torch.randn(size, 3, 2)
@@ -113,7 +113,7 @@ def test_states_that_wait_elsewhere_are_those_that_were_stored(memory: str, tmp_
 
 def test_states_that_wait_on_the_device_are_replaced_when_all_are_there() -> None:
     """A part may come twice: memory ran out after it was stored."""
-    here, old, new = _Here(), torch.randn(6, 3, 2), torch.randn(6, 3, 2)
+    here, old, new = _OnDevice(), torch.randn(6, 3, 2), torch.randn(6, 3, 2)
     here.store(0, slice(0, 6), old, 6)
     for part in (slice(0, 4), slice(0, 2), slice(2, 4)):
         here.store(0, part, new[part], 6)
@@ -133,7 +133,7 @@ def test_states_are_fetched_and_stored_while_a_chunk_is_computed() -> None:
             super().read(*args)
 
     with Transfers(CPU, "test") as transfers:
-        away = _Away(CPU, transfers, Slow())
+        away = _Offloaded(CPU, transfers, Slow())
         for batch in range(10):
             away.store(batch, slice(0, 2), torch.zeros(2, 3), 2)
         started = time.perf_counter()
@@ -146,7 +146,7 @@ def test_states_are_fetched_and_stored_while_a_chunk_is_computed() -> None:
 
 def test_one_chunk_is_on_its_way_out_however_many_streams_there_are() -> None:
     with Transfers(CPU, "test") as transfers:
-        streams, chunks = [_Away(CPU, transfers, _HostMemory()) for _ in range(5)], []
+        streams, chunks = [_Offloaded(CPU, transfers, _HostMemory()) for _ in range(5)], []
         for stream in streams:
             hidden = torch.zeros(2, 3)
             chunks.append(weakref.ref(hidden))
@@ -188,9 +188,9 @@ def test_no_more_blocks_are_alive_than_planned(monkeypatch: pytest.MonkeyPatch) 
     alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
     scratch: weakref.WeakSet[TaskMoments] = weakref.WeakSet()
     most = []
-    take, make = BlockReader.next, TaskMoments.__init__
+    take, make = BlockPrefetcher.next, TaskMoments.__init__
 
-    def counted(reader: BlockReader) -> nn.Module:
+    def counted(reader: BlockPrefetcher) -> nn.Module:
         block = take(reader)
         alive.add(block)
         most.append(len(alive))
@@ -201,7 +201,7 @@ def test_no_more_blocks_are_alive_than_planned(monkeypatch: pytest.MonkeyPatch) 
         make(moments, *args)
         scratch.add(moments)
 
-    monkeypatch.setattr(BlockReader, "next", counted)
+    monkeypatch.setattr(BlockPrefetcher, "next", counted)
     monkeypatch.setattr(TaskMoments, "__init__", made)
     job = pico.job("llama", 3)
     ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches=job.batches)

@@ -75,7 +75,7 @@ def test_a_plan_prices_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     plan, report = ff.plan(recipe), ff.calibrate(recipe)
     assert plan.problems == []
     assert "tokens" in spaces(report)
-    for module in ("moments", "systems", "footprint"):
+    for module in ("layer.moments", "layer.systems", "planning.footprint"):
         monkeypatch.setattr(f"featcal_fast.{module}.token_side", lambda *_: False)
     otherwise = ff.plan({**recipe, "out": str(tmp_path / "other")})
     assert plan.flops["forward"] == otherwise.flops["forward"]

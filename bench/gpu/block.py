@@ -12,7 +12,7 @@ from bench.gpu.results import Results, Rows
 from bench.gpu.sections import Row, Section
 from bench.gpu.tables import table
 from bench.gpu.timing import Run, extra_bytes, measure
-from featcal_fast.forward.compiled import Forwards
+from featcal_fast.forward.compiled import BlockRunner
 
 
 def rows(run: Run, results: Results) -> Iterator[Row]:
@@ -24,8 +24,8 @@ def _measure(run: Run) -> dict[str, Any]:
     work = schedules.Workload(run.device, run.dry)
     hidden = work.student_hidden[0]
     ways: dict[str, Callable[[], object]] = {
-        name: lambda forwards=forwards: forwards.run(work.calls, 0, work.merged, hidden)
-        for name, forwards in {"eager": Forwards(False), "compiled": Forwards(True)}.items()
+        name: lambda runner=runner: runner.run(work.calls, 0, work.merged, hidden)
+        for name, runner in {"eager": BlockRunner(False), "compiled": BlockRunner(True)}.items()
     }
     with layer.really_compiling(run):
         ways["compiled"]()

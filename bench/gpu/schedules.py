@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.phases import Clock
-from featcal_fast.forward.calls import BatchCalls, first_hidden
-from featcal_fast.forward.compiled import Forwards
-from featcal_fast.layer.features import Kept, Layout, find_layout, tapped
+from featcal_fast.forward.calls import BatchCalls, stage_inputs
+from featcal_fast.forward.compiled import BlockRunner
+from featcal_fast.layer.features import ActivationHooks, Activations, Layout, find_layout
 from featcal_fast.layer.moments import TaskMoments, output_space
 from featcal_fast.layer.solve import solve_layer
 from featcal_fast.layer.systems import Anchor, LayerSystem
@@ -48,7 +48,7 @@ class Workload:
         model = LlamaForCausalLM(config).to(device, torch.bfloat16).eval().requires_grad_(False)
         ids = torch.randint(0, 128, (self.samples, self.length), device=device)
         structure = find_structure(model, "model")
-        _, self.calls = first_hidden(structure, {"input_ids": ids}, 0)
+        _, self.calls = stage_inputs(structure, {"input_ids": ids}, 0)
         self.layer, self.merged = structure.layers[0], structure.blocks[0]
         self.base, self.expert = copy.deepcopy(self.merged), copy.deepcopy(self.merged)
         for block in (self.base, self.expert):
@@ -83,7 +83,7 @@ class Workload:
 @torch.no_grad()
 def engine(work: Workload, clock: Clock, compiled: bool = False) -> Layout:
     """The layer as `featcal_fast.calibrate` runs it. Phases: forward, moments, fold, solve, advance."""
-    block, device, forwards = copy.deepcopy(work.merged), work.device, Forwards(compiled)
+    block, device, runner = copy.deepcopy(work.merged), work.device, BlockRunner(compiled)
     layout = work.layout(block)
     tokens = Tokens(None, (work.samples, work.length), device)
     counts = TokenCounts(work.tokens, work.tasks * work.tokens, work.tasks)
@@ -94,18 +94,18 @@ def engine(work: Workload, clock: Clock, compiled: bool = False) -> Layout:
         moments.reset()
         for hidden, expert_hidden in zip(work.student_hidden, work.expert_hidden, strict=True):
             moments.begin_batch()
-            inputs, outputs = Kept(), Kept()
+            inputs, outputs = Activations(), Activations()
             with clock("forward"):
                 expert = work.expert, expert_hidden, leaders, inputs.__setitem__, moments.outputs, outputs.__setitem__
-                forwards.see(work.calls, 0, *expert)
+                runner.capture(work.calls, 0, *expert)
 
-            def add(name: str, x: Tensor, inputs: Kept = inputs, outputs: Kept = outputs) -> None:
+            def add(name: str, x: Tensor, inputs: Activations = inputs, outputs: Activations = outputs) -> None:
                 with clock("moments"):
                     moments.add(name, x, inputs, outputs, tokens, work.samples)
 
             with clock("student"):
                 taps = dict.fromkeys([*leaders, layout.last])
-                forwards.see(work.calls, 0, block, hidden, taps, add, stop_at=layout.last)
+                runner.capture(work.calls, 0, block, hidden, taps, add, stop_at=layout.last)
             del inputs, outputs, add  # as the engine lets go of a chunk before the next
         with clock("fold"):
             system.fold(moments, work.expert, "task")
@@ -116,7 +116,7 @@ def engine(work: Workload, clock: Clock, compiled: bool = False) -> Layout:
     with clock("advance"):
         for _ in range(work.tasks):
             for hidden in work.student_hidden:
-                forwards.run(work.calls, 0, block, hidden)
+                runner.run(work.calls, 0, block, hidden)
     return layout
 
 
@@ -156,9 +156,9 @@ def _baseline(
     for hidden, expert_hidden in zip(student, expert, strict=True):
         xs: dict[str, Tensor] = {}
         xe: dict[str, Tensor] = {}
-        with clock("forward"), tapped(block, leaders, xs.__setitem__):
+        with clock("forward"), ActivationHooks(block, leaders, xs.__setitem__):
             calls.run(0, block, hidden)
-        with clock("forward"), tapped(work.expert, leaders, xe.__setitem__):
+        with clock("forward"), ActivationHooks(work.expert, leaders, xe.__setitem__):
             calls.run(0, work.expert, expert_hidden)
         with clock("moments"):
             for name in leaders:

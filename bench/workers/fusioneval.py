@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import featcal_fast as ff
 from bench.workers import Measured, options
 from bench.workers.common import load_batches, load_model, save, tasks_of
-from featcal_fast.forward.calls import BatchCalls, first_hidden, move
-from featcal_fast.layer.features import tapped
+from featcal_fast.forward.calls import BatchCalls, move, stage_inputs
+from featcal_fast.layer.features import ActivationHooks
 from featcal_fast.models import find_structure
 
 GROUPS = (
@@ -97,9 +97,9 @@ def _statistics(
     for number, ((hidden, calls), (expert_hidden, expert_calls)) in enumerate(zip(own, theirs, strict=True)):
         xs: dict[str, Tensor] = {}
         xe: dict[str, Tensor] = {}
-        with tapped(block, leaders, xs.__setitem__):
+        with ActivationHooks(block, leaders, xs.__setitem__):
             _run(index, block, hidden, calls, device)
-        with tapped(expert, leaders, xe.__setitem__):
+        with ActivationHooks(expert, leaders, xe.__setitem__):
             theirs[number] = _run(index, expert, expert_hidden, expert_calls, device), expert_calls
         tokens += hidden.shape[1]
         for group in GROUPS:
@@ -147,7 +147,7 @@ def _layer(like: nn.Module, folder: Path, index: int) -> nn.Module:
 
 
 def _enter(model: nn.Module, text: dict[str, Tensor], device: torch.device) -> tuple[Tensor, BatchCalls]:
-    hidden, calls = first_hidden(find_structure(model, "model"), move(text, device))
+    hidden, calls = stage_inputs(find_structure(model, "model"), move(text, device))
     return hidden.cpu(), move(calls, CPU)
 
 

@@ -9,7 +9,7 @@ import transformers
 
 import featcal_fast as ff
 from bench.workers import Measured, options
-from featcal_fast.streaming.machine import use_whole_machine
+from featcal_fast.streaming.machine import configure_process
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe.pop("merge")
     recipe["merged_model"] = str(args.folder / "merged")
     recipe["settings"] |= args.settings
-    use_whole_machine()  # as the command does
+    configure_process()  # as the command does
     if args.plain_ops:
         featcal_kernels.ops._gpu_module = lambda device: None
     config = json.loads((args.folder / "base/config.json").read_text())

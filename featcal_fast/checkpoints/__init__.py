@@ -1,8 +1,8 @@
 """Model folders on disk: lazy, distrustful readers of every form an expert comes in, and an atomic writer."""
 
 from featcal_fast.checkpoints.adapter import LoraExpert
+from featcal_fast.checkpoints.cached import STORAGES, CachedExpert, kept_bytes
 from featcal_fast.checkpoints.find import find_checkpoint, find_expert
-from featcal_fast.checkpoints.hosted import STORAGES, HostedExpert, kept_bytes
 from featcal_fast.checkpoints.quantised import BitsAndBytesCheckpoint
 from featcal_fast.checkpoints.reader import Checkpoint, TensorSource, canonical
 from featcal_fast.checkpoints.shards import TensorInfo, is_finite
@@ -11,9 +11,9 @@ from featcal_fast.checkpoints.writer import CheckpointWriter, check_output, exis
 __all__ = [
     "STORAGES",
     "BitsAndBytesCheckpoint",
+    "CachedExpert",
     "Checkpoint",
     "CheckpointWriter",
-    "HostedExpert",
     "LoraExpert",
     "TensorInfo",
     "TensorSource",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from featcal_fast.errors import UnsupportedModelError
-from featcal_fast.forward.shared import Patterns, Remembered
+from featcal_fast.forward.shared import SharedTensors, SharedView
 from featcal_fast.models.structure import Structure
 
 
@@ -33,16 +33,16 @@ class BatchCalls:
         A `[tokens, ...]` tensor of exactly as many tokens as samples would be cut, too; no family here is given one.
         """
 
-        def cut(x: Tensor | Remembered) -> Tensor | Remembered:
-            if isinstance(x, Remembered):
+        def cut(x: Tensor | SharedView) -> Tensor | SharedView:
+            if isinstance(x, SharedView):
                 return x.part(rows)
             return x[rows] if x.ndim >= 2 and len(x) == size else x
 
         return _mapped(self, cut, {})
 
-    def kept(self, patterns: Patterns, size: int) -> BatchCalls:
+    def kept(self, shared: SharedTensors, size: int) -> BatchCalls:
         """The calls of a batch of `size` samples without what other batches' have, too; `move` makes them whole."""
-        return _mapped(self, lambda x: patterns.remember(x, size), {})
+        return _mapped(self, lambda x: shared.share(x, size), {})
 
 
 class _Stop(Exception):
@@ -53,12 +53,12 @@ class _NotHandedOn(Exception):
     """A block was not given what the one before it returned."""
 
 
-def first_hidden(
+def stage_inputs(
     structure: Structure,
     batch: Mapping[str, Tensor],
     stage: int = 0,
     previous: Tensor | None = None,
-    opener: nn.Module | None = None,
+    first_block: nn.Module | None = None,
 ) -> tuple[Tensor, BatchCalls]:
     """The hidden states that enter a stage, and the calls of its blocks, by the model's own forward.
 
@@ -70,8 +70,8 @@ def first_hidden(
         batch: its keyword arguments.
         stage: which one.
         previous: the hidden states that leave the last block of the stage before it.
-        opener: the stage's first block with its weights, for a family whose first block makes values for the others;
-            by default the model's own.
+        first_block: the stage's first block with its weights, for a family whose first block makes values for the
+            others; by default the model's own.
 
     Returns:
         `[batch, tokens, width]` in the model's dtype, and the calls.
@@ -81,25 +81,25 @@ def first_hidden(
     """
     for bare in (True, False):  # a model unpacks what its blocks return, or does not
         with suppress(_NotHandedOn):
-            return _first_hidden(structure, batch, stage, previous, opener, bare)
+            return _record_stage(structure, batch, stage, previous, first_block, bare)
     raise UnsupportedModelError(
         f"{type(structure.model).__name__}: the blocks of {structure.paths[stage]} are not given what the one before "
         "returned; a model that changes hidden states between its blocks cannot be calibrated block by block"
     )
 
 
-def _first_hidden(
+def _record_stage(
     structure: Structure,
     batch: Mapping[str, Tensor],
     stage: int,
     previous: Tensor | None,
-    opener: nn.Module | None,
+    first_block: nn.Module | None,
     bare: bool,
 ) -> tuple[Tensor, BatchCalls]:
     blocks, relays = structure.stage(stage), structure.family.relays
     calls, first = BatchCalls([], []), []
     relayed: list[Any] = [None] * relays
-    opening = opener or blocks[0].forward
+    opening = first_block or blocks[0].forward
 
     def returned(hidden: Tensor) -> Any:
         return hidden if bare and not relays else (hidden, *relayed)
@@ -138,8 +138,8 @@ def move(value: Any, device: torch.device) -> Any:
     """`value` with its tensors on `device`, in tuples, lists, dicts and calls; what is shared stays shared."""
     ordered = device.type == "cuda"  # copies to a GPU stay in order by themselves; the host must wait for those from it
 
-    def there(x: Tensor | Remembered) -> Tensor:
-        return (x.tensor() if isinstance(x, Remembered) else x).to(device, non_blocking=ordered)
+    def there(x: Tensor | SharedView) -> Tensor:
+        return (x.tensor() if isinstance(x, SharedView) else x).to(device, non_blocking=ordered)
 
     return _mapped(value, there, {})
 
@@ -147,8 +147,8 @@ def move(value: Any, device: torch.device) -> Any:
 def pinned(value: Any) -> Any:
     """`value`, its tensors in pinned host memory, where there is some: copies to a GPU then need not wait."""
 
-    def wait(x: Tensor | Remembered) -> Tensor | Remembered:
-        if isinstance(x, Remembered):
+    def wait(x: Tensor | SharedView) -> Tensor | SharedView:
+        if isinstance(x, SharedView):
             return x
         try:
             return x.to("cpu").pin_memory()
@@ -161,7 +161,7 @@ def pinned(value: Any) -> Any:
 def _mapped(value: Any, change: Callable[[Any], Any], seen: dict[int, Any]) -> Any:
     if id(value) in seen:
         return seen[id(value)]
-    if isinstance(value, (Tensor, Remembered)):
+    if isinstance(value, (Tensor, SharedView)):
         mapped: Any = change(value)
     elif isinstance(value, (tuple, list)):
         mapped = type(value)(_mapped(item, change, seen) for item in value)

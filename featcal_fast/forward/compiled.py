@@ -1,4 +1,4 @@
-"""Forwards of blocks, compiled by torch.compile where that is wanted: elementwise work is fused into a few kernels.
+"""BlockRunner of blocks, compiled by torch.compile where that is wanted: elementwise work is fused into a few kernels.
 
 A kind of block is compiled once for each forward that the loop makes of it, not for every layer, model or chunk. What
 cannot be compiled runs as it is.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from featcal_fast.forward.calls import BatchCalls
-from featcal_fast.layer.features import Kept, tapped
+from featcal_fast.layer.features import ActivationHooks, Activations
 from featcal_fast.settings import Settings
 
 BACKEND: Any = "inductor"  # of torch.compile
@@ -32,12 +32,12 @@ OF_ANY_MODULE = vars(nn.Module()).keys() - {"training"}  # attributes
 Found = tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]  # inputs, outputs, what the block makes
 
 
-def wanted(settings: Settings, device: torch.device) -> bool:
+def should_compile(settings: Settings, device: torch.device) -> bool:
     """Whether forwards on `device` are to be compiled."""
     return device.type == "cuda" if settings.compile_blocks is None else settings.compile_blocks
 
 
-class Forwards:
+class BlockRunner:
     """Runs blocks, and shows what their modules are given and make; compiled, or as they are.
 
     A kind of block that cannot be compiled runs as it is from then on; of the first one, a warning says why. On the
@@ -53,11 +53,11 @@ class Forwards:
 
     def run(self, calls: BatchCalls, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """`block`, called as the model calls block `number` of the stage: `[batch, tokens, width]` in and out."""
-        out = self.see(calls, number, block, hidden, (), _nothing)
+        out = self.capture(calls, number, block, hidden, (), _nothing)
         assert out is not None
         return out
 
-    def see(
+    def capture(
         self,
         calls: BatchCalls,
         number: int,
@@ -69,13 +69,13 @@ class Forwards:
         on_output: Callable[[str, Tensor], None] | None = None,
         stop_at: str | None = None,
     ) -> Tensor | None:
-        """Run `block`, and report the inputs (and outputs) of the named modules as `tapped` does.
+        """Run `block`, and report the inputs (and outputs) of the named modules as `ActivationHooks` does.
 
         Of a compiled forward they are reported when it is over, and let go of one by one.
 
         Args:
             calls, number, block, hidden: as in `run`.
-            inputs, on_input, outputs, on_output: as in `tapped`.
+            inputs, on_input, outputs, on_output: as in `ActivationHooks`.
             stop_at: the last of `inputs` that the forward reaches: nothing that comes after it is computed.
 
         Returns:
@@ -87,7 +87,7 @@ class Forwards:
         inputs, outputs = list(inputs), list(outputs)
         found = self._found(calls, number, block, hidden, inputs, outputs, stop_at) if self._compiled else None
         if found is None:
-            with tapped(block, inputs, on_input, outputs, on_output, stop_at):
+            with ActivationHooks(block, inputs, on_input, outputs, on_output, stop_at):
                 return calls.run(number, block, hidden)
             return None
         given, made, out = found
@@ -225,8 +225,8 @@ def _kept(
     stop_at: str | None,
 ) -> Found:
     """A forward as it is, of which all that is wanted is kept until its end."""
-    given, made, out = Kept(), Kept(), None
-    with tapped(block, inputs, given.__setitem__, outputs, made.__setitem__, stop_at):
+    given, made, out = Activations(), Activations(), None
+    with ActivationHooks(block, inputs, given.__setitem__, outputs, made.__setitem__, stop_at):
         out = calls.run(number, block, hidden)
     return given, made, out
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-RECENT = 16  # patterns that a tensor is compared with; a model's calls have fewer, unless they differ batch by batch
+RECENT = 16  # shared that a tensor is compared with; a model's calls have fewer, unless they differ batch by batch
 
 
 @dataclass(frozen=True)
-class Remembered:
+class SharedView:
     """A tensor of a batch's calls as a corner of a pattern.
 
     Attributes:
@@ -27,7 +27,7 @@ class Remembered:
         hidden: a scalar.
     """
 
-    pattern: Pattern
+    pattern: SharedTensor
     sizes: tuple[int, ...]
     shown: Tensor | None = None
     hidden: Tensor | None = None
@@ -37,7 +37,7 @@ class Remembered:
         """Of what is the batch's own."""
         return 0 if self.shown is None else self.shown.nbytes
 
-    def part(self, rows: slice) -> Remembered:
+    def part(self, rows: slice) -> SharedView:
         """The same for some samples."""
         return self if self.shown is None else replace(self, shown=self.shown[rows])
 
@@ -49,7 +49,7 @@ class Remembered:
         return torch.where(_as_columns(self.shown, corner), corner, self.hidden)
 
 
-class Pattern:
+class SharedTensor:
     """The largest tensor of its kind so far.
 
     Attributes:
@@ -76,26 +76,26 @@ class Pattern:
                 self.values[corner] = torch.where(known, values, self.values[corner])
                 self.known[columns] |= known
         else:
-            older, seen, larger = self.values, self.known, Pattern(values, known.clone())
+            older, seen, larger = self.values, self.known, SharedTensor(values, known.clone())
             larger.absorb(older, seen)
             self.values, self.known = larger.values, larger.known
         return True
 
 
-class Patterns:
-    """The patterns of one model's calls."""
+class SharedTensors:
+    """The shared of one model's calls."""
 
     def __init__(self) -> None:
-        self._recent: list[Pattern] = []
+        self._recent: list[SharedTensor] = []
         self.nbytes = 0
 
-    def remember(self, tensor: Tensor, samples: int) -> Tensor | Remembered:
+    def share(self, tensor: Tensor, samples: int) -> Tensor | SharedView:
         """What to keep of a tensor of the calls of a batch of `samples` samples: less than it, or else itself."""
         if tensor.ndim == 0 or not tensor.numel():
             return tensor
         if len(tensor) == 1 or tensor.ndim == 1 or len(tensor) != samples:
             everywhere = torch.ones(tensor.shape[-1], dtype=torch.bool, device=tensor.device)
-            return Remembered(self._pattern(tensor, everywhere), tuple(tensor.shape))
+            return SharedView(self._pattern(tensor, everywhere), tuple(tensor.shape))
         if tensor.ndim == 2:
             return tensor
         hidden = tensor.new_zeros(()) if tensor.dtype == torch.bool else tensor.min()
@@ -105,15 +105,15 @@ class Patterns:
         values = tensor.movedim(-1, 1)[sample, columns].movedim(0, -1)[None]
         if not torch.equal(torch.where(_as_columns(shown, values), values, hidden), tensor):
             return tensor
-        return Remembered(self._pattern(values, shown.any(0)), tuple(values.shape), shown, hidden)
+        return SharedView(self._pattern(values, shown.any(0)), tuple(values.shape), shown, hidden)
 
-    def _pattern(self, values: Tensor, known: Tensor) -> Pattern:
+    def _pattern(self, values: Tensor, known: Tensor) -> SharedTensor:
         for pattern in self._recent:
             before = pattern.values.nbytes
             if pattern.absorb(values, known):
                 self.nbytes += pattern.values.nbytes - before
                 return pattern
-        pattern = Pattern(values, known)
+        pattern = SharedTensor(values, known)
         self.nbytes += pattern.values.nbytes
         self._recent = [pattern, *self._recent[: RECENT - 1]]
         return pattern

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from featcal_fast.checkpoints import (
+    CachedExpert,
     Checkpoint,
-    HostedExpert,
     TensorSource,
     check_output,
     find_checkpoint,
@@ -29,7 +29,7 @@ Batches = list[dict[str, Tensor]]
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}  # of a forward pass: enough for products to run at full speed
 
 
-class Models:
+class RecipeModels:
     """The models that a recipe names.
 
     Raises:
@@ -43,7 +43,7 @@ class Models:
             for task, expert in recipe.experts.items()
         }
         if recipe.expert_storage != "disk":
-            self.experts = {task: HostedExpert(each, recipe.expert_storage) for task, each in self.experts.items()}
+            self.experts = {task: CachedExpert(each, recipe.expert_storage) for task, each in self.experts.items()}
         self.merged: Checkpoint | MergedCheckpoint
         if recipe.merge is None:
             assert recipe.merged_model is not None
@@ -74,10 +74,10 @@ class Models:
     @property
     def storage_error(self) -> dict[str, float]:
         """Relative error of what compressed storage gives back, by task."""
-        return {task: each.error for task, each in self.experts.items() if isinstance(each, HostedExpert)}
+        return {task: each.error for task, each in self.experts.items() if isinstance(each, CachedExpert)}
 
 
-def output_folder(recipe: Recipe, models: Models) -> Path:
+def output_folder(recipe: Recipe, models: RecipeModels) -> Path:
     """The folder to write.
 
     Raises:
@@ -102,7 +102,7 @@ class LazyBatches:
 
 
 def load_data(
-    recipe: Recipe, models: Models, device: torch.device, *, tables: bool = True
+    recipe: Recipe, models: RecipeModels, device: torch.device, *, tables: bool = True
 ) -> tuple[dict[str, Iterable[dict[str, Tensor]]], dict[str, TaskData]]:
     """Every task's batches and their size; where headers tell the size, as of images, they load when their turn comes.
 
@@ -131,7 +131,7 @@ def load_data(
 
 
 def _load(
-    recipe: Recipe, models: Models, task: str, device: torch.device, batch_size: int, samples: int | None = None
+    recipe: Recipe, models: RecipeModels, task: str, device: torch.device, batch_size: int, samples: int | None = None
 ) -> Batches:
     expert, config, own = recipe.experts[task], models.merged.config, models.experts[task]
     vocabularies = [c.vocab_size for c in (config, own.config) if getattr(c, "vocab_size", None)]
@@ -215,7 +215,7 @@ class TaskData:
         return replace(self, example=example, batches=batches, rows=rows, entering=entering)
 
 
-def describe_data(recipe: Recipe, models: Models, device: torch.device) -> dict[str, TaskData]:
+def describe_data(recipe: Recipe, models: RecipeModels, device: torch.device) -> dict[str, TaskData]:
     """Every task's size from headers, masks, line counts and file names; texts are taken to be `max_length` tokens.
 
     Raises:

@@ -11,9 +11,9 @@ from torch import Tensor
 from featcal_fast.calibrate import calibrate_source
 from featcal_fast.checkpoints import CheckpointWriter
 from featcal_fast.errors import RecipeError
-from featcal_fast.inputs.load import Models, load_data, output_folder
+from featcal_fast.inputs.load import RecipeModels, load_data, output_folder
 from featcal_fast.inputs.recipe import Recipe, RecipeLike
-from featcal_fast.planning.planner import choose_place
+from featcal_fast.planning.planner import choose_offload
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import Report
 from featcal_fast.streaming.machine import find_device
@@ -54,13 +54,13 @@ def calibrate(
     """
     recipe = _with_out(recipe, out)
     device = find_device(device)
-    models = Models(recipe)
+    models = RecipeModels(recipe)
     folder = output_folder(recipe, models)
     student = CheckpointSource(models.merged, device)
     base = CheckpointSource(models.base, device)
     experts = {task: CheckpointSource(expert, device) for task, expert in models.experts.items()}
     batches, sizes = load_data(recipe, models, device)
-    plan, place = choose_place(recipe, models, device, sizes, device_memory, host_memory, scratch)
+    plan, offload = choose_offload(recipe, models, device, sizes, device_memory, host_memory, scratch)
     plan.check()
     with CheckpointWriter(folder, models.merged) as writer:
         layers = {name for layer in student.structure.layers for name in student.block_tensors(layer.index)}
@@ -78,7 +78,7 @@ def calibrate(
             device,
             write,
             progress or Progress(),
-            place,
+            offload,
             plan.chunk,
         )
         writer.copy_rest()
@@ -107,9 +107,9 @@ def merge(recipe: RecipeLike, *, out: str | Path | None = None) -> Path:
     recipe = _with_out(recipe, out)
     if recipe.merge is None:
         raise RecipeError(
-            "merge: missing; expected `merge: {method: task_arithmetic, scaling: 0.3}` in place of merged_model"
+            "merge: missing; expected `merge: {method: task_arithmetic, scaling: 0.3}` in offload of merged_model"
         )
-    models = Models(recipe)
+    models = RecipeModels(recipe)
     folder = output_folder(recipe, models)
     with CheckpointWriter(folder, models.merged) as writer:
         writer.copy_rest()

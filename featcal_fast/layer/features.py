@@ -54,7 +54,7 @@ class _Stop(Exception):
     """The last input was captured: nothing after it is needed."""
 
 
-class tapped:
+class ActivationHooks:
     """Within the context, a forward of `block` reports the inputs (and outputs) of the named modules in call order.
 
     With `stop_at`, the forward ends, without an error, once that module's input was reported. A class, not a generator:
@@ -104,7 +104,7 @@ class tapped:
         return hook
 
 
-class Kept(dict[str, Tensor]):
+class Activations(dict[str, Tensor]):
     """Captured tensors by module name; reading one that the forward has since overwritten is an error."""
 
     def __setitem__(self, name: str, x: Tensor) -> None:
@@ -152,7 +152,7 @@ def find_layout(
         and reason_to_keep(f"{layer.path}.{name}", settings) is None
     ]
     inputs: dict[str, Tensor] = {}  # keeps every input alive, so identities are unambiguous
-    with tapped(block, [*linears, *norms], inputs.__setitem__):
+    with ActivationHooks(block, [*linears, *norms], inputs.__setitem__):
         calls.run(layer.number, block, hidden)
     kept |= {name: "not used by the layer's forward" for name in linears if name not in inputs}
 

@@ -21,15 +21,15 @@ import torch.nn.functional as F
 from featcal_kernels import cross_, gram_cross_
 from torch import Tensor, nn
 
-from featcal_fast.layer.features import InputGroup, Kept, Layout
+from featcal_fast.layer.features import Activations, InputGroup, Layout
 from featcal_fast.layer.tokens import TokenCounts, Tokens
 from featcal_fast.settings import Settings
 
-Once = Callable[[str, Callable[[], object]], None]
+AddOnce = Callable[[str, Callable[[], object]], None]
 
 
 def output_space(group: InputGroup, tokens: int) -> bool:
-    """Whether `H` (out * in a token) is cheaper than `Q` (in * in a token, and `W_t Q` once): design 3.4."""
+    """Whether `H` (out * in a token) is cheaper than `Q` (in * in a token, and `W_t Q` add_once): design 3.4."""
     out = sum(group.out_features)
     return tokens * out < tokens * group.in_features + out * group.in_features
 
@@ -70,7 +70,9 @@ class InputMoments:
         self.sum_expert.zero_()
         self.n = 0.0
 
-    def add(self, xs: Tensor, xe: Tensor, ye: list[Tensor], weights: Tensor | None, n: float, once: Once) -> None:
+    def add(
+        self, xs: Tensor, xe: Tensor, ye: list[Tensor], weights: Tensor | None, n: float, add_once: AddOnce
+    ) -> None:
         """Accumulate one chunk.
 
         Args:
@@ -79,9 +81,9 @@ class InputMoments:
             ye: in output space, the expert's outputs, bias included, one `[tokens, out]` a module.
             weights: `[tokens]` or None.
             n: sum of the weights.
-            once: carries out an addition, unless it was before memory ran out.
+            add_once: carries out an addition, unless it was before memory ran out.
         """
-        once("means", lambda: self._add_means(xs, xe, weights, n))
+        add_once("means", lambda: self._add_means(xs, xe, weights, n))
 
     def _add_means(self, xs: Tensor, xe: Tensor, weights: Tensor | None, n: float) -> None:
         if self.needs_means:
@@ -107,17 +109,19 @@ class GroupMoments(InputMoments):
         self.s.zero_()
         self.t.zero_()
 
-    def add(self, xs: Tensor, xe: Tensor, ye: list[Tensor], weights: Tensor | None, n: float, once: Once) -> None:
-        super().add(xs, xe, ye, weights, n, once)
+    def add(
+        self, xs: Tensor, xe: Tensor, ye: list[Tensor], weights: Tensor | None, n: float, add_once: AddOnce
+    ) -> None:
+        super().add(xs, xe, ye, weights, n, add_once)
         if self.output_space:
             first, *rest = self.t.split(list(self.group.out_features))
-            once("s", lambda: gram_cross_(self.s, first, xs, ye[0], weights))
+            add_once("s", lambda: gram_cross_(self.s, first, xs, ye[0], weights))
             for number, (t, y) in enumerate(zip(rest, ye[1:], strict=True)):
-                once(f"t{number}", partial(cross_, t, y, xs, weights))
+                add_once(f"t{number}", partial(cross_, t, y, xs, weights))
         else:
             # A 16-bit difference would be rounded again, while products of 16-bit features are exact.
             self.whole = xs.dtype != torch.float32
-            once("s", lambda: gram_cross_(self.s, self.t, xs, xe if self.whole else xe - xs, weights))
+            add_once("s", lambda: gram_cross_(self.s, self.t, xs, xe if self.whole else xe - xs, weights))
 
 
 class RowMoments(InputMoments):
@@ -144,9 +148,11 @@ class RowMoments(InputMoments):
     def difference(self) -> Tensor:
         return self._difference[: self.filled]
 
-    def add(self, xs: Tensor, xe: Tensor, ye: list[Tensor], weights: Tensor | None, n: float, once: Once) -> None:
-        super().add(xs, xe, ye, weights, n, once)
-        once("rows", lambda: self._append(xs, xe, weights))
+    def add(
+        self, xs: Tensor, xe: Tensor, ye: list[Tensor], weights: Tensor | None, n: float, add_once: AddOnce
+    ) -> None:
+        super().add(xs, xe, ye, weights, n, add_once)
+        add_once("rows", lambda: self._append(xs, xe, weights))
 
     def _append(self, xs: Tensor, xe: Tensor, weights: Tensor | None) -> None:
         rows = slice(self.filled, self.filled + len(xs))
@@ -212,7 +218,9 @@ class TaskMoments:
         """What is added next is of another batch."""
         self._added: Counter[tuple[str, str]] = Counter()  # samples of the batch that each sum holds
 
-    def add(self, name: str, x: Tensor, expert_inputs: Kept, expert_outputs: Kept, tokens: Tokens, upto: int) -> None:
+    def add(
+        self, name: str, x: Tensor, expert_inputs: Activations, expert_outputs: Activations, tokens: Tokens, upto: int
+    ) -> None:
         """Accumulate the student's input `x` of module `name` for one chunk, as its forward reaches the module.
 
         Memory may run out between any two sums, and the chunk come again in halves: each sum takes a sample once.
@@ -225,14 +233,14 @@ class TaskMoments:
             upto: samples of the batch up to the chunk's end.
         """
 
-        def once(part: str, addition: Callable[[], object]) -> None:
+        def add_once(part: str, addition: Callable[[], object]) -> None:
             if self._added[name, part] < upto:
                 addition()
                 self._added[name, part] = upto
 
         if name in self.norms:
             weights, n = tokens.weights(self.layout.norms[name])
-            once("norm", lambda: self.norms[name].add(tokens.rows(x), weights, n))
+            add_once("norm", lambda: self.norms[name].add(tokens.rows(x), weights, n))
         elif name in self.groups:
             moments = self.groups[name]
             if moments.group.memory:
@@ -243,7 +251,7 @@ class TaskMoments:
             features = [tokens.rows(x), tokens.rows(expert_inputs[name])]
             features += [tokens.rows(expert_outputs[module]) for module in names]
             xs, xe, *ye = self._in_one_dtype(features)
-            moments.add(xs, xe, ye, weights, n, once)
+            moments.add(xs, xe, ye, weights, n, add_once)
 
     def _in_one_dtype(self, features: list[Tensor]) -> list[Tensor]:
         dtypes = {x.dtype for x in features}

@@ -13,7 +13,7 @@ OTHERS = ("cuda", "conv"), ("cuda", "rnn"), ("mkldnn", "conv"), ("mkldnn", "rnn"
 
 
 @contextmanager
-def whole_float32() -> Iterator[None]:
+def ieee_float32() -> Iterator[None]:
     """No float32 product or convolution is rounded (TF32, bfloat16) within the context, whatever the process allows.
 
     Afterwards every switch is as it was, also those that inherit, and those that contradict each other. What torch may

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featcal_fast.checkpoints import Checkpoint, HostedExpert, TensorInfo, TensorSource, canonical
+from featcal_fast.checkpoints import CachedExpert, Checkpoint, TensorInfo, TensorSource, canonical
 from featcal_fast.errors import ModelMismatchError
 
 
@@ -131,7 +131,7 @@ class MergedCheckpoint:
     def _expert_tensor(self, expert: TensorSource, name: str) -> Tensor:
         own = expert.names[canonical(name)]
         # The error of compressed storage stays out of the merged model.
-        read = expert.read_exactly if isinstance(expert, HostedExpert) else expert.read
+        read = expert.read_exactly if isinstance(expert, CachedExpert) else expert.read
         return read([own])[own]
 
     def _check(self, expert: TensorSource, name: str, info: TensorInfo) -> None:

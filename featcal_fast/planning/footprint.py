@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from featcal_fast.calibrate import see_expert, see_student
+from featcal_fast.calibrate import forward_expert, forward_student
 from featcal_fast.checkpoints import TensorInfo, TensorSource
 from featcal_fast.forward.calls import BatchCalls, move
-from featcal_fast.forward.compiled import Forwards, wanted
-from featcal_fast.forward.shared import Remembered
+from featcal_fast.forward.compiled import BlockRunner, should_compile
+from featcal_fast.forward.shared import SharedView
 from featcal_fast.layer.features import InputGroup, Layout, find_layout
 from featcal_fast.layer.moments import GroupMoments, TaskMoments, token_side
 from featcal_fast.layer.solve import solve_dtype
@@ -28,13 +28,13 @@ from featcal_fast.layer.systems import Anchor, LayerSystem, fold_columns
 from featcal_fast.layer.tokens import TokenCounts, Tokens
 from featcal_fast.models.structure import Layer
 from featcal_fast.settings import Settings
-from featcal_fast.streaming.hidden_states import Stream
+from featcal_fast.streaming.hidden_states import HiddenStates
 from featcal_fast.streaming.sources import CheckpointSource
 
 META = torch.device("meta")
 
 
-class Phantom:
+class MetaCheckpoint:
     """A source whose tensors have a form but no memory, and whose reads are only noted."""
 
     def __init__(self, source: TensorSource) -> None:
@@ -156,7 +156,7 @@ class _Attention(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
-class FirstStates:
+class StageInputs:
     """What enters a stage of one model for one batch.
 
     Attributes:
@@ -175,15 +175,15 @@ class FirstStates:
 
     @classmethod
     def of(
-        cls, source: CheckpointSource, example: Mapping[str, Tensor], stage: int, before: FirstStates | None
-    ) -> FirstStates:
+        cls, source: CheckpointSource, example: Mapping[str, Tensor], stage: int, before: StageInputs | None
+    ) -> StageInputs:
         previous = None if before is None else torch.zeros((), dtype=before.hidden.dtype).expand(before.hidden.shape)
         with torch.no_grad():
-            hidden, calls = source.first_hidden(example, stage, previous)
+            hidden, calls = source.stage_inputs(example, stage, previous)
         kept = {
             id(leaf): leaf.nbytes
             for leaf in tree_leaves([calls.args, calls.kwargs])
-            if isinstance(leaf, (Tensor, Remembered))
+            if isinstance(leaf, (Tensor, SharedView))
         }
         calls = move(calls, META)
         whole = {id(leaf): leaf.nbytes for leaf in tree_leaves([calls.args, calls.kwargs]) if isinstance(leaf, Tensor)}
@@ -221,10 +221,10 @@ class Footprint:
     solve: float
 
 
-class _MetaStream:
-    """Stands in for a `Stream`: one batch, on the meta device."""
+class _MetaHiddenStates:
+    """Stands in for a `HiddenStates`: one batch, on the meta device."""
 
-    def __init__(self, states: FirstStates) -> None:
+    def __init__(self, states: StageInputs) -> None:
         self.states = states
 
     def load(self, batch: int, rows: slice) -> tuple[Tensor, BatchCalls]:
@@ -236,7 +236,7 @@ def measure_layer(
     student: CheckpointSource,
     expert: CheckpointSource,
     layer: Layer,
-    states: tuple[FirstStates, FirstStates],
+    states: tuple[StageInputs, StageInputs],
     counts: TokenCounts,
     settings: Settings,
     device: torch.device,
@@ -256,9 +256,9 @@ def measure_layer(
         copy.deepcopy(each.structure.blocks[layer.index], {id(each.model.config): each.model.config}).to(META)
         for each in (student, expert)
     )
-    own, others = (cast(Stream, _MetaStream(each)) for each in states)
+    own, others = (cast(HiddenStates, _MetaHiddenStates(each)) for each in states)
     tokens = states[0].tokens
-    rows, forwards = slice(0, tokens.shape[0]), Forwards(wanted(settings, device))
+    rows, runner = slice(0, tokens.shape[0]), BlockRunner(should_compile(settings, device))
     present = [(each.hidden, each.calls.args, each.calls.kwargs) for each in states]
     with Meter(present, block.state_dict(), teacher.state_dict()) as meter:
         layout = find_layout(block, layer, *own.load(0, rows), tokens, settings)
@@ -269,9 +269,9 @@ def measure_layer(
         scratch = meter.live - start - system_bytes
         full = meter.live
         meter.lap()
-        seen, out = see_expert(forwards, teacher, layer.number, others, 0, rows, layout, moments)
+        seen, out = forward_expert(runner, teacher, layer.number, others, 0, rows, layout, moments)
         expert_peak, expert_flops = meter.lap()
-        see_student(forwards, block, layer.number, own, 0, rows, layout, moments, seen, tokens)
+        forward_student(runner, block, layer.number, own, 0, rows, layout, moments, seen, tokens)
         del seen, out
         student_peak, both = meter.lap()
         system.fold(moments, teacher, "task")

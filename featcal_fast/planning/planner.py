@@ -13,23 +13,23 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from featcal_fast.calibrate import check_settings
-from featcal_fast.checkpoints import BitsAndBytesCheckpoint, HostedExpert, LoraExpert, TensorSource, canonical
+from featcal_fast.checkpoints import BitsAndBytesCheckpoint, CachedExpert, LoraExpert, TensorSource, canonical
 from featcal_fast.checkpoints import kept_bytes as kept_in_host
 from featcal_fast.checkpoints.adapter import ROWS
 from featcal_fast.errors import DataError, FeatCalError
-from featcal_fast.forward.compiled import wanted
-from featcal_fast.inputs.load import Models, TaskData, load_data, output_folder
+from featcal_fast.forward.compiled import should_compile
+from featcal_fast.inputs.load import RecipeModels, TaskData, load_data, output_folder
 from featcal_fast.inputs.recipe import Recipe, RecipeLike
 from featcal_fast.layer.tokens import TokenCounts
 from featcal_fast.merging.merged import MergedCheckpoint
 from featcal_fast.models.structure import Layer
-from featcal_fast.planning.footprint import FirstStates, Footprint, Phantom, measure_layer
+from featcal_fast.planning.footprint import Footprint, MetaCheckpoint, StageInputs, measure_layer
 from featcal_fast.planning.plan import LayerPlan, Plan, folded
 from featcal_fast.planning.remedies import problems
 from featcal_fast.streaming.drift import PROBE_SAMPLES
-from featcal_fast.streaming.hidden_states import HOST, Place, check_scratch
+from featcal_fast.streaming.hidden_states import HOST, Offload, check_scratch
 from featcal_fast.streaming.machine import (
-    REUSED_BYTES,
+    MALLOC_CACHE_BYTES,
     available_device_bytes,
     available_host_bytes,
     find_device,
@@ -37,7 +37,7 @@ from featcal_fast.streaming.machine import (
 )
 from featcal_fast.streaming.sources import CheckpointSource, check_same_architecture
 
-States = dict[str, tuple[FirstStates, FirstStates]]  # the student's and the expert's, by task
+States = dict[str, tuple[StageInputs, StageInputs]]  # the student's and the expert's, by task
 # Measured by bench/jobs.py: what libraries take once they compute (threads, their buffers, code paged in).
 RUNTIME = 40 * 2**20
 # What torch.compile takes of this process's memory, measured on a CPU: a Llama's forwards 143 MiB, a T5's 178.
@@ -67,22 +67,22 @@ def plan(
     """
     recipe = Recipe.load(recipe)
     device = find_device(device, present=device_memory is None)
-    models = Models(recipe)
+    models = RecipeModels(recipe)
     if recipe.out is not None:
         output_folder(recipe, models)
     data = load_data(recipe, models, device, tables=False)[1]
-    return choose_place(recipe, models, device, data, device_memory, host_memory, scratch)[0]
+    return choose_offload(recipe, models, device, data, device_memory, host_memory, scratch)[0]
 
 
-def choose_place(
+def choose_offload(
     recipe: Recipe,
-    models: Models,
+    models: RecipeModels,
     device: torch.device,
     data: Mapping[str, TaskData],
     device_memory: int | None,
     host_memory: int | None,
     scratch: str | Path | None,
-) -> tuple[Plan, Place]:
+) -> tuple[Plan, Offload]:
     """The plan, and where hidden states wait: in `scratch` if given, on a GPU if they fit there, or on the host.
 
     Unless the recipe says how many samples pass a layer at a time, they are halved until the job fits.
@@ -92,10 +92,10 @@ def choose_place(
     """
     if scratch is not None:
         check_scratch(Path(scratch))
-        places: list[Place] = [Path(scratch)]
+        targets: list[Offload] = [Path(scratch)]
     else:
-        places = [device, HOST] if device.type == "cuda" else [HOST]
-    planners = [Planner(recipe, models, device, place) for place in places]
+        targets = [device, HOST] if device.type == "cuda" else [HOST]
+    planners = [Planner(recipe, models, device, offload) for offload in targets]
     halves = 1
     while True:
         sizes = {task: each.resized(batch_size=max(1, each.batch_size // halves)) for task, each in data.items()}
@@ -104,8 +104,8 @@ def choose_place(
             if plan.fits:
                 break
         if plan.fits or recipe.batch_size or all(each.batch_size == 1 for each in sizes.values()):
-            plan.problems = problems(plan, sizes, recipe, planner.place, planner.measure)
-            return plan, planner.place
+            plan.problems = problems(plan, sizes, recipe, planner.offload, planner.measure)
+            return plan, planner.offload
         halves *= 2
 
 
@@ -116,14 +116,14 @@ class Planner:
         recipe: the job.
         models: its models.
         device: where it would compute.
-        place: where hidden states wait between layers.
+        offload: where hidden states wait between layers.
     """
 
-    def __init__(self, recipe: Recipe, models: Models, device: torch.device, place: Place = HOST) -> None:
-        self.recipe, self.models, self.device, self.place = recipe, models, device, place
-        self.student = CheckpointSource(Phantom(models.merged), HOST)
-        self.base = CheckpointSource(Phantom(models.base), HOST)
-        self.experts = {task: CheckpointSource(Phantom(each), HOST) for task, each in models.experts.items()}
+    def __init__(self, recipe: Recipe, models: RecipeModels, device: torch.device, offload: Offload = HOST) -> None:
+        self.recipe, self.models, self.device, self.offload = recipe, models, device, offload
+        self.student = CheckpointSource(MetaCheckpoint(models.merged), HOST)
+        self.base = CheckpointSource(MetaCheckpoint(models.base), HOST)
+        self.experts = {task: CheckpointSource(MetaCheckpoint(each), HOST) for task, each in models.experts.items()}
         self.layers = self.student.structure.layers
         self.student.check_whole()
         check_same_architecture(self.student, {"base": self.base, **self.experts})
@@ -143,7 +143,7 @@ class Planner:
 
     def measure(self, data: Mapping[str, TaskData]) -> Plan:
         """The plan for data of this size, without budgets."""
-        states, patterns, turns = self._first_states(data)
+        states, shared, turns = self._first_states(data)
         counts = [
             {task: round(data[task].batches * pair[0].hidden.shape[:2].numel()) for task, pair in stage.items()}
             for stage in states
@@ -159,7 +159,7 @@ class Planner:
             plan.layers.append(self._layer(layer, data, states[layer.stage], here, seen))
         plan.kept = folded(self._kept(plan))
         self._count_bytes(plan)
-        self._count_memory(plan, data, states, patterns, turns)
+        self._count_memory(plan, data, states, shared, turns)
         return plan
 
     def _first_states(self, data: Mapping[str, TaskData]) -> tuple[list[States], list[int], list[Counter[str]]]:
@@ -168,28 +168,28 @@ class Planner:
         A turn is what one task takes while its batches go through the model's own forward.
         """
         states: list[States] = []
-        patterns: list[int] = []
+        shared: list[int] = []
         turns: list[Counter[str]] = []
-        entered: dict[Any, FirstStates] = {}
-        student = _phantom(self.student)
+        entered: dict[Any, StageInputs] = {}
+        student = _checkpoint(self.student)
         for source in (self.student, *self.experts.values()):
-            _phantom(source).reads.clear()
+            _checkpoint(source).reads.clear()
         for stage in range(len(self.student.structure.paths)):
             start = len(student.reads)
             first = next(layer.index for layer in self.layers if layer.stage == stage)
             beside = _unpacking(student.source, self.student.block_tensors(first))
             states.append({})
-            patterns.append(0)
+            shared.append(0)
             for task, expert in self.experts.items():
-                own = _phantom(expert)
+                own = _checkpoint(expert)
                 before = len(own.reads)
                 previous = states[-2][task] if stage else (None, None)
                 form = _form(data[task].example)
                 if stage or "attention_mask" in data[task].example or form not in entered:  # images are all alike
                     entered[form] = self._enter(self.student, task, data[task], stage, previous[0])
                 states[-1][task] = entered[form], self._enter(expert, task, data[task], stage, previous[1])
-                patterns[-1] += expert.patterns.nbytes
-                expert.end_first_hidden()
+                shared[-1] += expert.shared.nbytes
+                expert.release_stage_inputs()
                 batch = data[task].entering * max(state.hidden.nbytes + state.call_bytes for state in states[-1][task])
                 there = {
                     "a batch": round(4 * batch),
@@ -201,15 +201,15 @@ class Planner:
                 turns.append(Counter({**there, "embeddings": held, "reading": beside + read}))
                 held, read = held + _loaded(own, before), _unpacking(own.source, own.reads[before:])
                 turns.append(Counter({**there, "embeddings": held, "reading": beside + read}))
-            patterns[-1] += self.student.patterns.nbytes
-            self.student.end_first_hidden()
-        return states, patterns, turns
+            shared[-1] += self.student.shared.nbytes
+            self.student.release_stage_inputs()
+        return states, shared, turns
 
     def _enter(
-        self, source: CheckpointSource, task: str, data: TaskData, stage: int, before: FirstStates | None
-    ) -> FirstStates:
+        self, source: CheckpointSource, task: str, data: TaskData, stage: int, before: StageInputs | None
+    ) -> StageInputs:
         try:
-            return FirstStates.of(source, data.example, stage, before)
+            return StageInputs.of(source, data.example, stage, before)
         except FeatCalError:
             raise
         except Exception as error:  # whatever a model makes of inputs that are not its own
@@ -299,9 +299,9 @@ class Planner:
         """What each model's files will be read for: the first forward, the blocks, and what is copied at the end."""
         changed = self._changed(plan)
         rest = [name for name in self.models.merged.tensors if name not in changed]
-        student = [*_phantom(self.student).reads, *_block_reads(self.student), *rest]
+        student = [*_checkpoint(self.student).reads, *_block_reads(self.student), *rest]
         reads: dict[str, list[str]] = {
-            source.label: [*_phantom(own).reads, *_block_reads(own)]
+            source.label: [*_checkpoint(own).reads, *_block_reads(own)]
             for source, own in zip(self.models.experts.values(), self.experts.values(), strict=True)
         }
         reads[self.models.base.label] = _block_reads(self.base)
@@ -325,42 +325,42 @@ class Planner:
         plan: Plan,
         data: Mapping[str, TaskData],
         stages: list[States],
-        patterns: list[int],
+        shared: list[int],
         turns: list[Counter[str]],
     ) -> None:
         """The sum of what is there all the time and of the worst moment: a first forward, a layer, or the end."""
         on_device, host, device = self.device.type != "cpu", Counter[str](), Counter[str]()
-        hidden = calls = shared = probe = entering = passing = 0.0
-        for states, pattern in zip(stages, patterns, strict=True):
+        hidden = calls = alike = probe = entering = passing = 0.0
+        for states, of_stage in zip(stages, shared, strict=True):
             every = [(data[task], state) for task, pair in states.items() for state in pair]
-            room = _pinned if on_device and self.place == HOST else int
+            room = _pinned if on_device and self.offload == HOST else int
             hidden = max(hidden, sum(each.batches * room(state.hidden.nbytes) for each, state in every))
             calls = max(calls, sum(each.batches * state.kept_bytes for each, state in every))
-            shared = max(shared, pattern)
+            alike = max(alike, of_stage)
             entering = max(entering, *(each.entering * state.hidden.nbytes for each, state in every))
             passing = max(passing, *(state.call_bytes for _, state in every))
             probe = max(probe, 1.5 * sum(_of_a_probe(state) for _, state in every))  # student's twice, expert's once
         there = round(sum(each.nbytes for each in data.values() if each.loaded))
         host["interpreter and libraries"] = resident_bytes() - there + RUNTIME
-        host["compiler"] = COMPILER if wanted(self.recipe.settings, self.device) else 0
-        host["freed blocks kept for use"] = REUSED_BYTES
+        host["compiler"] = COMPILER if should_compile(self.recipe.settings, self.device) else 0
+        host["freed blocks kept for use"] = MALLOC_CACHE_BYTES
         stays = len(stages) > 1  # an encoder-decoder's inputs are needed again
         host["calibration data"] = round(sum(each.nbytes for each in data.values() if stays or not each.lazy))
-        (device if on_device and self.place == self.device else host)["masks of batches"] = round(calls)
-        (device if on_device else host)["masks and positions"] = round(shared + passing)
+        (device if on_device and self.offload == self.device else host)["masks of batches"] = round(calls)
+        (device if on_device else host)["masks and positions"] = round(alike + passing)
         host["drift probe"] = round(probe)
-        if isinstance(self.place, Path):
+        if isinstance(self.offload, Path):
             plan.disk["hidden states"] = round(hidden)
         else:
-            (device if on_device and self.place == self.device else host)["hidden states"] = round(hidden)
+            (device if on_device and self.offload == self.device else host)["hidden states"] = round(hidden)
         if self.recipe.expert_storage != "disk":
             host["experts kept"] = sum(
                 kept_in_host(source.tensors[name], self.recipe.expert_storage)
                 for source, own in zip(self.models.experts.values(), self.experts.values(), strict=True)
-                for name in {*_phantom(own).reads, *_block_reads(own)}
+                for name in {*_checkpoint(own).reads, *_block_reads(own)}
             )
         sources = (self.student, *self.experts.values())
-        reading = max(_unpacking(_phantom(source).source, _block_reads(source)) for source in sources)
+        reading = max(_unpacking(_checkpoint(source).source, _block_reads(source)) for source in sources)
         changed = self._changed(plan)
         rest = [name for name in self.models.merged.tensors if name not in changed]
         largest = max((self.models.merged.tensors[name].nbytes for name in rest), default=0)
@@ -378,14 +378,14 @@ class Planner:
             }
             moments.append(Counter(needs))
         # The expert's and the student's next, and one that leaves.
-        ahead = 0 if self.place == self.device else 3 * entering
+        ahead = 0 if self.offload == self.device else 3 * entering
         (device if on_device else host)["hidden states on their way"] = round(ahead)
         if on_device:
             device["a batch"] = round(entering)
             device["operands of the kernels"] = PANEL_BYTES + SLAB_BYTES
             arriving = [max(self._largest_pinned(layer.index) for layer in plan.layers)]
             arriving[0] += reading + max(self._largest_block(layer.index) for layer in plan.layers)
-            if isinstance(self.place, Path):
+            if isinstance(self.offload, Path):
                 arriving[0] += 2 * _pinned(round(entering))
             for moment in moments:
                 arriving.append(sum(moment.pop(name, 0) for name in ("reading", "calibration data of a task")))
@@ -396,8 +396,8 @@ class Planner:
         plan.host = {name: size for name, size in host.items() if size}
 
 
-def _phantom(source: CheckpointSource) -> Phantom:
-    assert isinstance(source.checkpoint, Phantom)
+def _checkpoint(source: CheckpointSource) -> MetaCheckpoint:
+    assert isinstance(source.checkpoint, MetaCheckpoint)
     return source.checkpoint
 
 
@@ -406,7 +406,7 @@ def _pinned(nbytes: int) -> int:
     return 1 << (max(nbytes, 1) - 1).bit_length()
 
 
-def _loaded(source: Phantom, start: int) -> int:
+def _loaded(source: MetaCheckpoint, start: int) -> int:
     """Bytes of the parameters that were read since `start`."""
     return sum(source.tensors[name].nbytes for name in source.reads[start:])
 
@@ -417,7 +417,7 @@ def _block_reads(source: CheckpointSource) -> list[str]:
 
 def _from_files(source: TensorSource, merging: list[str], own: list[str]) -> int:
     """Bytes read for a merge on the fly and for the model itself; kept in host memory, one read serves all."""
-    if not isinstance(source, HostedExpert):
+    if not isinstance(source, CachedExpert):
         return source.stored_bytes([*merging, *own])
     # A merge reads what is kept compressed again, to be exact.
     again = [
@@ -435,7 +435,7 @@ def _unpacking(source: TensorSource, names: Iterable[str]) -> int:
 def _unpacking_one(source: TensorSource, name: str) -> int:
     info = source.tensors[name]
     numel = torch.Size(info.shape).numel()
-    if isinstance(source, HostedExpert):  # to compress, restore and compare
+    if isinstance(source, CachedExpert):  # to compress, restore and compare
         return _unpacking_one(source.source, name) + (12 * numel if source.storage != "host" else 0)
     if isinstance(source, MergedCheckpoint):
         if not info.dtype.is_floating_point:
@@ -454,7 +454,7 @@ def _nbytes(source: CheckpointSource, index: int) -> int:
     return sum(tensor.nbytes for tensor in source.structure.blocks[index].state_dict().values())
 
 
-def _of_a_probe(state: FirstStates) -> float:
+def _of_a_probe(state: StageInputs) -> float:
     rows = state.hidden.shape[0]
     return min(PROBE_SAMPLES, rows) / rows * (state.hidden.nbytes + state.kept_bytes)
 

@@ -10,20 +10,20 @@ from featcal_fast.checkpoints import existing
 from featcal_fast.inputs.load import TaskData
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.planning.plan import Plan, format_bytes
-from featcal_fast.streaming.hidden_states import Place
+from featcal_fast.streaming.hidden_states import Offload
 
 SMALLEST = {"batch_size": 1, "samples": 16, "max_length": 32}  # that is named
 Measure = Callable[[Mapping[str, TaskData]], Plan]
 
 
-def problems(plan: Plan, data: Mapping[str, TaskData], recipe: Recipe, place: Place, measure: Measure) -> list[str]:
+def problems(plan: Plan, data: Mapping[str, TaskData], recipe: Recipe, offload: Offload, measure: Measure) -> list[str]:
     """Each reason why a plan does not fit, with what would.
 
     Args:
         plan: with budgets.
         data: the size of each task's, as planned.
         recipe: the job.
-        place: where hidden states wait between layers.
+        offload: where hidden states wait between layers.
         measure: plans the job for data of another size.
     """
     found = []
@@ -34,23 +34,23 @@ def problems(plan: Plan, data: Mapping[str, TaskData], recipe: Recipe, place: Pl
                 f"{kind} memory: the job needs {format_bytes(need)}, but {format_bytes(budget)} may be used "
                 f"({flag}); {_remedy(kind, budget, plan, data, recipe, measure)}"
             )
-    return found + _disk_problems(plan, recipe, place)
+    return found + _disk_problems(plan, recipe, offload)
 
 
-def _disk_problems(plan: Plan, recipe: Recipe, place: Place) -> list[str]:
+def _disk_problems(plan: Plan, recipe: Recipe, offload: Offload) -> list[str]:
     """Where a disk lacks room for the scratch files, and for the output if that is on it too."""
-    if not isinstance(place, Path):
+    if not isinstance(offload, Path):
         return []
     need = plan.disk["hidden states"]
     if recipe.out is not None:
         out = existing(recipe.root / Path(recipe.out).expanduser())
-        need += plan.disk["calibrated model"] if out.stat().st_dev == place.stat().st_dev else 0
-    free = shutil.disk_usage(place).free
+        need += plan.disk["calibrated model"] if out.stat().st_dev == offload.stat().st_dev else 0
+    free = shutil.disk_usage(offload).free
     if need <= free:
         return []
     return [
-        f"scratch: the disk of {place} needs {format_bytes(need)}, but {format_bytes(free)} are free; choose a folder "
-        "on another"
+        f"scratch: the disk of {offload} needs {format_bytes(need)}, but {format_bytes(free)} are free; choose a "
+        "folder on another"
     ]
 
 

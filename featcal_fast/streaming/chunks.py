@@ -11,7 +11,7 @@ from featcal_fast.errors import MemoryBudgetError
 
 
 @contextmanager
-def memory_errors(device: torch.device) -> Iterator[None]:
+def explain_out_of_memory(device: torch.device) -> Iterator[None]:
     """Turns torch's error into one that says what to do."""
     try:
         yield

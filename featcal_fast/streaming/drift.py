@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from featcal_fast.forward.calls import BatchCalls
 from featcal_fast.layer.tokens import Tokens
 from featcal_fast.streaming.chunks import Chunks
-from featcal_fast.streaming.hidden_states import Run, Stream
+from featcal_fast.streaming.hidden_states import HiddenStates, Run
 from featcal_fast.streaming.sources import Source
 from featcal_fast.streaming.transfers import Transfers
 
 PROBE_SAMPLES = 4  # a task; enough for a figure to watch, at a few per cent of a run's forward passes
 
 
-class Probe:
+class DriftProbe:
     """Follows a few calibration samples a task through three models: merged, calibrated, expert.
 
     Drift of a layer is `||H - H_e||_F / ||H_e||_F` over the tokens that count, `H` the hidden states after the layer
@@ -37,9 +37,9 @@ class Probe:
     ) -> None:
         self._device, self._chunks, self._run = device, chunks, run
         self._masks = [stage.mask for stage in student.structure.family.stages]
-        self._merged = {task: Stream(student, task, device, transfers) for task in experts}
-        self._calibrated = {task: Stream(student, task, device, transfers) for task in experts}
-        self._expert = {task: Stream(expert, task, device, transfers) for task, expert in experts.items()}
+        self._merged = {task: HiddenStates(student, task, device, transfers) for task in experts}
+        self._calibrated = {task: HiddenStates(student, task, device, transfers) for task in experts}
+        self._expert = {task: HiddenStates(expert, task, device, transfers) for task, expert in experts.items()}
         self._tokens: dict[str, Tokens] = {}
 
     def enter(self, stage: int, task: str, batch: Mapping[str, Tensor]) -> None:
@@ -70,10 +70,10 @@ class Probe:
         """Drift before and after, once all three models have passed the layer: scalars on the device."""
         return [self._distance(self._merged), self._distance(self._calibrated)]
 
-    def _advance(self, task: str, stream: Stream, number: int, block: nn.Module) -> None:
+    def _advance(self, task: str, stream: HiddenStates, number: int, block: nn.Module) -> None:
         self._chunks.each(self._tokens[task].extent, partial(stream.advance, number, block, 0, run=self._run))
 
-    def _distance(self, streams: Mapping[str, Stream]) -> Tensor:
+    def _distance(self, streams: Mapping[str, HiddenStates]) -> Tensor:
         distances = []
         for task, stream in streams.items():
             expert, found = (

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from featcal_fast.errors import DataError, FeatCalError, OutputError
 from featcal_fast.forward.calls import BatchCalls, move, pinned
 from featcal_fast.streaming.sources import Source
-from featcal_fast.streaming.transfers import Transfer, Transfers, on_host
+from featcal_fast.streaming.transfers import Transfer, Transfers, empty_pinned
 
-Place = torch.device | Path  # of hidden states: a device's memory, or a folder for scratch files
+Offload = torch.device | Path  # of hidden states: a device's memory, or a folder for scratch files
 HOST = torch.device("cpu")
 Run = Callable[[BatchCalls, int, nn.Module, Tensor], Tensor]  # of a block, on hidden states
 
@@ -34,7 +34,7 @@ class Traffic:
     read: int = 0
 
 
-class Stream:
+class HiddenStates:
     """One model's hidden states on one task's batches, kept between layers in the model's dtype.
 
     Args:
@@ -42,19 +42,19 @@ class Stream:
         task: its name.
         device: where blocks run.
         transfers: what brings states there and back.
-        place: where hidden states wait meanwhile. Files in a folder have no name there and go with the process.
+        offload: where hidden states wait meanwhile. Files in a folder have no name there and go with the process.
 
     Attributes:
         traffic: with scratch files.
     """
 
     def __init__(
-        self, source: Source, task: str, device: torch.device, transfers: Transfers, place: Place = HOST
+        self, source: Source, task: str, device: torch.device, transfers: Transfers, offload: Offload = HOST
     ) -> None:
         self.device = device
-        self._source, self._task, self._transfers, self._place = source, task, transfers, place
+        self._source, self._task, self._transfers, self._offload = source, task, transfers, offload
         self.traffic = Traffic()
-        self._states: _Here | _Away | None = None
+        self._states: _OnDevice | _Offloaded | None = None
         self._calls: list[BatchCalls] = []
         self._shapes: list[tuple[int, int]] = []
 
@@ -71,7 +71,7 @@ class Stream:
         for number, batch in enumerate(batches):
             previous = None if before is None else before.load(number, None)
             try:
-                hidden, calls = self._source.first_hidden(batch, stage, previous)
+                hidden, calls = self._source.stage_inputs(batch, stage, previous)
             except (FeatCalError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # whatever the model makes of inputs that are not its own
@@ -82,13 +82,13 @@ class Stream:
                 ) from error
             self._shapes.append((hidden.shape[0], hidden.shape[1]))
             self._states.store(number, slice(0, len(hidden)), hidden, len(hidden))
-            self._calls.append(pinned(calls) if self.device.type == "cuda" and self._place != self.device else calls)
+            self._calls.append(pinned(calls) if self.device.type == "cuda" and self._offload != self.device else calls)
 
-    def _new_place(self) -> _Here | _Away:
-        if self._place == self.device:
-            return _Here()
-        memory = _ScratchFile(self._place, self.traffic) if isinstance(self._place, Path) else _HostMemory()
-        return _Away(self.device, self._transfers, memory)
+    def _new_place(self) -> _OnDevice | _Offloaded:
+        if self._offload == self.device:
+            return _OnDevice()
+        memory = _ScratchFile(self._offload, self.traffic) if isinstance(self._offload, Path) else _HostMemory()
+        return _Offloaded(self.device, self._transfers, memory)
 
     def __len__(self) -> int:
         return len(self._shapes)
@@ -119,8 +119,8 @@ class Stream:
         self.store(batch, rows, run(calls, number, block, hidden))
 
 
-class _Here:
-    """Batches where blocks run. What is loaded is a view, so a batch's new states never take the old ones' place."""
+class _OnDevice:
+    """Batches where blocks run. What is loaded is a view, so a batch's new states never take the old ones' offload."""
 
     def __init__(self) -> None:
         self._states: dict[int, Tensor] = {}
@@ -157,7 +157,7 @@ class _Memory(Protocol):
     def drop(self, slot: _Slot) -> None: ...
 
 
-class _Away:
+class _Offloaded:
     """Batches that are fetched one chunk ahead, and whose new states are stored while the next chunk is computed."""
 
     def __init__(self, device: torch.device, transfers: Transfers, memory: _Memory) -> None:
@@ -191,7 +191,7 @@ class _Away:
             if complete and before is not None and before != slot:
                 self._memory.drop(before)
 
-        self._transfers.leave(hidden, leave)
+        self._transfers.offload(hidden, leave)
         if complete:
             self._slots[batch] = slot
 
@@ -222,7 +222,7 @@ class _HostMemory:
 
     def write(self, slot: _Slot, rows: slice, hidden: Tensor) -> None:
         if slot not in self._held:
-            self._held[slot] = on_host(slot.shape, slot.dtype, hidden.device)
+            self._held[slot] = empty_pinned(slot.shape, slot.dtype, hidden.device)
         self._held[slot][rows].copy_(hidden, non_blocking=True)
 
     def read(self, slot: _Slot, rows: slice, into: Tensor) -> None:
@@ -261,7 +261,7 @@ class _ScratchFile:
             self._end += math.prod(slot.shape) * slot.dtype.itemsize
         data = hidden.contiguous()
         if hidden.is_cuda:
-            data = on_host(tuple(hidden.shape), hidden.dtype, hidden.device).copy_(hidden, non_blocking=True)
+            data = empty_pinned(tuple(hidden.shape), hidden.dtype, hidden.device).copy_(hidden, non_blocking=True)
             torch.cuda.current_stream(hidden.device).synchronize()  # the copy's own
         rest, position = _bytes(data), self._position(slot, rows)
         self._traffic.written += rest.nbytes
@@ -273,7 +273,7 @@ class _ScratchFile:
             raise OutputError(f"scratch: hidden states cannot be written: {error.strerror}") from error
 
     def read(self, slot: _Slot, rows: slice, into: Tensor) -> None:
-        data = on_host(tuple(into.shape), into.dtype, into.device) if into.is_cuda else into
+        data = empty_pinned(tuple(into.shape), into.dtype, into.device) if into.is_cuda else into
         rest, position = _bytes(data), self._position(slot, rows)
         self._traffic.read += rest.nbytes
         while rest:

@@ -15,14 +15,14 @@ from featcal_kernels import allow_bf16_units
 from featcal_fast.errors import DeviceError
 
 LARGE = 2**20
-REUSED_BYTES = 2**27
+MALLOC_CACHE_BYTES = 2**27
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # as glibc's malloc.h has them
 
 _whole = False  # whether this process was set up for a run
 CGROUPS = Path("/sys/fs/cgroup")
 
 
-def use_whole_machine() -> None:
+def configure_process() -> None:
     """Set this process up for a run. For programs only: it concerns everything that the process does."""
     global _whole
     # glibc otherwise learns to keep blocks of up to 32 MiB for itself, in a heap a thread, wherever they were used.
@@ -32,36 +32,36 @@ def use_whole_machine() -> None:
 
 
 @contextmanager
-def reusing_freed_blocks() -> Iterator[Callable[[], None]]:
+def caching_malloc() -> Iterator[Callable[[], None]]:
     """Within the context, the C library (glibc) keeps blocks that are freed for those that are asked for next.
 
     Outside, each block of a MiB or more goes back to the system at once, so that nothing is held that is not used. For
     the features of a forward pass, which come and go, that would mean fresh pages every time: a quarter of a run on a
-    CPU. All go back at the end. Does nothing in a process that did not call `use_whole_machine`.
+    CPU. All go back at the end. Does nothing in a process that did not call `configure_process`.
 
     Yields:
-        What gives them back before, if they have become more than `REUSED_BYTES`: holes between blocks in use pile up.
+        What gives them back before, if they have become more than `MALLOC_CACHE_BYTES`: holes pile up.
     """
     if not _whole:
         yield lambda: None
         return
     others = resident_bytes() - _allocated_bytes()
     _mallopt(M_MMAP_MAX, 0)
-    _mallopt(M_TRIM_THRESHOLD, REUSED_BYTES)
+    _mallopt(M_TRIM_THRESHOLD, MALLOC_CACHE_BYTES)
 
     def limit() -> None:
-        if resident_bytes() - _allocated_bytes() > others + REUSED_BYTES:
-            give_back_freed_blocks()
+        if resident_bytes() - _allocated_bytes() > others + MALLOC_CACHE_BYTES:
+            trim_malloc()
 
     try:
         yield limit
     finally:
         _mallopt(M_MMAP_MAX, 2**16)  # glibc's own values
         _mallopt(M_TRIM_THRESHOLD, 2**17)
-        give_back_freed_blocks()
+        trim_malloc()
 
 
-def give_back_freed_blocks() -> None:
+def trim_malloc() -> None:
     """Give the system what the C library (glibc) holds freed, such as many small blocks of a forward pass."""
     if _whole:
         ctypes.CDLL(None).malloc_trim(0)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from featcal_fast.streaming.sources import Source
-from featcal_fast.streaming.transfers import Transfers, on_host
+from featcal_fast.streaming.transfers import Transfers, empty_pinned
 
 
-class BlockReader:
+class BlockPrefetcher:
     """Hands out blocks in a given order; while one is used, the next one is read and copied to the device.
 
     What goes wrong while a block is read is raised when that block is asked for. Used as a context manager.
@@ -29,7 +29,7 @@ class BlockReader:
         self._transfers = Transfers(device, "block-reader")
         self._coming: Callable[[], nn.Module] | None = None
 
-    def __enter__(self) -> BlockReader:
+    def __enter__(self) -> BlockPrefetcher:
         self._request()
         return self
 
@@ -65,7 +65,7 @@ def _read_to(places: dict[str, Tensor], source: Source, index: int) -> nn.Module
     block = source.block(index)
     for name, tensor in _tensors(block).items():
         place = places[name]
-        pinned = on_host(tuple(tensor.shape), tensor.dtype, place.device).copy_(tensor)
+        pinned = empty_pinned(tuple(tensor.shape), tensor.dtype, place.device).copy_(tensor)
         place.copy_(pinned, non_blocking=True)
         tensor.data = place
     return block

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from featcal_fast.checkpoints import TensorSource, canonical, is_finite
 from featcal_fast.errors import CheckpointError, ModelMismatchError, UnsupportedModelError
-from featcal_fast.forward.calls import BatchCalls, first_hidden, move
-from featcal_fast.forward.shared import Patterns
+from featcal_fast.forward.calls import BatchCalls, move, stage_inputs
+from featcal_fast.forward.shared import SharedTensors
 from featcal_fast.models import Structure, find_structure
 from featcal_fast.models.stored import StoredNames
 
-STEPPING = Lock()  # while a model's forward is recorded its blocks are not themselves, and nobody copies one
+RECORDING = Lock()  # while a model's forward is recorded its blocks are not themselves, and nobody copies one
 
 
 class Source(Protocol):
@@ -30,20 +30,20 @@ class Source(Protocol):
 
     label: str
     structure: Structure  # parameters may be on the meta device
-    patterns: Patterns  # of the calls that `first_hidden` made since it last ended
+    shared: SharedTensors  # of the calls that `stage_inputs` made since it last ended
 
-    def first_hidden(
+    def stage_inputs(
         self, batch: Mapping[str, Tensor], stage: int = 0, previous: Tensor | None = None
     ) -> tuple[Tensor, BatchCalls]:
         """The hidden states that enter a stage, `[batch, tokens, width]`, and its blocks' calls, on the device.
 
-        Of the calls, `patterns` keeps what batches share. `previous` are the hidden states that leave the last block
+        Of the calls, `shared` keeps what batches share. `previous` are the hidden states that leave the last block
         of the stage before it.
         """
         ...
 
-    def end_first_hidden(self) -> None:
-        """No more batches for now: what only `first_hidden` needed may go."""
+    def release_stage_inputs(self) -> None:
+        """No more batches for now: what only `stage_inputs` needed may go."""
         ...
 
     def block(self, index: int) -> nn.Module:
@@ -57,7 +57,7 @@ class ModuleSource:
     def __init__(self, model: nn.Module, label: str, device: torch.device) -> None:
         self.model, self.label, self.device = model, label, device
         self.structure = find_structure(model, label)
-        self.patterns = Patterns()
+        self.shared = SharedTensors()
         for index, block in enumerate(self.structure.blocks):
             for name, parameter in block.named_parameters():
                 if not is_finite(parameter):
@@ -65,19 +65,19 @@ class ModuleSource:
                         f"{label}: block {index}, {name} holds NaN or Inf; expected finite weights"
                     )
 
-    def first_hidden(
+    def stage_inputs(
         self, batch: Mapping[str, Tensor], stage: int = 0, previous: Tensor | None = None
     ) -> tuple[Tensor, BatchCalls]:
         home = next(self.model.parameters()).device
-        with STEPPING, _eval_mode(self.model):
-            hidden, calls = first_hidden(self.structure, move(dict(batch), home), stage, move(previous, home))
-        return move(hidden, self.device), move(calls, self.device).kept(self.patterns, len(hidden))
+        with RECORDING, _eval_mode(self.model):
+            hidden, calls = stage_inputs(self.structure, move(dict(batch), home), stage, move(previous, home))
+        return move(hidden, self.device), move(calls, self.device).kept(self.shared, len(hidden))
 
-    def end_first_hidden(self) -> None:
-        self.patterns = Patterns()
+    def release_stage_inputs(self) -> None:
+        self.shared = SharedTensors()
 
     def block(self, index: int) -> nn.Module:
-        with STEPPING:
+        with RECORDING:
             block = copy.deepcopy(self.structure.blocks[index])
         return block.eval().requires_grad_(False)
 
@@ -101,10 +101,10 @@ class CheckpointSource:
         self.structure = find_structure(self.model, self.label)
         self._tied = _tied_names(self.model, self._stored)
         self._check_blocks()
-        self.patterns = Patterns()
+        self.shared = SharedTensors()
         self._loaded: list[nn.Module] = []
         self._held: dict[str, nn.Parameter] = {}  # by the checkpoint's name: what is tied is read once
-        self._openers: dict[int, nn.Module] = {}
+        self._first_blocks: dict[int, nn.Module] = {}
         for name, module in self.model.named_modules():
             if not self.structure.inside(name):
                 module.register_forward_pre_hook(self._load_on_first_use(name))
@@ -121,21 +121,21 @@ class CheckpointSource:
         """The checkpoint's names of what parameter `name` of block `index` is made of."""
         return self._stored.tensors(canonical(f"{self.structure.layers[index].path}.{name}"))
 
-    def first_hidden(
+    def stage_inputs(
         self, batch: Mapping[str, Tensor], stage: int = 0, previous: Tensor | None = None
     ) -> tuple[Tensor, BatchCalls]:
-        if self.structure.family.relays and stage not in self._openers:
+        if self.structure.family.relays and stage not in self._first_blocks:
             first = next(layer.index for layer in self.structure.layers if layer.stage == stage)
-            self._openers[stage] = self.block(first).to(self.device)
-        with STEPPING:
-            hidden, calls = first_hidden(
-                self.structure, move(dict(batch), self.device), stage, previous, self._openers.get(stage)
+            self._first_blocks[stage] = self.block(first).to(self.device)
+        with RECORDING:
+            hidden, calls = stage_inputs(
+                self.structure, move(dict(batch), self.device), stage, previous, self._first_blocks.get(stage)
             )
-        return hidden, calls.kept(self.patterns, len(hidden))
+        return hidden, calls.kept(self.shared, len(hidden))
 
-    def end_first_hidden(self) -> None:
-        self.patterns = Patterns()
-        self._openers.clear()
+    def release_stage_inputs(self) -> None:
+        self.shared = SharedTensors()
+        self._first_blocks.clear()
         for module in self._loaded:
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
@@ -143,7 +143,7 @@ class CheckpointSource:
         self._held.clear()
 
     def block(self, index: int) -> nn.Module:
-        with STEPPING:
+        with RECORDING:
             # The config is shared, not copied: blocks only read it.
             config = self.model.config
             block = copy.deepcopy(self.structure.blocks[index], {id(config): config})

@@ -34,7 +34,7 @@ class Transfer(Generic[T]):
             torch.cuda.current_stream(self._device).wait_event(copied)
         return value
 
-    def on_host(self) -> T:
+    def synchronize(self) -> T:
         """The job's result, for the host to read: it waits for the copies."""
         value, copied = self._future.result()
         if copied is not None:
@@ -73,7 +73,7 @@ class Transfers:
         told = None if self._copies is None else torch.cuda.current_stream(self._device).record_event()
         return Transfer(self._thread.submit(self._run, job, told), self._device)
 
-    def leave(self, tensor: Tensor, job: Callable[[], None]) -> None:
+    def offload(self, tensor: Tensor, job: Callable[[], None]) -> None:
         """Carry out `job`, which empties `tensor`, and keep it meanwhile: one at a time, whosever it is.
 
         Raises:
@@ -97,7 +97,7 @@ class Transfers:
             raise
 
 
-def on_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def empty_pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An empty host tensor to copy to or from `device`; pinned for a GPU, where there is memory for it."""
     if device.type == "cuda":
         try:

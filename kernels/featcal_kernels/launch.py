@@ -20,7 +20,7 @@ from triton import knobs
 from featcal_kernels import blas, schedule
 from featcal_kernels.configs import PANEL_BYTES, ROW_PAD, Arch, Tile, arch_of
 from featcal_kernels.moments_triton import descriptor_kernel, pointer_kernel, reduce_kernel
-from featcal_kernels.operands_triton import COLUMN_PAD, Operand, Side, in_place, part_rows
+from featcal_kernels.operands_triton import COLUMN_PAD, Operand, PackedOperand, in_place, part_rows
 from featcal_kernels.schedule import ceil_div
 from featcal_kernels.triangle_triton import frobenius, symmetrize_
 
@@ -69,22 +69,22 @@ def moments_(
     with torch.cuda.device_of(x):
         size = _panel(gram, x, y, dtype, weights is not None)
         parts = 2 if single else 1  # which hold all the bits of any 16-bit value
-        right = Side(x, dtype, weights, tokens=size)
-        x_left = Side(x, dtype, None, parts, size) if weights is not None and gram is not None else right
-        y_left = x_left if y is None else Side(y, dtype, None, parts, size)
+        right = PackedOperand(x, dtype, weights, tokens=size)
+        x_left = PackedOperand(x, dtype, None, parts, size) if weights is not None and gram is not None else right
+        y_left = x_left if y is None else PackedOperand(y, dtype, None, parts, size)
         _add(gram, cross, x_left if gram is not None else y_left, y_left, right, None, arch, path, size)
 
 
-def pack(b: Tensor) -> Side:
+def pack(b: Tensor) -> PackedOperand:
     """`b` `[k, d]` float32 as a right operand of `addmm_`, copied once for several."""
     with torch.cuda.device_of(b):
-        return Side(b, torch.float16).copied()
+        return PackedOperand(b, torch.float16).copied()
 
 
 def addmm_(
     out: Tensor,
     a: Tensor,
-    b: Tensor | Side,
+    b: Tensor | PackedOperand,
     scale: Tensor,
     *,
     precision: str = "fp16x3",
@@ -105,13 +105,13 @@ def addmm_(
     scale = scale.to(out.device, torch.float32)
     with torch.cuda.device_of(out):
         parts = 1 if precision == "fp16x2" or a.dtype.itemsize == 2 else 2
-        if isinstance(b, Side):
+        if isinstance(b, PackedOperand):
             size, right = a.shape[1], b
-            left = Side(a.mT, torch.float16, None, parts)
+            left = PackedOperand(a.mT, torch.float16, None, parts)
         else:
             dtype = torch.float32 if precision == "ieee" else torch.float16
             size = _panel(None, b, a.mT, dtype, False)
-            left, right = Side(a.mT, dtype, None, parts, size), Side(b, dtype, tokens=size)
+            left, right = PackedOperand(a.mT, dtype, None, parts, size), PackedOperand(b, dtype, tokens=size)
         _add(None, out, left, left, right, scale, arch, "triton", size)
 
 
@@ -139,9 +139,9 @@ def _panel(gram: Tensor | None, x: Tensor, y: Tensor | None, dtype: torch.dtype,
 def _add(
     gram: Tensor | None,
     cross: Tensor | None,
-    x: Side,
-    y: Side,
-    b: Side,
+    x: PackedOperand,
+    y: PackedOperand,
+    b: PackedOperand,
     scale: Tensor | None,
     arch: Arch,
     path: str,
@@ -184,7 +184,14 @@ class _Launch:
 
     @classmethod
     def of(
-        cls, gram: Tensor | None, cross: Tensor | None, x: Side, y: Side, b: Side, arch: Arch, tokens: int
+        cls,
+        gram: Tensor | None,
+        cross: Tensor | None,
+        x: PackedOperand,
+        y: PackedOperand,
+        b: PackedOperand,
+        arch: Arch,
+        tokens: int,
     ) -> _Launch:
         device, d = b.x.device, b.x.shape[1]
         half = b.dtype != torch.float32

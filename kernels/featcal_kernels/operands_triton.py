@@ -105,7 +105,7 @@ def in_place(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-class Side:
+class PackedOperand:
     """`diag(weights) x` in `dtype`, tokens after tokens: `x` itself where that is possible, else copies to one place.
 
     All the memory it takes is taken here, so that a product is not cut short half way through its tokens.
@@ -136,7 +136,7 @@ class Side:
         rows, width = part_rows(n if tokens is None else min(tokens, n)), ceil_div(d, COLUMN_PAD) * COLUMN_PAD
         self._room = torch.empty(self.parts * rows, width, dtype=dtype, device=x.device)
 
-    def copied(self) -> Side:
+    def copied(self) -> PackedOperand:
         """Itself, with all of its tokens copied now, and from now on given whole and without another copy."""
         self._whole = self[:]
         return self

@@ -28,7 +28,7 @@ def kept_bytes(info: TensorInfo, storage: str) -> int:
     return numel * BITS[storage] // 8 + 4 * -(-numel // BLOCKSIZES[storage])
 
 
-class HostedExpert:
+class CachedExpert:
     """An expert whose tensors are read from its files once, and come from host memory from then on.
 
     The first read gives the kept form too, so that results do not depend on what was read before.
