@@ -49,32 +49,33 @@ def clocked(device: torch.device) -> Iterator[Callable[[], dict[str, float]]]:
 
     The rest of a job is opening models, planning, drift, reports and writing.
     """
-    clock, loop = Clock(device), import_module("featcal_fast.calibrate")
-    # The loop's own names, not what they stand for: plans use that too.
+    clock, loop, streams = Clock(device), "featcal_fast.calibrate", "featcal_fast.streaming.streams"
+    # The names of whoever calls them, not what they stand for: plans use that too.
     steps = {
-        "HiddenStates.enter": "entering",
+        "Streams.enter": "entering",
         "BlockPrefetcher.next": "waiting for blocks",
         "forward_expert": "experts' forward",
         "forward_student": STUDENT,
         "TaskMoments.add": MOMENTS,
         "LayerSystem.fold": "fold",
         "solve_layer": "solve",
-        "HiddenStates.advance": "advance",
+        "Streams.advance_student": "advance",
     }
 
     def seconds() -> dict[str, float]:
         found = clock.read()
         if STUDENT in found:  # its moments are taken within it
             found[STUDENT] -= found.get(MOMENTS, 0.0)
-        return {phase: round(found[phase] / 1e3, 3) for phase in steps.values() if phase in found}
+        return {phase: found[phase] / 1e3 for phase in steps.values() if phase in found}
 
     with ExitStack() as stack:
         for step, phase in steps.items():
             name, _, method = step.partition(".")
-            own = getattr(loop, name)
-            stack.callback(setattr, loop, name, own)
+            caller = import_module(streams if name == "BlockPrefetcher" else loop)
+            own = getattr(caller, name)
+            stack.callback(setattr, caller, name, own)
             timed = _timed(getattr(own, method) if method else own, clock, phase)
-            setattr(loop, name, type(name, (own,), {method: timed}) if method else timed)
+            setattr(caller, name, type(name, (own,), {method: timed}) if method else timed)
         yield seconds
 
 

@@ -26,8 +26,9 @@ from torch._dynamo.backends.common import aot_autograd
 import featcal_fast as ff
 from featcal_fast import reference
 from featcal_fast.forward import compiled
+from featcal_fast.forward import runner as runners
 from featcal_fast.forward.calls import BatchCalls, stage_inputs
-from featcal_fast.forward.compiled import BlockRunner
+from featcal_fast.forward.runner import BlockRunner, should_compile
 from featcal_fast.models import find_structure
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import LayerReport
@@ -94,8 +95,8 @@ def test_every_family_is_compiled_and_gives_the_same_bits(
 
 @pytest.mark.usefixtures("plain")
 def test_layers_tasks_and_shapes_of_chunks_share_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts padded or not, and one alone: three forms of a call, and three runner of each."""
-    monkeypatch.setattr(compiled, "_known", {})
+    """Texts padded or not, and one alone: three forms of a call, and three forwards of each."""
+    monkeypatch.setattr(runners, "_known", {})
     before = len(GRAPHS)
     for layers in (4, 6):
         job = pico.job("llama", 2, layers=layers)
@@ -346,7 +347,7 @@ def test_it_is_a_setting_that_a_report_names(tmp_path: Any) -> None:
         with pytest.raises(ff.FeatCalError, match=r"settings.compile_blocks: found .*, expected true, false or null"):
             ff.Settings(compile_blocks=value)
     assert [
-        compiled.should_compile(ff.Settings(compile_blocks=value), torch.device(device))
+        should_compile(ff.Settings(compile_blocks=value), torch.device(device))
         for value in (None, False, True)
         for device in ("cpu", "cuda")
     ] == [False, True, False, False, True, True]

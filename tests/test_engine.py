@@ -14,7 +14,7 @@ from torch import nn
 
 import featcal_fast as ff
 from featcal_fast import reference
-from featcal_fast.layer.features import ActivationHooks
+from featcal_fast.forward.hooks import ActivationHooks
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import LayerReport
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from featcal_fast.layer import systems
-from featcal_fast.layer.features import InputGroup
+from featcal_fast.layer.layout import InputGroup
 from featcal_fast.layer.moments import GroupMoments
 from featcal_fast.layer.systems import Anchor, GroupSystem
 from featcal_fast.planning import footprint

@@ -115,7 +115,7 @@ def test_a_task_passes_without_waiting_for_the_device(
     monkeypatch.setattr(job, "choose_offload", chosen)
     ff.calibrate(recipe, out=tmp_path / "first", device="cuda")  # what is found out once is known; tokens are not
     loop = import_module("featcal_fast.calibrate")
-    monkeypatch.setattr(loop, "accumulate_chunk", never_waits(loop.accumulate_chunk))
+    monkeypatch.setattr(loop, "accumulate", never_waits(loop.accumulate))
     monkeypatch.setattr(LayerSystem, "fold", never_waits(LayerSystem.fold))
     ff.calibrate(recipe, out=tmp_path / "second", device="cuda")
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import featcal_fast as ff
+from featcal_fast.job.throughput import known_rate, remember_rate
 from featcal_fast.streaming import machine
-from featcal_fast.streaming.machine import find_device, known_rate, remember_rate
+from featcal_fast.streaming.machine import find_device
 
 CPU = torch.device("cpu")
 
@@ -82,7 +83,8 @@ def test_limits_of_groups_around_ones_own_count(version: int, tmp_path: Path, mo
 
 FAULTS = """
 import resource, torch
-from featcal_fast.streaming.machine import resident_bytes, caching_malloc, configure_process
+from featcal_fast.streaming.machine import resident_bytes
+from featcal_fast.streaming.malloc import caching_malloc, configure_process
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -113,7 +115,8 @@ def test_freed_blocks_are_used_again_while_batches_pass_and_go_back_after() -> N
 
 HOLES = """
 import torch
-from featcal_fast.streaming.machine import MALLOC_CACHE_BYTES, resident_bytes, caching_malloc, configure_process
+from featcal_fast.streaming.machine import resident_bytes
+from featcal_fast.streaming.malloc import MALLOC_CACHE_BYTES, caching_malloc, configure_process
 
 configure_process()
 with caching_malloc() as limit:

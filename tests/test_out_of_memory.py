@@ -13,6 +13,7 @@ from torch import Tensor
 import featcal_fast as ff
 from featcal_fast.forward.calls import BatchCalls
 from featcal_fast.layer import moments
+from featcal_fast.layer.tokens import Tokens
 from featcal_fast.streaming.chunks import Chunks
 
 CPU = torch.device("cpu")
@@ -91,26 +92,35 @@ def test_one_sample_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatc
     assert all(torch.equal(value, before[name]) for name, value in job.merged.state_dict().items())
 
 
+def cover(chunks: Chunks, shape: tuple[int, int], most: int) -> list[slice]:
+    """What of a batch passes a device that has room for `most` samples at a time."""
+    passed = []
+    for chunk in chunks.of(0, Tokens(None, shape, CPU)):
+        with chunk:
+            if chunk.rows.stop - chunk.rows.start > most:
+                raise torch.OutOfMemoryError("full")
+            assert chunk.tokens.shape == (chunk.rows.stop - chunk.rows.start, shape[1])
+            passed.append(chunk.rows)
+    return passed
+
+
 def test_every_sample_passes_once_in_order() -> None:
     for most in (1, 2, 3, 5, 7):
-        chunks, seen = Chunks(CPU), []
-
-        def step(rows: slice, most: int = most, seen: list[int] = seen) -> None:
-            if rows.stop - rows.start > most:
-                raise torch.OutOfMemoryError("full")
-            seen += range(rows.start, rows.stop)
-
+        chunks = Chunks(CPU)
         for size in (11, 1, 4):
-            seen.clear()
-            chunks.each((size, 10), step)
-            assert seen == list(range(size))
+            passed = cover(chunks, (size, 10), most)
+            assert [row for rows in passed for row in range(rows.start, rows.stop)] == list(range(size))
         assert chunks.limit is not None
         assert chunks.limit <= 10 * most
 
 
+def test_what_failed_is_finished_before_anything_after_it_begins() -> None:
+    """Sums may hold some of its samples already, up to its end: nothing may reach across that."""
+    chunks = Chunks(CPU, limit=50)
+    assert cover(chunks, (9, 10), 4) == [slice(0, 2), slice(2, 4), slice(4, 5), slice(5, 7), slice(7, 9)]
+
+
 def test_a_limit_is_of_tokens() -> None:
-    seen: list[slice] = []
     chunks = Chunks(CPU, limit=64)
-    for shape in ((8, 16), (4, 16), (2, 100), (9, 8)):
-        chunks.each(shape, seen.append)
-    assert [rows.stop - rows.start for rows in seen] == [4, 4, 4, 1, 1, 8, 1]
+    passed = [rows for shape in ((8, 16), (4, 16), (2, 100), (9, 8)) for rows in cover(chunks, shape, 100)]
+    assert [rows.stop - rows.start for rows in passed] == [4, 4, 4, 1, 1, 8, 1]

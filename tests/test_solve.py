@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import featcal_fast as ff
 from featcal_fast.layer import cholesky, solve
 from featcal_fast.layer.cholesky import factor_, factor_blocked_, solve_, solve_blocked_
-from featcal_fast.layer.features import InputGroup, Layout
+from featcal_fast.layer.layout import InputGroup, Layout
 from featcal_fast.layer.moments import TaskMoments
 from featcal_fast.layer.solve import MAX_CONDITION_SPLIT, check_finite, max_condition, solve_layer
 from featcal_fast.layer.systems import Anchor, LayerSystem

@@ -15,7 +15,10 @@ from torch import nn
 
 import featcal_fast as ff
 from featcal_fast.errors import OutputError
+from featcal_fast.forward.runner import BlockRunner
 from featcal_fast.layer.moments import TaskMoments
+from featcal_fast.layer.tokens import Tokens
+from featcal_fast.streaming.chunks import Chunk
 from featcal_fast.streaming.hidden_states import HiddenStates, Traffic, _HostMemory, _Offloaded, _OnDevice, _ScratchFile
 from featcal_fast.streaming.prefetch import BlockPrefetcher
 from featcal_fast.streaming.sources import ModuleSource
@@ -70,14 +73,16 @@ def test_streams_on_disk_hold_the_same_states(tmp_path: Path, dtype: torch.dtype
     model, cpu = pico.llama().to(dtype), torch.device("cpu")
     source, batches = ModuleSource(model, "model", cpu), pico.texts(3, seed=0)
     with torch.no_grad(), Transfers(cpu, "test") as transfers:
-        memory, disk = (HiddenStates(source, "task", cpu, transfers, place) for place in (cpu, tmp_path))
+        runner = BlockRunner(compiled=False)
+        memory, disk = (HiddenStates(source, "task", cpu, transfers, runner, where) for where in (cpu, tmp_path))
         memory.enter(0, batches)
         disk.enter(0, batches)
         for index in range(2):
             for batch in range(len(batches)):
                 rows = slice(0, memory.shape(batch)[0])
-                memory.advance(index, source.block(index), batch, rows)
-                disk.advance(index, source.block(index), batch, rows)
+                chunk = Chunk(batch, rows, Tokens(None, memory.shape(batch), cpu))
+                memory.advance(chunk, index, source.block(index))
+                disk.advance(chunk, index, source.block(index))
                 (a, _), (b, _) = memory.load(batch, rows), disk.load(batch, rows)
                 assert torch.equal(a, b)
                 assert b.dtype == dtype

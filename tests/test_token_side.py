@@ -14,7 +14,7 @@ import featcal_fast as ff
 from featcal_fast import reference
 from featcal_fast.errors import SolveError
 from featcal_fast.layer import moments
-from featcal_fast.layer.features import InputGroup
+from featcal_fast.layer.layout import InputGroup
 from featcal_fast.layer.moments import token_side
 from featcal_fast.layer.tokens import TokenCounts
 

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from bench.phases import Clock
 from featcal_fast.forward.calls import BatchCalls, stage_inputs
-from featcal_fast.forward.compiled import BlockRunner
-from featcal_fast.layer.features import ActivationHooks, Activations, Layout, find_layout
+from featcal_fast.forward.hooks import ActivationHooks, Activations
+from featcal_fast.forward.runner import BlockRunner
+from featcal_fast.layer.layout import Layout, find_layout
 from featcal_fast.layer.moments import TaskMoments, output_space
 from featcal_fast.layer.solve import solve_layer
 from featcal_fast.layer.systems import Anchor, LayerSystem
@@ -92,16 +93,17 @@ def engine(work: Workload, clock: Clock, compiled: bool = False) -> Layout:
     leaders = [group.leader for group in layout.groups]
     for _ in range(work.tasks):
         moments.reset()
-        for hidden, expert_hidden in zip(work.student_hidden, work.expert_hidden, strict=True):
-            moments.begin_batch()
+        for batch, (hidden, expert_hidden) in enumerate(zip(work.student_hidden, work.expert_hidden, strict=True)):
             inputs, outputs = Activations(), Activations()
             with clock("forward"):
                 expert = work.expert, expert_hidden, leaders, inputs.__setitem__, moments.outputs, outputs.__setitem__
                 runner.capture(work.calls, 0, *expert)
 
-            def add(name: str, x: Tensor, inputs: Activations = inputs, outputs: Activations = outputs) -> None:
+            def add(
+                name: str, x: Tensor, batch: int = batch, inputs: Activations = inputs, outputs: Activations = outputs
+            ) -> None:
                 with clock("moments"):
-                    moments.add(name, x, inputs, outputs, tokens, work.samples)
+                    moments.add(name, x, inputs, outputs, tokens, (batch, work.samples))
 
             with clock("student"):
                 taps = dict.fromkeys([*leaders, layout.last])

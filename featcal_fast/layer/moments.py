@@ -12,7 +12,6 @@ or, where a layer sees so few tokens that it is cheaper, the rows of Xs and Xe -
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -21,7 +20,8 @@ import torch.nn.functional as F
 from featcal_kernels import cross_, gram_cross_
 from torch import Tensor, nn
 
-from featcal_fast.layer.features import Activations, InputGroup, Layout
+from featcal_fast.forward.hooks import Activations
+from featcal_fast.layer.layout import InputGroup, Layout
 from featcal_fast.layer.tokens import TokenCounts, Tokens
 from featcal_fast.settings import Settings
 
@@ -201,7 +201,7 @@ class TaskMoments:
             self.groups[group.leader] = kind(group, has_bias, counts.largest, device)
         norms = layout.norms if settings.calibrate_layernorm else {}
         self.norms = {name: NormMoments(_layer_norm(block, name), device) for name in norms}
-        self.begin_batch()
+        self._added: dict[tuple[str, str], tuple[int, int]] = {}  # how far each sum has come: batch, samples of it
 
     @property
     def outputs(self) -> list[str]:
@@ -209,17 +209,21 @@ class TaskMoments:
         return [name for moments in self.groups.values() if moments.output_space for name in moments.group.modules]
 
     def reset(self) -> None:
+        """Begin the next task."""
+        self._added.clear()
         for group in self.groups.values():
             group.reset()
         for norm in self.norms.values():
             norm.reset()
 
-    def begin_batch(self) -> None:
-        """What is added next is of another batch."""
-        self._added: Counter[tuple[str, str]] = Counter()  # samples of the batch that each sum holds
-
     def add(
-        self, name: str, x: Tensor, expert_inputs: Activations, expert_outputs: Activations, tokens: Tokens, upto: int
+        self,
+        name: str,
+        x: Tensor,
+        expert_inputs: Activations,
+        expert_outputs: Activations,
+        tokens: Tokens,
+        end: tuple[int, int],
     ) -> None:
         """Accumulate the student's input `x` of module `name` for one chunk, as its forward reaches the module.
 
@@ -230,13 +234,13 @@ class TaskMoments:
             expert_inputs: the expert's inputs on the same chunk, by module.
             expert_outputs: the expert's outputs of `self.outputs`.
             tokens: which tokens of the chunk count.
-            upto: samples of the batch up to the chunk's end.
+            end: of the chunk: the batch's number, and its samples up to there.
         """
 
         def add_once(part: str, addition: Callable[[], object]) -> None:
-            if self._added[name, part] < upto:
+            if self._added.get((name, part), (-1, 0)) < end:
                 addition()
-                self._added[name, part] = upto
+                self._added[name, part] = end
 
         if name in self.norms:
             weights, n = tokens.weights(self.layout.norms[name])

@@ -5,7 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from featcal_fast.errors import RecipeError
+import torch
+from torch import nn
+
+from featcal_fast.errors import RecipeError, UnsupportedModelError
+from featcal_fast.models import Structure
+from featcal_fast.models.linear import is_linear
 from featcal_fast.settings import Patterns, Settings
 
 
@@ -42,3 +47,27 @@ def check_patterns(names: Iterable[str], settings: Settings) -> None:
                 )
     if all(reason_to_keep(name, settings) for name in names):
         raise RecipeError("settings: include and exclude leave no module to calibrate")
+
+
+def check_settings(structure: Structure, settings: Settings) -> None:
+    """Refuse settings that do not go with a model.
+
+    Raises:
+        RecipeError: a pattern of `include` or `exclude` matches nothing.
+        UnsupportedModelError: the layers' dtype rules `forward_dtype` out.
+    """
+    dtypes = {parameter.dtype for block in structure.blocks for parameter in block.parameters()}
+    if settings.forward_dtype != "auto" and not dtypes <= {torch.float32, torch.bfloat16}:
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise UnsupportedModelError(
+            f"settings.forward_dtype: found {settings.forward_dtype} for layers of {found}, expected float32 or "
+            "bfloat16 ones; leave it at auto"
+        )
+    if settings.include is not None or settings.exclude is not None:
+        modules = [
+            f"{layer.path}.{name}"
+            for layer, block in zip(structure.layers, structure.blocks, strict=True)
+            for name, module in block.named_modules()
+            if is_linear(module) or isinstance(module, nn.LayerNorm)
+        ]
+        check_patterns(modules, settings)

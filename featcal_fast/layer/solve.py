@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featcal_fast.checkpoints import is_finite
 from featcal_fast.errors import SolveError
 from featcal_fast.layer.cholesky import factor_, solve_
+from featcal_fast.layer.layout import Layout
 from featcal_fast.layer.moments import GroupMoments, TaskMoments
 from featcal_fast.layer.systems import (
     Anchor,
@@ -34,6 +35,7 @@ from featcal_fast.layer.systems import (
     column_blocks,
     matvec,
 )
+from featcal_fast.models.linear import oriented
 from featcal_fast.settings import Settings
 
 MAX_CONDITION_FLOAT32 = 1e4  # beyond this bound on cond(A), float32's 6e-8 leaves too few digits
@@ -243,3 +245,13 @@ def solve_layernorm(sums: NormSums, gamma: Tensor, beta: Tensor, settings: Setti
     r1, r2 = sums.target_weight + ridge * gamma, sums.target_bias + ridge * beta
     det = (a11 * a22 - a12.square()).clamp_min(settings.covariance_eps)
     return ((a22 * r1 - a12 * r2) / det).float(), ((a11 * r2 - a12 * r1) / det).float()
+
+
+def relative_changes(layout: Layout, update: Update, merged: nn.Module) -> list[Tensor]:
+    """`||W' - W_merged||_F / ||W_merged||_F` of each group: scalars on the device."""
+    before, changes = oriented(merged), []
+    for group in layout.groups:
+        names = [f"{name}.weight" for name in group.modules]
+        change = torch.stack([(update.parameters[name] - before[name].float()).norm() for name in names]).norm()
+        changes.append(change / torch.stack([before[name].float().norm() for name in names]).norm().clamp_min(1e-30))
+    return changes

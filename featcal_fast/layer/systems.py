@@ -24,7 +24,7 @@ from featcal_kernels import add_scaled_, addmm_, frobenius, pack, panel_rows, sy
 from torch import Tensor, nn
 
 from featcal_fast.errors import SolveError
-from featcal_fast.layer.features import InputGroup, Layout
+from featcal_fast.layer.layout import InputGroup, Layout
 from featcal_fast.layer.moments import GroupMoments, InputMoments, NormMoments, RowMoments, TaskMoments, token_side
 from featcal_fast.layer.tokens import TokenCounts
 from featcal_fast.models.linear import oriented

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from featcal_kernels.naive import BLOCK
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,15 +19,16 @@ from torch.utils._pytree import tree_leaves
 from featcal_fast.calibrate import forward_expert, forward_student
 from featcal_fast.checkpoints import TensorInfo, TensorSource
 from featcal_fast.forward.calls import BatchCalls, move
-from featcal_fast.forward.compiled import BlockRunner, should_compile
+from featcal_fast.forward.runner import BlockRunner, should_compile
 from featcal_fast.forward.shared import SharedView
-from featcal_fast.layer.features import InputGroup, Layout, find_layout
+from featcal_fast.layer.layout import InputGroup, Layout, find_layout
 from featcal_fast.layer.moments import GroupMoments, TaskMoments, token_side
 from featcal_fast.layer.solve import solve_dtype
 from featcal_fast.layer.systems import Anchor, LayerSystem, fold_columns
 from featcal_fast.layer.tokens import TokenCounts, Tokens
 from featcal_fast.models.structure import Layer
 from featcal_fast.settings import Settings
+from featcal_fast.streaming.chunks import Chunk
 from featcal_fast.streaming.hidden_states import HiddenStates
 from featcal_fast.streaming.sources import CheckpointSource
 
@@ -222,13 +223,14 @@ class Footprint:
 
 
 class _MetaHiddenStates:
-    """Stands in for a `HiddenStates`: one batch, on the meta device."""
+    """Stands in for `HiddenStates`: one batch, on the meta device."""
 
-    def __init__(self, states: StageInputs) -> None:
-        self.states = states
+    def __init__(self, states: StageInputs, runner: BlockRunner) -> None:
+        self.states, self._runner = states, runner
 
-    def load(self, batch: int, rows: slice) -> tuple[Tensor, BatchCalls]:
-        return self.states.hidden, self.states.calls
+    def capture(self, _chunk: Chunk, number: int, block: nn.Module, *captured: Any, **options: Any) -> Tensor | None:
+        hidden, calls = self.states.hidden, self.states.calls
+        return self._runner.capture(calls, number, block, hidden, *captured, **options)
 
 
 @torch.no_grad()
@@ -256,12 +258,13 @@ def measure_layer(
         copy.deepcopy(each.structure.blocks[layer.index], {id(each.model.config): each.model.config}).to(META)
         for each in (student, expert)
     )
-    own, others = (cast(HiddenStates, _MetaHiddenStates(each)) for each in states)
+    runner = BlockRunner(should_compile(settings, device))
+    own, others = (cast(HiddenStates, _MetaHiddenStates(each, runner)) for each in states)
     tokens = states[0].tokens
-    rows, runner = slice(0, tokens.shape[0]), BlockRunner(should_compile(settings, device))
+    chunk, number = Chunk(0, slice(0, tokens.shape[0]), tokens), layer.number
     present = [(each.hidden, each.calls.args, each.calls.kwargs) for each in states]
     with Meter(present, block.state_dict(), teacher.state_dict()) as meter:
-        layout = find_layout(block, layer, *own.load(0, rows), tokens, settings)
+        layout = find_layout(block, layer, states[0].hidden, states[0].calls, tokens, settings)
         start = meter.live
         system = LayerSystem(layout, Anchor(block, block, settings.anchor_rho), settings, META, counts)
         system_bytes = meter.live - start
@@ -269,9 +272,9 @@ def measure_layer(
         scratch = meter.live - start - system_bytes
         full = meter.live
         meter.lap()
-        seen, out = forward_expert(runner, teacher, layer.number, others, 0, rows, layout, moments)
+        seen, out = forward_expert(chunk, number, teacher, others, layout, moments)
         expert_peak, expert_flops = meter.lap()
-        forward_student(runner, block, layer.number, own, 0, rows, layout, moments, seen, tokens)
+        forward_student(chunk, number, block, own, layout, moments, seen)
         del seen, out
         student_peak, both = meter.lap()
         system.fold(moments, teacher, "task")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from featcal_fast.errors import MemoryBudgetError
-from featcal_fast.layer.features import Layout
+from featcal_fast.layer.layout import Layout
 
 if TYPE_CHECKING:  # only terminals need it, and bench.gpu runs without
     from rich.table import Table

@@ -12,14 +12,14 @@ from featcal_kernels.configs import PANEL_BYTES, SLAB_BYTES
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from featcal_fast.calibrate import check_settings
 from featcal_fast.checkpoints import BitsAndBytesCheckpoint, CachedExpert, LoraExpert, TensorSource, canonical
 from featcal_fast.checkpoints import kept_bytes as kept_in_host
 from featcal_fast.checkpoints.adapter import ROWS
 from featcal_fast.errors import DataError, FeatCalError
-from featcal_fast.forward.compiled import should_compile
+from featcal_fast.forward.runner import should_compile
 from featcal_fast.inputs.load import RecipeModels, TaskData, load_data, output_folder
 from featcal_fast.inputs.recipe import Recipe, RecipeLike
+from featcal_fast.layer.selection import check_settings
 from featcal_fast.layer.tokens import TokenCounts
 from featcal_fast.merging.merged import MergedCheckpoint
 from featcal_fast.models.structure import Layer
@@ -28,13 +28,8 @@ from featcal_fast.planning.plan import LayerPlan, Plan, folded
 from featcal_fast.planning.remedies import problems
 from featcal_fast.streaming.drift import PROBE_SAMPLES
 from featcal_fast.streaming.hidden_states import HOST, Offload, check_scratch
-from featcal_fast.streaming.machine import (
-    MALLOC_CACHE_BYTES,
-    available_device_bytes,
-    available_host_bytes,
-    find_device,
-    resident_bytes,
-)
+from featcal_fast.streaming.machine import available_device_bytes, available_host_bytes, find_device, resident_bytes
+from featcal_fast.streaming.malloc import MALLOC_CACHE_BYTES
 from featcal_fast.streaming.sources import CheckpointSource, check_same_architecture
 
 States = dict[str, tuple[StageInputs, StageInputs]]  # the student's and the expert's, by task

@@ -1,4 +1,4 @@
-"""Hidden states between layers: a stream for each model and task, on the device, in host memory or on disk.
+"""Hidden states between layers, for each model and task: on the device, or offloaded to host memory or to disk.
 
 Where they do not wait on the device, the next chunk's arrive and the last one's leave while a chunk is computed.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from featcal_fast.errors import DataError, FeatCalError, OutputError
 from featcal_fast.forward.calls import BatchCalls, move, pinned
+from featcal_fast.forward.hooks import OnActivation
+from featcal_fast.forward.runner import BlockRunner
+from featcal_fast.streaming.chunks import Chunk
 from featcal_fast.streaming.sources import Source
 from featcal_fast.streaming.transfers import Transfer, Transfers, empty_pinned
 
 Offload = torch.device | Path  # of hidden states: a device's memory, or a folder for scratch files
 HOST = torch.device("cpu")
-Run = Callable[[BatchCalls, int, nn.Module, Tensor], Tensor]  # of a block, on hidden states
 
 
 @dataclass
@@ -42,6 +44,7 @@ class HiddenStates:
         task: its name.
         device: where blocks run.
         transfers: what brings states there and back.
+        runner: runs the blocks.
         offload: where hidden states wait meanwhile. Files in a folder have no name there and go with the process.
 
     Attributes:
@@ -49,9 +52,15 @@ class HiddenStates:
     """
 
     def __init__(
-        self, source: Source, task: str, device: torch.device, transfers: Transfers, offload: Offload = HOST
+        self,
+        source: Source,
+        task: str,
+        device: torch.device,
+        transfers: Transfers,
+        runner: BlockRunner,
+        offload: Offload = HOST,
     ) -> None:
-        self.device = device
+        self.device, self._runner = device, runner
         self._source, self._task, self._transfers, self._offload = source, task, transfers, offload
         self.traffic = Traffic()
         self._states: _OnDevice | _Offloaded | None = None
@@ -113,10 +122,25 @@ class HiddenStates:
         assert self._states is not None
         self._states.store(batch, rows, hidden, self._shapes[batch][0])
 
-    def advance(self, number: int, block: nn.Module, batch: int, rows: slice, run: Run = BatchCalls.run) -> None:
-        """Run some samples of a batch through `block`, of this number in its stage, and keep the result."""
-        hidden, calls = self.load(batch, rows)
-        self.store(batch, rows, run(calls, number, block, hidden))
+    def capture(
+        self,
+        chunk: Chunk,
+        number: int,
+        block: nn.Module,
+        inputs: Iterable[str],
+        on_input: OnActivation,
+        outputs: Iterable[str] = (),
+        on_output: OnActivation | None = None,
+        stop_at: str | None = None,
+    ) -> Tensor | None:
+        """Run a chunk through `block`, of this number in its stage, and hand over activations; see `BlockRunner`."""
+        hidden, calls = self.load(chunk.batch, chunk.rows)
+        return self._runner.capture(calls, number, block, hidden, inputs, on_input, outputs, on_output, stop_at)
+
+    def advance(self, chunk: Chunk, number: int, block: nn.Module) -> None:
+        """Run a chunk through `block`, of this number in its stage, and keep the result."""
+        hidden, calls = self.load(chunk.batch, chunk.rows)
+        self.store(chunk.batch, chunk.rows, self._runner.run(calls, number, block, hidden))
 
 
 class _OnDevice:

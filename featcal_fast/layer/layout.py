@@ -1,14 +1,13 @@
-"""Run one block and hand over the inputs of its linear modules and LayerNorms, grouped by the tensor they share."""
+"""What there is to calibrate in a block: its linear modules, grouped by the input that they share, and LayerNorms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from featcal_fast.forward.calls import BatchCalls
+from featcal_fast.forward.hooks import ActivationHooks
 from featcal_fast.layer.selection import reason_to_keep
 from featcal_fast.layer.tokens import Tokens
 from featcal_fast.models.family import LastLayerWeights
@@ -48,74 +47,6 @@ class Layout:
     norms: dict[str, LastLayerWeights | None]
     last: str | None
     kept: dict[str, str] = field(default_factory=dict)
-
-
-class _Stop(Exception):
-    """The last input was captured: nothing after it is needed."""
-
-
-class ActivationHooks:
-    """Within the context, a forward of `block` reports the inputs (and outputs) of the named modules in call order.
-
-    With `stop_at`, the forward ends, without an error, once that module's input was reported. A class, not a generator:
-    from Python 3.12 on a generator's context that swallows an exception keeps its frames, and so every feature of the
-    forward, until garbage is collected.
-    """
-
-    def __init__(
-        self,
-        block: nn.Module,
-        inputs: Collection[str],
-        on_input: Callable[[str, Tensor], None],
-        outputs: Collection[str] = (),
-        on_output: Callable[[str, Tensor], None] | None = None,
-        stop_at: str | None = None,
-    ) -> None:
-        self._block, self._inputs, self._outputs = block, inputs, outputs
-        self._on_input, self._on_output, self._stop_at = on_input, on_output, stop_at
-
-    def __enter__(self) -> None:
-        with ExitStack() as stack:
-            for name in self._inputs:
-                module = self._block.get_submodule(name)
-                stack.callback(module.register_forward_pre_hook(self._before(name)).remove)
-            for name in self._outputs:
-                module = self._block.get_submodule(name)
-                stack.callback(module.register_forward_hook(self._after(name)).remove)
-            self._hooks = stack.pop_all()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        self._hooks.close()
-        return kind is _Stop
-
-    def _before(self, name: str):
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._on_input(name, args[0])
-            if name == self._stop_at:
-                raise _Stop
-
-        return hook
-
-    def _after(self, name: str):
-        def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-            assert self._on_output is not None
-            self._on_output(name, output)
-
-        return hook
-
-
-class Activations(dict[str, Tensor]):
-    """Captured tensors by module name; reading one that the forward has since overwritten is an error."""
-
-    def __setitem__(self, name: str, x: Tensor) -> None:
-        super().__setitem__(name, x)
-        self._versions = {**getattr(self, "_versions", {}), name: x._version}
-
-    def __getitem__(self, name: str) -> Tensor:
-        x = super().__getitem__(name)
-        if x._version != self._versions[name]:
-            raise RuntimeError(f"the block overwrites the input of {name} in place: its features cannot be kept")
-        return x
 
 
 def find_layout(

@@ -1,0 +1,207 @@
+"""All that streams past the loop: blocks, hidden states, chunks of batches; and their order, which is the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from featcal_fast.errors import DataError
+from featcal_fast.forward.runner import BlockRunner, should_compile
+from featcal_fast.layer.precision import ieee_float32
+from featcal_fast.layer.tokens import TokenCounts, Tokens
+from featcal_fast.models import Structure
+from featcal_fast.models.structure import Layer
+from featcal_fast.reporting.progress import Progress
+from featcal_fast.settings import Settings
+from featcal_fast.streaming.chunks import Chunk, Chunks, explain_out_of_memory
+from featcal_fast.streaming.drift import DriftProbe
+from featcal_fast.streaming.hidden_states import HOST, HiddenStates, Offload
+from featcal_fast.streaming.malloc import caching_malloc, trim_malloc
+from featcal_fast.streaming.prefetch import BlockPrefetcher
+from featcal_fast.streaming.sources import Source
+from featcal_fast.streaming.transfers import Transfer, Transfers, empty_pinned
+
+Batch = Mapping[str, Tensor]
+SCRATCH = "hidden states"  # in a report of what was read and written
+
+
+class Streams:
+    """The models and the data of a run, of which no more is in memory than a layer needs.
+
+    Used as a context: within it blocks are prefetched, float32 products are not rounded, and an error of the device's
+    memory says what to do.
+
+    Args:
+        student: the merged model.
+        base: what the experts were fine-tuned from.
+        experts: by task.
+        batches: by task; gone through once.
+        settings: the method's constants.
+        device: where to compute.
+        progress: told how the run goes, and closed at its end.
+        offload: where hidden states wait between layers.
+        chunk: tokens that pass a layer at a time; None for a batch's.
+
+    Attributes:
+        student: the merged model's hidden states, by task.
+        expert: each task's expert's.
+        drift: what follows a few samples through all models.
+        counts: tokens that count, in this stage.
+    """
+
+    counts: TokenCounts
+
+    def __init__(
+        self,
+        student: Source,
+        base: Source,
+        experts: Mapping[str, Source],
+        batches: Mapping[str, Iterable[Batch]],
+        settings: Settings,
+        device: torch.device,
+        progress: Progress,
+        offload: Offload = HOST,
+        chunk: int | None = None,
+    ) -> None:
+        self._source, self._experts, self._batches = student, experts, batches
+        self._device, self._progress, self._offload = device, progress, offload
+        self._transfers = Transfers(device, "hidden-states")
+        self._chunks = Chunks(device, chunk, settings.forward_dtype)
+        runner = BlockRunner(should_compile(settings, device))
+        states = partial(HiddenStates, device=device, transfers=self._transfers, runner=runner)
+        self.student = {task: states(student, task, offload=offload) for task in experts}
+        self.expert = {task: states(expert, task, offload=offload) for task, expert in experts.items()}
+        self.drift = DriftProbe(student, experts, device, self._chunks, states)
+        self._layers = student.structure.layers
+        models = (student, base, *experts.values())
+        self._blocks = BlockPrefetcher(((model, layer.index) for layer in self._layers for model in models), device)
+        self._inputs: dict[str, Sequence[Batch]] = {}  # of an encoder-decoder: they are needed again
+        self._tokens: dict[str, list[Tokens]] = {}
+        self._trim: Callable[[], None] = trim_malloc
+
+    def __enter__(self) -> Streams:
+        with ExitStack() as stack:
+            stack.enter_context(closing(self._progress))
+            stack.enter_context(self._transfers)
+            stack.enter_context(self._blocks)
+            stack.enter_context(explain_out_of_memory(self._device))
+            stack.enter_context(ieee_float32())
+            self._contexts = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> bool | None:
+        return self._contexts.__exit__(*error)  # type: ignore[arg-type]
+
+    def enter(self, layer: Layer) -> dict[str, int]:
+        """Go on to a layer. With a stage's first one, every batch passes the models' own way to it.
+
+        Returns:
+            Tokens that count, by task, where a stage begins: most models have one, an encoder-decoder two.
+
+        Raises:
+            DataError: a batch is not one of the model's.
+        """
+        if layer.number:
+            return {}
+        structure = self._source.structure
+        for task, expert in self._experts.items():
+            batches = self._inputs[task] if layer.stage else _checked(task, self._batches[task], structure)
+            for states in (self.student[task], self.expert[task]):
+                states.enter(layer.stage, batches)
+                trim_malloc()
+            self._tokens[task] = self._tokens_of(task, batches, layer)
+            self.drift.enter(layer.stage, task, batches[0])
+            expert.release_stage_inputs()
+            if len(structure.paths) > 1:  # else one task's data at a time
+                self._inputs[task] = batches
+            del batches
+        self._source.release_stage_inputs()
+        found = {task: sum(batch.count for batch in tokens) for task, tokens in self._tokens.items()}
+        self.counts = TokenCounts.of(found)
+        self._progress.stage(len(self._layers) - layer.index, self.counts.total)
+        return found
+
+    def next_block(self) -> nn.Module:
+        """The layer's next block: the student's, the base's; then each expert's, which `experts` hands out."""
+        return self._blocks.next()
+
+    def experts(self, layer: Layer) -> Iterator[tuple[str, nn.Module]]:
+        """Each task with its expert's block, which must be gone when the next is asked for.
+
+        Activations of a task use the memory of the ones before.
+        """
+        for task in self._experts:
+            self._progress.task(layer.index, task)
+            block = [self._blocks.next()]
+            with caching_malloc() as self._trim:
+                yield task, block.pop()
+
+    def chunks(self, task: str) -> Iterator[Chunk]:
+        """A task's data, chunk by chunk."""
+        for batch, tokens in enumerate(self._tokens[task]):
+            yield from self._chunks.of(batch, tokens)
+            self._trim()
+            self._progress.tokens(tokens.count)
+
+    def advance_student(self, layer: Layer, block: nn.Module) -> None:
+        """The student's hidden states pass its calibrated block, unless it is the last."""
+        if layer is self._layers[-1]:
+            return
+        with caching_malloc() as trim:
+            for task, states in self.student.items():
+                for batch, tokens in enumerate(self._tokens[task]):
+                    for chunk in self._chunks.of(batch, tokens):
+                        with chunk:
+                            states.advance(chunk, layer.number, block)
+                    trim()
+
+    def to_host(self, parameters: dict[str, Tensor]) -> Transfer[dict[str, Tensor]]:
+        """Parameters on their way to the host, while the device goes on."""
+
+        def copy() -> dict[str, Tensor]:
+            return {
+                name: empty_pinned(tuple(value.shape), value.dtype, value.device).copy_(value, non_blocking=True)
+                for name, value in parameters.items()
+            }
+
+        return self._transfers.submit(copy)
+
+    @property
+    def traffic(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes that were read from scratch files and written to them, where hidden states wait there."""
+        if not isinstance(self._offload, Path):
+            return {}, {}
+        each = [states.traffic for states in (*self.student.values(), *self.expert.values())]
+        return {SCRATCH: sum(one.read for one in each)}, {SCRATCH: sum(one.written for one in each)}
+
+    def _tokens_of(self, task: str, batches: Sequence[Batch], layer: Layer) -> list[Tokens]:
+        """The tokens of every batch in the layer's stage, which know those of the stage before it."""
+        mask = layer.family.stages[layer.stage].mask
+        before = self._tokens.get(task)
+        found: list[Tokens] = []
+        for i, batch in enumerate(batches):
+            try:
+                shape = self.student[task].shape(i)
+                found.append(Tokens(mask(batch), shape, self._device, before[i] if before else None))
+            except DataError as error:
+                raise DataError(f"task {task}, batch {i}: {error}") from None
+        return found
+
+
+def _checked(task: str, batches: Iterable[Batch], structure: Structure) -> Sequence[Batch]:
+    """A task's batches, read, each with what the family needs."""
+    items = list(batches)
+    if not items:
+        raise DataError(f"task {task}: found no batch, expected at least one")
+    if structure.family.needs is not None:
+        keys, why = structure.family.needs
+        for number, batch in enumerate(items):
+            if not any(key in batch for key in keys):
+                found, wanted = ", ".join(batch), " or ".join(keys)
+                raise DataError(f"task {task}, batch {number}: found {found}, expected {wanted} too: {why}")
+    return items
