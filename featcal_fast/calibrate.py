@@ -47,14 +47,14 @@ def calibrate_model(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Calibrate `merged` in offload, towards `experts`, with models in memory.
+    """Calibrate `merged` in place, towards `experts`, with models in memory.
 
     Args:
         merged: the model to repair. Its parameters change only once every layer has been solved.
         base: the model that the experts were fine-tuned from.
         experts: by task. Never changed.
         batches: by task, dicts of the models' keyword arguments (`pixel_values`, or `input_ids` and
-            `attention_mask`, ...), samples first. Read once.
+            `attention_mask`, ...): tensors `[samples, ...]`, of the models' dtype or integers. Read once.
         settings: the method's constants.
         device: where to compute; by default where `merged` is.
         progress: told how the run goes.

@@ -10,7 +10,7 @@ from data_files import BOS, EOS, PAD, TEMPLATE, WORDS, A, assert_same, ids, rows
 from safetensors.torch import save_file
 
 from featcal_fast.errors import DataError
-from featcal_fast.inputs.data import load_batches
+from featcal_fast.inputs.batches import load_batches
 
 # ---- text
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import featcal_fast as ff
 from featcal_fast.planning.plan import GIB
-from featcal_fast.streaming.sources import _parameters_on_meta
+from featcal_fast.models.meta import parameters_on_meta
 
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 5e5}
 SIZES = {
@@ -27,7 +27,7 @@ def write_holes(folder: Path, config: LlamaConfig) -> None:
     folder.mkdir()
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
-    with _parameters_on_meta():
+    with parameters_on_meta():
         shapes = {name: tuple(value.shape) for name, value in LlamaForCausalLM(config).named_parameters()}
     header, end = {}, 0
     for name, shape in shapes.items():

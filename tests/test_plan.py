@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import featcal_fast as ff
-from featcal_fast.inputs.load import TaskData
+from featcal_fast.inputs.task_data import TaskData
 from featcal_fast.planning.plan import format_bytes, parse_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,6 +151,7 @@ def test_a_key_that_changes_nothing_is_not_named(recipe: dict, tmp_path: Path) -
 
 def test_experts_that_need_not_be_in_memory_are_named(recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("featcal_fast.planning.planner.resident_bytes", lambda: 0)
+    monkeypatch.setattr("featcal_fast.planning.memory.resident_bytes", lambda: 0)
     on_disk = ff.plan(recipe, device="cpu", scratch=".")
     plan = ff.plan({**recipe, "expert_storage": "host"}, device="cpu", scratch=".", host_memory=on_disk.host_bytes)
     assert plan.problems[0].endswith("expert_storage: disk would fit")
@@ -165,6 +166,7 @@ def test_a_full_scratch_disk_is_noticed_beforehand(recipe: dict, monkeypatch: py
 
 def test_where_memory_is_scarce_fewer_tokens_pass_at_a_time(recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("featcal_fast.planning.planner.resident_bytes", lambda: 0)
+    monkeypatch.setattr("featcal_fast.planning.memory.resident_bytes", lambda: 0)
     job = {**recipe, "batch_size": None}
     whole = ff.plan(job, device="cpu")
     assert whole.chunk == ROWS * TOKENS
@@ -184,6 +186,7 @@ def test_what_no_key_can_make_fit_says_so(recipe: dict) -> None:
 def test_the_first_key_that_fits_is_named(recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a fixed baseline, so that this process's own size plays no part."""
     monkeypatch.setattr("featcal_fast.planning.planner.resident_bytes", lambda: 0)
+    monkeypatch.setattr("featcal_fast.planning.memory.resident_bytes", lambda: 0)
     job = {**recipe, "batch_size": 16}
     whole = ff.plan(job, device="cpu", host_memory=64 * GIB)
     halved = ff.plan({**job, "batch_size": 8}, device="cpu", host_memory=64 * GIB)

@@ -24,7 +24,7 @@ class BatchCalls:
 
     def run(self, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """`block`, called as the model calls block `number` of the stage: `[batch, tokens, width]` in and out."""
-        out = block(hidden, *self.args[number], **self.kwargs[number])
+        out: Tensor | tuple[Tensor, ...] = block(hidden, *self.args[number], **self.kwargs[number])
         return out[0] if isinstance(out, tuple) else out
 
     def part(self, rows: slice, size: int) -> BatchCalls:
@@ -38,11 +38,11 @@ class BatchCalls:
                 return x.part(rows)
             return x[rows] if x.ndim >= 2 and len(x) == size else x
 
-        return _mapped(self, cut, {})
+        return BatchCalls(*_mapped((self.args, self.kwargs), cut, {}))
 
     def kept(self, shared: SharedTensors, size: int) -> BatchCalls:
         """The calls of a batch of `size` samples without what other batches' have, too; `move` makes them whole."""
-        return _mapped(self, lambda x: shared.share(x, size), {})
+        return BatchCalls(*_mapped((self.args, self.kwargs), lambda x: shared.share(x, size), {}))
 
 
 class _Stop(Exception):

@@ -73,7 +73,8 @@ class CompiledForward:
             for module, own in zip(self._skeleton.modules(), block.modules(), strict=True):
                 vars(module).update({name: value for name, value in vars(own).items() if name not in OF_ANY_MODULE})
             try:
-                return self._forward(_tensors(block), hidden, args, kwargs)
+                found: Captured = self._forward(_tensors(block), hidden, args, kwargs)
+                return found
             finally:
                 self._seen = None
 

@@ -48,7 +48,7 @@ class ActivationHooks:
         self._hooks.close()
         return kind is _Stop
 
-    def _before(self, name: str):
+    def _before(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             self._on_input(name, args[0])
             if name == self._stop_at:
@@ -56,7 +56,7 @@ class ActivationHooks:
 
         return hook
 
-    def _after(self, name: str):
+    def _after(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
             assert self._on_output is not None
             self._on_output(name, output)

@@ -26,7 +26,14 @@ class MergeRecipe:
 
 @dataclass(frozen=True)
 class ExpertRecipe:
-    """One expert: its model, its calibration data, and where it departs from the recipe's sampling."""
+    """One expert: its model, its calibration data, and where it departs from the recipe's sampling.
+
+    Attributes:
+        model: folder or hub id, of a checkpoint or of a LoRA adapter of the base model.
+        data: file, folder or hub id of its calibration data.
+        samples: calibration samples, in place of the recipe's number.
+        max_length: tokens a text is cut at, likewise.
+    """
 
     model: str
     data: str
@@ -95,7 +102,14 @@ class Recipe:
 
     @classmethod
     def load(cls, recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
-        """A recipe from itself, a mapping (paths relative to the working directory), or a YAML file's path.
+        """A recipe, read and checked.
+
+        Args:
+            recipe: the path of a YAML file; a mapping, with paths relative to the working directory; or a `Recipe`,
+                which is returned as it is.
+
+        Returns:
+            The recipe.
 
         Raises:
             RecipeError: no such file, not YAML, an unknown key (with the nearest valid one), a missing or wrong value.
@@ -148,9 +162,9 @@ _TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (i
 _NAMES = {"str": "a text", "int": "an integer", "float": "a number"}
 
 
-def _checked(cls: type, values: Any, where: str) -> dict[str, Any]:
-    """`values` with only the keys of dataclass `cls`, the required ones present, scalars of the right type."""
-    values = _mapping(values, where.rstrip(".") or "recipe")
+def _checked(cls: type, given: Any, where: str) -> dict[str, Any]:
+    """`given` with only the keys of dataclass `cls`, the required ones present, scalars of the right type."""
+    values = _mapping(given, where.rstrip(".") or "recipe")
     known = {item.name: item for item in fields(cls) if item.name != "root"}
     for key in values:
         if key not in known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,17 @@ from torch import Tensor
 from featcal_fast.calibrate import calibrate_source
 from featcal_fast.checkpoints import CheckpointWriter
 from featcal_fast.errors import RecipeError
-from featcal_fast.inputs.load import RecipeModels, load_data, output_folder
+from featcal_fast.inputs.data import load_data
+from featcal_fast.inputs.models import RecipeModels, output_folder
 from featcal_fast.inputs.recipe import Recipe, RecipeLike
 from featcal_fast.planning.planner import choose_offload
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import Report
+from featcal_fast.streaming.hidden_states import Offload
 from featcal_fast.streaming.machine import find_device
 from featcal_fast.streaming.sources import CheckpointSource
+
+Sources = tuple[CheckpointSource, CheckpointSource, dict[str, CheckpointSource]]  # student, base, experts
 
 
 def calibrate(
@@ -40,7 +45,7 @@ def calibrate(
         device: where to compute; by default the first GPU, or the CPU.
         progress: told how the run goes.
         device_memory: bytes of it that may be used; by default what is free.
-        host_memory: the same of host memory.
+        host_memory: bytes of host memory that may be used; by default what is free.
         scratch: a folder for hidden states between layers, as unnamed files; by default they wait on a GPU if they
             fit there, else in host memory.
 
@@ -56,38 +61,49 @@ def calibrate(
     device = find_device(device)
     models = RecipeModels(recipe)
     folder = output_folder(recipe, models)
-    student = CheckpointSource(models.merged, device)
-    base = CheckpointSource(models.base, device)
-    experts = {task: CheckpointSource(expert, device) for task, expert in models.experts.items()}
+    sources = _sources(models, device)
     batches, sizes = load_data(recipe, models, device)
     plan, offload = choose_offload(recipe, models, device, sizes, device_memory, host_memory, scratch)
     plan.check()
     with CheckpointWriter(folder, models.merged) as writer:
-        layers = {name for layer in student.structure.layers for name in student.block_tensors(layer.index)}
-        writer.copy(name for name in models.merged.tensors if name not in layers)  # what is broken is found at once
-
-        def write(index: int, parameters: dict[str, Tensor]) -> None:
-            writer.write({student.tensor_name(index, name): value for name, value in parameters.items()})
-
-        report = calibrate_source(
-            student,
-            base,
-            experts,
-            batches,
-            recipe.settings,
-            device,
-            write,
-            progress or Progress(),
-            offload,
-            plan.chunk,
+        report = _calibrate(
+            recipe, models, sources, batches, device, writer, progress or Progress(), offload, plan.chunk
         )
-        writer.copy_rest()
         report.flops = sum(plan.flops.values())
         report.recipe, report.out = recipe.to_dict(), str(folder)
         report.bytes_read |= models.bytes_read
         report.bytes_written["calibrated model"] = models.nbytes
         report.storage_error = models.storage_error
         writer.add_text("report.json", report.to_json())
+    return report
+
+
+def _sources(models: RecipeModels, device: torch.device) -> Sources:
+    experts = {task: CheckpointSource(expert, device) for task, expert in models.experts.items()}
+    return CheckpointSource(models.merged, device), CheckpointSource(models.base, device), experts
+
+
+def _calibrate(
+    recipe: Recipe,
+    models: RecipeModels,
+    sources: Sources,
+    batches: Mapping[str, Iterable[dict[str, Tensor]]],
+    device: torch.device,
+    writer: CheckpointWriter,
+    progress: Progress,
+    offload: Offload,
+    chunk: int,
+) -> Report:
+    """From the models' files to the output's."""
+    student, base, experts = sources
+    layers = {name for layer in student.structure.layers for name in student.block_tensors(layer.index)}
+    writer.copy(name for name in models.merged.tensors if name not in layers)  # what is broken is found at once
+
+    def write(index: int, parameters: dict[str, Tensor]) -> None:
+        writer.write({student.tensor_name(index, name): value for name, value in parameters.items()})
+
+    report = calibrate_source(student, base, experts, batches, recipe.settings, device, write, progress, offload, chunk)
+    writer.copy_rest()
     return report
 
 
@@ -107,7 +123,7 @@ def merge(recipe: RecipeLike, *, out: str | Path | None = None) -> Path:
     recipe = _with_out(recipe, out)
     if recipe.merge is None:
         raise RecipeError(
-            "merge: missing; expected `merge: {method: task_arithmetic, scaling: 0.3}` in offload of merged_model"
+            "merge: missing; expected `merge: {method: task_arithmetic, scaling: 0.3}` in place of merged_model"
         )
     models = RecipeModels(recipe)
     folder = output_folder(recipe, models)

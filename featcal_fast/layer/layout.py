@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -65,15 +66,8 @@ def find_layout(
     Returns:
         What there is to calibrate.
     """
-    weights, kept = oriented(block), {}
-    for name, weight in weights.items():
-        owner = block.get_submodule(name.rpartition(".")[0])
-        module = name.removesuffix(".weight")
-        reason = layer.family.reason_to_keep(name)
-        if is_linear(owner) and weight.ndim == 2:
-            reason = reason or reason_to_keep(f"{layer.path}.{module}", settings)
-        if reason is not None:
-            kept[module] = reason
+    weights = oriented(block)
+    kept = _kept(block, weights, layer, settings)
     linears = [name for name, module in block.named_modules() if is_linear(module) and name not in kept]
     norms = [
         name
@@ -115,3 +109,17 @@ def find_layout(
         list(inputs)[-1] if inputs else None,
         {f"{layer.path}.{name}": reason for name, reason in kept.items()},
     )
+
+
+def _kept(block: nn.Module, weights: Mapping[str, Tensor], layer: Layer, settings: Settings) -> dict[str, str]:
+    """Modules whose weights keep their merged values by the family's word or the settings', with the reason."""
+    kept = {}
+    for name, weight in weights.items():
+        owner = block.get_submodule(name.rpartition(".")[0])
+        module = name.removesuffix(".weight")
+        reason = layer.family.reason_to_keep(name)
+        if is_linear(owner) and weight.ndim == 2:
+            reason = reason or reason_to_keep(f"{layer.path}.{module}", settings)
+        if reason is not None:
+            kept[module] = reason
+    return kept

@@ -129,7 +129,7 @@ class RowMoments(InputMoments):
 
     def __init__(self, group: InputGroup, needs_means: bool, tokens: int, device: torch.device) -> None:
         super().__init__(group, needs_means, device)
-        self._xs, self._difference = torch.empty(2, tokens, group.in_features, device=device)
+        self._xs, self._difference = torch.empty(2, tokens, group.in_features, device=device).unbind()
         self.filled = 0
 
     def reset(self) -> None:

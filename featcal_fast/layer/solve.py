@@ -78,7 +78,7 @@ def max_condition(settings: Settings, tasks: int) -> float:
 def solve_dtype(settings: Settings, tasks: int) -> torch.dtype:
     """The arithmetic of the solve."""
     if settings.solve_dtype != "auto":
-        return getattr(torch, settings.solve_dtype)
+        return {"float32": torch.float32, "float64": torch.float64}[settings.solve_dtype]
     return torch.float32 if max_condition(settings, tasks) <= MAX_CONDITION_FLOAT32 else torch.float64
 
 

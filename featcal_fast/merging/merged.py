@@ -1,9 +1,8 @@
-"""Upstream mergers that stream: a merged checkpoint that exists one read at a time."""
+"""A merged checkpoint that exists one read at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,26 +12,11 @@ from torch import Tensor
 
 from featcal_fast.checkpoints import CachedExpert, Checkpoint, TensorInfo, TensorSource, canonical
 from featcal_fast.errors import ModelMismatchError
+from featcal_fast.merging.average import AVERAGE
+from featcal_fast.merging.method import Method
+from featcal_fast.merging.task_arithmetic import TASK_ARITHMETIC
 
-
-@dataclass(frozen=True)
-class Method:
-    """A merge of elements: what each expert adds to a sum, and what is made of base and sum; float32."""
-
-    add: Callable[[Tensor, Tensor], Tensor]  # expert, base
-    finish: Callable[[Tensor, Tensor, float, int], Tensor]  # base, sum, scaling, number of experts
-
-
-METHODS = {
-    "average": Method(
-        lambda expert, _base: expert,
-        lambda _base, total, _scaling, count: total / count,
-    ),
-    "task_arithmetic": Method(
-        lambda expert, base: expert - base,
-        lambda base, total, scaling, _count: base + scaling * total,
-    ),
-}
+METHODS = {"average": AVERAGE, "task_arithmetic": TASK_ARITHMETIC}
 PART = 2**22  # elements at a time
 
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from featcal_kernels.naive import BLOCK
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from featcal_fast.calibrate import forward_expert, forward_student
-from featcal_fast.checkpoints import TensorInfo, TensorSource
 from featcal_fast.forward.calls import BatchCalls, move
 from featcal_fast.forward.runner import BlockRunner, should_compile
 from featcal_fast.forward.shared import SharedView
@@ -27,133 +22,11 @@ from featcal_fast.layer.solve import solve_dtype
 from featcal_fast.layer.systems import Anchor, LayerSystem, fold_columns
 from featcal_fast.layer.tokens import TokenCounts, Tokens
 from featcal_fast.models.structure import Layer
+from featcal_fast.planning.meta import META, Meter
 from featcal_fast.settings import Settings
 from featcal_fast.streaming.chunks import Chunk
 from featcal_fast.streaming.hidden_states import HiddenStates
 from featcal_fast.streaming.sources import CheckpointSource
-
-META = torch.device("meta")
-
-
-class MetaCheckpoint:
-    """A source whose tensors have a form but no memory, and whose reads are only noted."""
-
-    def __init__(self, source: TensorSource) -> None:
-        self.source, self.label = source, source.label
-        self.reads: list[str] = []
-
-    @property
-    def path(self) -> Path:
-        return self.source.path
-
-    @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        return self.source.tensors
-
-    @property
-    def names(self) -> Mapping[str, str]:
-        return self.source.names
-
-    @property
-    def config(self) -> Any:
-        return self.source.config
-
-    @property
-    def bytes_read(self) -> int:
-        return self.source.stored_bytes(self.reads)
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Zeros, one value for all of a tensor."""
-        infos = {name: self.tensors[name] for name in names}
-        self.reads += infos
-        return {name: torch.zeros((), dtype=info.dtype).expand(info.shape) for name, info in infos.items()}
-
-    def stored_bytes(self, names: Iterable[str]) -> int:
-        return self.source.stored_bytes(names)
-
-    def side_files(self) -> list[Path]:
-        return self.source.side_files()
-
-
-class Meter:
-    """Counts, within its context, the bytes of meta tensors alive and the floating-point operations of products.
-
-    Attention is taken as fused: it allocates its output only.
-
-    Args:
-        present: whatever holds tensors that were there before, which do not count.
-    """
-
-    def __init__(self, *present: Any) -> None:
-        self.live = self.peak = 0
-        self.flops = 0.0
-        self._known = {leaf.untyped_storage()._cdata for leaf in tree_leaves(present) if isinstance(leaf, Tensor)}
-        self._modes = (_Dispatch(self), _Attention(self))
-
-    def __enter__(self) -> Meter:
-        for mode in self._modes:
-            mode.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(*error)
-
-    def lap(self) -> tuple[int, float]:
-        """The highest number of bytes above those alive now, and the operations, since the last lap."""
-        found = self.peak, self.flops
-        self.peak, self.flops = self.live, 0.0
-        return found
-
-    def note(self, tensor: Tensor) -> None:
-        if tensor.device.type != "meta":
-            return
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-class _Dispatch(TorchDispatchMode):
-    def __init__(self, meter: Meter) -> None:
-        super().__init__()
-        self.meter = meter
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__.rstrip("_")
-        if name in ("mm", "bmm", "addmm", "baddbmm"):
-            a, b = args[-2:] if name in ("mm", "bmm") else args[1:3]
-            self.meter.flops += 2.0 * a.numel() * b.shape[-1]
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.meter.note(leaf)
-        return result
-
-
-class _Attention(TorchFunctionMode):
-    def __init__(self, meter: Meter) -> None:
-        super().__init__()
-        self.meter = meter
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            query, key, value = args[:3] if len(args) >= 3 else (kwargs[name] for name in ("query", "key", "value"))
-            self.meter.flops += 2.0 * query.numel() * key.shape[-2] * (1 + value.shape[-1] / query.shape[-1])
-            return query.new_empty(*query.shape[:-1], value.shape[-1])
-        if func is getattr(torch, "_grouped_mm", None):  # of routed experts; on meta it takes bfloat16 only
-            rows, matrices = args[:2]
-            self.meter.flops += 2.0 * rows.numel() * matrices.shape[-1]
-            return rows.new_empty(rows.shape[0], matrices.shape[-1])
-        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

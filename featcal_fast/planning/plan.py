@@ -23,12 +23,13 @@ class LayerPlan:
     """One layer: what is solved for, and what that takes.
 
     Attributes:
+        index: its number, in forward order.
         layout: its input groups and LayerNorms.
         kept: linear weights of it that keep their merged values, each with the reason.
         system: bytes of the running ridge systems.
         scratch: bytes of one task's moments.
         working: bytes beyond these, at most: features, attention, copies.
-        flops: forward, moments, fold and solve, all tasks.
+        flops: floating-point operations by kind of work (forward, moments, fold, solve), all tasks'.
     """
 
     index: int
@@ -41,6 +42,7 @@ class LayerPlan:
 
     @property
     def modules(self) -> list[str]:
+        """Names of the linear modules that will be calibrated."""
         return [name for group in self.layout.groups for name in group.modules]
 
 
@@ -57,9 +59,9 @@ class Plan:
         kept: weights that keep their merged values, layers folded to `*`, each with the reason.
         host, device_items: what memory holds when most of it is in use, by item, bytes; on a CPU all is `host`.
         disk: bytes written to disk that must be free, by item.
-        bytes_read: of tensors, by model.
-        bytes_written: of tensors.
-        host_budget, device_budget: what there is, or what was allowed.
+        bytes_read: bytes of tensors, by model.
+        bytes_written: bytes of tensors.
+        host_budget, device_budget: bytes that there are, or that were allowed.
         problems: why it will not fit, each with the key that would make it fit; empty when it does.
     """
 
@@ -80,14 +82,17 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
+        """Bytes of host memory at its peak."""
         return sum(self.host.values())
 
     @property
     def device_bytes(self) -> int:
+        """Bytes of device memory at its peak; 0 on a CPU."""
         return sum(self.device_items.values())
 
     @property
     def disk_bytes(self) -> int:
+        """Bytes that must be free on disk."""
         return sum(self.disk.values())
 
     @property
@@ -104,7 +109,7 @@ class Plan:
         return dict(total)
 
     def seconds(self, rate: float) -> float:
-        """Time for the arithmetic alone at `rate` operations a second, a rate that was measured."""
+        """Seconds for the arithmetic alone, at a measured `rate` of so many operations a second."""
         return sum(self.flops.values()) / rate
 
     @property
@@ -115,8 +120,11 @@ class Plan:
         )
 
     def check(self) -> None:
-        """Raises:
-        MemoryBudgetError: it does not fit; with the key that would make it fit."""
+        """Refuse a job that will not fit.
+
+        Raises:
+            MemoryBudgetError: it does not; with the key that would make it fit.
+        """
         if self.problems:
             raise MemoryBudgetError("; ".join(self.problems))
 
@@ -154,7 +162,14 @@ class Plan:
         return [layers, *([kept] if self.kept else []), needs]
 
     def summary(self, rate: float | None = None) -> str:
-        """A few lines: peaks, arithmetic, and the time it takes where a rate is known."""
+        """A few lines: peaks, arithmetic, and the time it takes where a rate is known.
+
+        Args:
+            rate: floating-point operations a second, as measured; None where that is not known.
+
+        Returns:
+            The lines, as one text.
+        """
         bound = "" if self.exact else ", at most: padding counts, and texts as max_length tokens"
         parts = ", ".join(f"{kind} {flops / 1e12:.3g}" for kind, flops in self.flops.items())
         device = f"device {format_bytes(self.device_bytes)}, " if self.device_items else ""

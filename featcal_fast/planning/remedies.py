@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from featcal_fast.checkpoints import existing
-from featcal_fast.inputs.load import TaskData
 from featcal_fast.inputs.recipe import Recipe
+from featcal_fast.inputs.task_data import TaskData
 from featcal_fast.planning.plan import Plan, format_bytes
 from featcal_fast.streaming.hidden_states import Offload
 

@@ -310,7 +310,7 @@ class _ScratchFile:
         """Its room stays empty: batches change their form once, if at all."""
 
     def _position(self, slot: _Slot, rows: slice) -> int:
-        return self._starts[slot] + rows.start * math.prod(slot.shape[1:]) * slot.dtype.itemsize
+        return self._starts[slot] + int(rows.start) * math.prod(slot.shape[1:]) * slot.dtype.itemsize
 
 
 def _bytes(data: Tensor) -> memoryview:

@@ -75,7 +75,7 @@ def _allocated_bytes() -> int:
         ask = ctypes.CDLL(None).mallinfo2
         ask.restype = _Mallinfo
         found = ask()
-        return found.uordblks + found.hblkhd
+        return int(found.uordblks + found.hblkhd)
     return 0
 
 

@@ -1,10 +1,9 @@
-"""What a recipe names: its models, opened and checked by their headers, and its data, loaded or only described."""
+"""How much data a task has, and of what form, from headers, line counts and file names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,142 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from featcal_fast.checkpoints import (
-    CachedExpert,
-    Checkpoint,
-    TensorSource,
-    check_output,
-    find_checkpoint,
-    find_expert,
-)
-from featcal_fast.errors import DataError, RecipeError
-from featcal_fast.inputs.data import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, check_exists, load_batches, os_errors
+from featcal_fast.errors import DataError
+from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.recipe import Recipe
-from featcal_fast.merging.merged import MergedCheckpoint
+from featcal_fast.inputs.samples import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, check_exists, os_errors
 
-Batches = list[dict[str, Tensor]]
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}  # of a forward pass: enough for products to run at full speed
-
-
-class RecipeModels:
-    """The models that a recipe names.
-
-    Raises:
-        FeatCalError: one of them is not usable.
-    """
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.base = find_checkpoint(recipe.base_model, recipe.root, "base model")
-        self.experts: dict[str, TensorSource] = {
-            task: find_expert(expert.model, recipe.root, f"expert {task}", self.base)
-            for task, expert in recipe.experts.items()
-        }
-        if recipe.expert_storage != "disk":
-            self.experts = {task: CachedExpert(each, recipe.expert_storage) for task, each in self.experts.items()}
-        self.merged: Checkpoint | MergedCheckpoint
-        if recipe.merge is None:
-            assert recipe.merged_model is not None
-            self.merged = find_checkpoint(recipe.merged_model, recipe.root, "merged model")
-        else:
-            self.merged = MergedCheckpoint(self.base, self.experts, recipe.merge.method, recipe.merge.scaling)
-
-    @property
-    def folders(self) -> list[Path]:
-        return list(dict.fromkeys(model.path for model in (self.merged, self.base, *self.experts.values())))
-
-    @property
-    def nbytes(self) -> int:
-        """Of the calibrated model's tensors."""
-        return sum(info.nbytes for info in self.merged.tensors.values())
-
-    @property
-    def bytes_read(self) -> dict[str, int]:
-        """Of tensors, so far, by model."""
-        return {source.label: source.bytes_read for source in self.files}
-
-    @property
-    def files(self) -> list[TensorSource]:
-        """The models that are read from files of their own."""
-        own = [] if isinstance(self.merged, MergedCheckpoint) else [self.merged]
-        return [*own, self.base, *self.experts.values()]
-
-    @property
-    def storage_error(self) -> dict[str, float]:
-        """Relative error of what compressed storage gives back, by task."""
-        return {task: each.error for task, each in self.experts.items() if isinstance(each, CachedExpert)}
-
-
-def output_folder(recipe: Recipe, models: RecipeModels) -> Path:
-    """The folder to write.
-
-    Raises:
-        RecipeError: the recipe names none.
-        OutputError: it cannot be written.
-    """
-    if recipe.out is None:
-        raise RecipeError("out: missing; expected the folder to write, in the recipe or as --out")
-    folder = recipe.root / Path(recipe.out).expanduser()
-    check_output(folder, models.folders, models.nbytes)
-    return folder
-
-
-class LazyBatches:
-    """A task's batches, loaded when they are gone through."""
-
-    def __init__(self, load: Callable[[], Batches]) -> None:
-        self._load = load
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return iter(self._load())
-
-
-def load_data(
-    recipe: Recipe, models: RecipeModels, device: torch.device, *, tables: bool = True
-) -> tuple[dict[str, Iterable[dict[str, Tensor]]], dict[str, TaskData]]:
-    """Every task's batches and their size; where headers tell the size, as of images, they load when their turn comes.
-
-    Of those, the first sample is loaded at once, to see that it can be.
-
-    Args:
-        recipe: the job.
-        models: its models.
-        device: where it will run.
-        tables: load data sets too; otherwise they have no batches, and the size that they may have at most.
-
-    Raises:
-        DataError: a task's data is not usable.
-    """
-    batches: dict[str, Iterable[dict[str, Tensor]]] = {}
-    sizes = describe_data(recipe, models, device)
-    for task, expert in recipe.experts.items():
-        load = partial(_load, recipe, models, task, device, sizes[task].batch_size)
-        if sizes[task].lazy:
-            load(samples=1)
-            batches[task] = LazyBatches(load)
-        elif tables or Path(_local(recipe, expert.data)).is_file():
-            batches[task] = loaded = load()
-            sizes[task] = replace(TaskData.of(loaded), cut=sizes[task].cut)
-    return batches, sizes
-
-
-def _load(
-    recipe: Recipe, models: RecipeModels, task: str, device: torch.device, batch_size: int, samples: int | None = None
-) -> Batches:
-    expert, config, own = recipe.experts[task], models.merged.config, models.experts[task]
-    vocabularies = [c.vocab_size for c in (config, own.config) if getattr(c, "vocab_size", None)]
-    folders = [models.merged.path, own.path, models.base.path]
-    return load_batches(
-        _local(recipe, expert.data),
-        folders=list(dict.fromkeys(folders)),
-        samples=samples or expert.samples or recipe.samples,
-        max_length=expert.max_length or recipe.max_length,
-        batch_size=batch_size,
-        batch_tokens=None if recipe.batch_size else _chunk_tokens(device),
-        seed=recipe.seed,
-        max_positions=getattr(config, "max_position_embeddings", None),
-        vocab_size=min(vocabularies, default=None),
-        targets=bool(getattr(config, "is_encoder_decoder", False)),
-    )
 
 
 @dataclass(frozen=True)
@@ -224,7 +93,7 @@ def describe_data(recipe: Recipe, models: RecipeModels, device: torch.device) ->
     described = {}
     for task, expert in recipe.experts.items():
         samples, length = expert.samples or recipe.samples, expert.max_length or recipe.max_length
-        path = _local(recipe, expert.data)
+        path = local_data(recipe, expert.data)
         check_exists(path)
         with os_errors(path):
             forms, found = _forms(path, models.merged.config, length)
@@ -291,7 +160,8 @@ def _is_ready(path: Path | str) -> bool:
     return isinstance(path, Path) and path.suffix.lower() == ".safetensors"
 
 
-def _chunk_tokens(device: torch.device) -> int:
+def chunk_tokens(device: torch.device) -> int:
+    """Tokens that pass a layer at a time, at most."""
     return CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cuda"])
 
 
@@ -301,10 +171,10 @@ def _full_batch(forms: Forms, config: Any, device: torch.device) -> int:
         tokens = (getattr(config, "image_size", 0) // getattr(config, "patch_size", 16)) ** 2 + 1
     else:
         tokens = max(shape[0] for shape, _ in forms.values())
-    return max(1, _chunk_tokens(device) // tokens)
+    return max(1, chunk_tokens(device) // tokens)
 
 
-def _local(recipe: Recipe, data: str) -> Path | str:
+def local_data(recipe: Recipe, data: str) -> Path | str:
     """A task's data on disk, or, where nothing is there, what the recipe says."""
     local = recipe.root / Path(data).expanduser()
     if local.exists():

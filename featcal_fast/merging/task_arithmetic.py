@@ -1,0 +1,8 @@
+"""`W = W_0 + scaling * sum_k (W_k - W_0)`: task arithmetic (arXiv 2212.04089)."""
+
+from featcal_fast.merging.method import Method
+
+TASK_ARITHMETIC = Method(
+    add=lambda expert, base: expert - base,
+    finish=lambda base, total, scaling, _count: base + scaling * total,
+)

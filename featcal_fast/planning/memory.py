@@ -1,0 +1,156 @@
+"""What a job holds in memory at its peak: what is there all the time, and the worst moment."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from featcal_kernels.configs import PANEL_BYTES, SLAB_BYTES
+
+from featcal_fast.checkpoints import kept_bytes as kept_in_host
+from featcal_fast.forward.runner import should_compile
+from featcal_fast.inputs.task_data import TaskData
+from featcal_fast.planning.footprint import StageInputs
+from featcal_fast.planning.models import (
+    PlannedModels,
+    block_bytes,
+    block_reads,
+    meta_checkpoint,
+    pinned_bytes,
+    unpacking_bytes,
+)
+from featcal_fast.planning.plan import Plan
+from featcal_fast.planning.stages import Stages
+from featcal_fast.streaming.drift import PROBE_SAMPLES
+from featcal_fast.streaming.hidden_states import HOST, Offload
+from featcal_fast.streaming.machine import resident_bytes
+from featcal_fast.streaming.malloc import MALLOC_CACHE_BYTES
+
+# Measured by bench/jobs.py: what libraries take once they compute (threads, their buffers, code paged in).
+RUNTIME = 40 * 2**20
+# What torch.compile takes of this process's memory, measured on a CPU: a Llama's forwards 143 MiB, a T5's 178.
+COMPILER = 180 * 2**20
+
+
+def count_memory(
+    plan: Plan,
+    models: PlannedModels,
+    data: Mapping[str, TaskData],
+    stages: Stages,
+    device: torch.device,
+    offload: Offload,
+) -> None:
+    """Write the items of host, device and disk memory into `plan`, bytes: the sum of what stays and the worst moment.
+
+    Args:
+        plan: with its layers.
+        models: of the job.
+        data: each task's size.
+        stages: what enters them.
+        device: where it would compute.
+        offload: where hidden states wait between layers.
+    """
+    on_device = device.type != "cpu"
+    here: Counter[str] = Counter()  # on the device, or on the host where that computes
+    host: Counter[str] = Counter()
+    _count_data(plan, models, data, host)
+    entering = _count_hidden_states(plan, data, stages, device, offload, here, host)
+    reading = max(
+        unpacking_bytes(meta_checkpoint(source).source, block_reads(source))
+        for source in (models.student, *models.experts.values())
+    )
+    moments = [*stages.turns, *_layers(plan, models, reading)]
+    rest = models.tensors_that_stay(plan.layers)
+    tensors = models.models.merged.tensors
+    largest = max((tensors[name].nbytes for name in rest), default=0) + unpacking_bytes(models.models.merged, rest)
+    if not on_device:
+        host.update(here)
+        host.update(max([*moments, Counter({"tensors that stay": largest})], key=_total))
+    else:
+        here["a batch"] = round(entering)
+        here["operands of the kernels"] = PANEL_BYTES + SLAB_BYTES
+        arriving = max(models.largest_pinned(layer.index) for layer in plan.layers)
+        arriving += reading + max(models.largest_block(layer.index) for layer in plan.layers)
+        if isinstance(offload, Path):
+            arriving += 2 * pinned_bytes(round(entering))
+        # What is read and unpacked is so on the host, whatever the moment.
+        read = [sum(each.pop(name, 0) for name in ("reading", "calibration data of a task")) for each in moments]
+        host["what is on its way"] = max(largest, arriving, *read)
+        plan.device_items = {name: size for name, size in (here + max(moments, key=_total)).items() if size}
+    plan.host = {name: size for name, size in host.items() if size}
+
+
+def _count_data(plan: Plan, models: PlannedModels, data: Mapping[str, TaskData], host: Counter[str]) -> None:
+    """Libraries, data and experts, which stay on the host."""
+    recipe = models.recipe
+    there = round(sum(each.nbytes for each in data.values() if each.loaded))
+    host["interpreter and libraries"] = resident_bytes() - there + RUNTIME
+    host["compiler"] = COMPILER if should_compile(recipe.settings, torch.device(plan.device)) else 0
+    host["freed blocks kept for use"] = MALLOC_CACHE_BYTES
+    stays = len(models.student.structure.paths) > 1  # an encoder-decoder's inputs are needed again
+    host["calibration data"] = round(sum(each.nbytes for each in data.values() if stays or not each.lazy))
+    if recipe.expert_storage != "disk":
+        host["experts kept"] = sum(
+            kept_in_host(source.tensors[name], recipe.expert_storage)
+            for source, own in zip(models.models.experts.values(), models.experts.values(), strict=True)
+            for name in {*meta_checkpoint(own).reads, *block_reads(own)}
+        )
+
+
+def _count_hidden_states(
+    plan: Plan,
+    data: Mapping[str, TaskData],
+    stages: Stages,
+    device: torch.device,
+    offload: Offload,
+    here: Counter[str],
+    host: Counter[str],
+) -> float:
+    """Hidden states and what blocks are called with; bytes of the largest batch of hidden states."""
+    stay = here if offload == device else host
+    room = pinned_bytes if device.type != "cpu" and offload == HOST else int
+    hidden = calls = alike = probe = entering = passing = 0.0
+    for states, shared in zip(stages.states, stages.shared, strict=True):
+        every = [(data[task], state) for task, pair in states.items() for state in pair]
+        hidden = max(hidden, sum(each.batches * room(state.hidden.nbytes) for each, state in every))
+        calls = max(calls, sum(each.batches * state.kept_bytes for each, state in every))
+        alike = max(alike, shared)
+        entering = max(entering, *(each.entering * state.hidden.nbytes for each, state in every))
+        passing = max(passing, *(state.call_bytes for _, state in every))
+        probe = max(probe, 1.5 * sum(_of_a_probe(state) for _, state in every))  # student's twice, expert's once
+    stay["masks of batches"] = round(calls)
+    here["masks and positions"] = round(alike + passing)
+    host["drift probe"] = round(probe)
+    (plan.disk if isinstance(offload, Path) else stay)["hidden states"] = round(hidden)
+    # The expert's and the student's next, and one that leaves.
+    here["hidden states on their way"] = 0 if offload == device else round(3 * entering)
+    return entering
+
+
+def _layers(plan: Plan, models: PlannedModels, reading: int) -> list[Counter[str]]:
+    """What each layer takes while a task passes."""
+    found: list[Counter[str]] = []
+    for layer in plan.layers:
+        largest = models.largest_block(layer.index)
+        blocks = block_bytes(models.student, layer.index) + block_bytes(models.base, layer.index)
+        needs = {
+            "blocks: student, base, expert": blocks + largest,
+            "the next block": largest,
+            "ridge systems": layer.system,
+            "moments of a task": layer.scratch,
+            "features and workspace": layer.working,
+            "reading": reading,
+        }
+        found.append(Counter(needs))
+    return found
+
+
+def _total(items: Mapping[str, int]) -> int:
+    return sum(items.values())
+
+
+def _of_a_probe(state: StageInputs) -> float:
+    rows = state.hidden.shape[0]
+    return min(PROBE_SAMPLES, rows) / rows * (state.hidden.nbytes + state.kept_bytes)

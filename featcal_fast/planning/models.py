@@ -1,0 +1,167 @@
+"""A job's models as a plan sees them: headers only, what their reads would take, and what would change."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+
+from featcal_fast.checkpoints import BitsAndBytesCheckpoint, CachedExpert, LoraExpert, TensorSource, canonical
+from featcal_fast.checkpoints import kept_bytes as kept_in_host
+from featcal_fast.checkpoints.adapter import ROWS
+from featcal_fast.inputs.models import RecipeModels
+from featcal_fast.inputs.recipe import Recipe
+from featcal_fast.layer.selection import check_settings
+from featcal_fast.merging.merged import MergedCheckpoint
+from featcal_fast.planning.meta import MetaCheckpoint
+from featcal_fast.planning.plan import LayerPlan
+from featcal_fast.streaming.hidden_states import HOST
+from featcal_fast.streaming.sources import CheckpointSource, check_same_architecture
+
+
+class PlannedModels:
+    """Student, base and experts on the meta device.
+
+    Args:
+        recipe: the job.
+        models: its models.
+
+    Raises:
+        FeatCalError: a tensor is missing, models differ, or settings do not go with them.
+    """
+
+    def __init__(self, recipe: Recipe, models: RecipeModels) -> None:
+        self.recipe, self.models = recipe, models
+        self.student = CheckpointSource(MetaCheckpoint(models.merged), HOST)
+        self.base = CheckpointSource(MetaCheckpoint(models.base), HOST)
+        self.experts = {task: CheckpointSource(MetaCheckpoint(each), HOST) for task, each in models.experts.items()}
+        self.layers = self.student.structure.layers
+        self.student.check_whole()
+        check_same_architecture(self.student, {"base": self.base, **self.experts})
+        check_settings(self.student.structure, recipe.settings)
+
+    def largest_block(self, index: int) -> int:
+        """Bytes of an expert's block."""
+        return max(block_bytes(expert, index) for expert in self.experts.values())
+
+    def largest_pinned(self, index: int) -> int:
+        """Of three blocks in pinned memory: one being read, one being copied, and the calibrated one."""
+        blocks = [expert.structure.blocks[index] for expert in self.experts.values()]
+        return 3 * max(sum(pinned_bytes(value.nbytes) for value in block.state_dict().values()) for block in blocks)
+
+    def kept(self, layers: list[LayerPlan]) -> dict[str, str]:
+        """Every tensor of the merged model that will not change, and why."""
+        changed = self.changed(layers)
+        reasons = dict.fromkeys(self.models.merged.tensors, "outside of the layers")
+        for layer, planned in zip(self.layers, layers, strict=True):
+            state = self.student.structure.blocks[layer.index].state_dict()
+            own_names = {own: name for name in state for own in self.student.tensors_of(layer.index, name)}
+            for own, name in own_names.items():
+                module, _, part = name.rpartition(".")
+                if module in planned.kept or name in planned.kept:
+                    reasons[own] = planned.kept.get(module) or planned.kept[name]
+                elif part == "bias":
+                    reasons[own] = "biases and LayerNorms are left out by settings"
+                elif len(self.models.merged.tensors[own].shape) >= 2:
+                    reasons[own] = "not a linear weight"
+                elif f"{module}.bias" in own_names.values():
+                    reasons[own] = "biases and LayerNorms are left out by settings"
+                else:
+                    reasons[own] = "RMSNorm has no closed-form update"
+        return {name: reason for name, reason in reasons.items() if name not in changed}
+
+    def tensors_that_stay(self, layers: list[LayerPlan]) -> list[str]:
+        """The merged model's tensors that are copied as they are."""
+        changed = self.changed(layers)
+        return [name for name in self.models.merged.tensors if name not in changed]
+
+    def changed(self, layers: list[LayerPlan]) -> set[str]:
+        """The merged model's names of what will be solved for."""
+        settings, changed = self.recipe.settings, set()
+        for layer in layers:
+            own = dict(self.student.structure.blocks[layer.index].named_parameters())
+            names = [f"{module}.weight" for module in layer.modules]
+            if settings.calibrate_bias:
+                names += [f"{module}.bias" for module in layer.modules if own.get(f"{module}.bias") is not None]
+            names += [f"{norm}.{part}" for norm in layer.layout.norms for part in ("weight", "bias")]
+            changed |= {self.student.tensor_name(layer.index, name) for name in names}
+        return changed
+
+    def bytes_read(self, layers: list[LayerPlan]) -> dict[str, int]:
+        """What each model's files will be read for: the first forward, the blocks, and what is copied at the end."""
+        changed = self.changed(layers)
+        rest = [name for name in self.models.merged.tensors if name not in changed]
+        student = [*meta_checkpoint(self.student).reads, *block_reads(self.student), *rest]
+        reads: dict[str, list[str]] = {
+            source.label: [*meta_checkpoint(own).reads, *block_reads(own)]
+            for source, own in zip(self.models.experts.values(), self.experts.values(), strict=True)
+        }
+        reads[self.models.base.label] = block_reads(self.base)
+        merged: dict[str, list[str]] = {source.label: [] for source in self.models.files}
+        if isinstance(self.models.merged, MergedCheckpoint):
+            for name in student:
+                merged[self.models.base.label].append(name)
+                if self.models.merged.tensors[name].dtype.is_floating_point:
+                    for expert in self.models.experts.values():
+                        merged[expert.label].append(expert.names[canonical(name)])
+        else:
+            reads[self.models.merged.label] = student
+        return {
+            source.label: _from_files(source, merged[source.label], reads[source.label]) for source in self.models.files
+        }
+
+
+def meta_checkpoint(source: CheckpointSource) -> MetaCheckpoint:
+    """What a source of these reads from."""
+    assert isinstance(source.checkpoint, MetaCheckpoint)
+    return source.checkpoint
+
+
+def pinned_bytes(nbytes: int) -> int:
+    """What torch takes for a pinned tensor: a power of two."""
+    return 1 << (max(nbytes, 1) - 1).bit_length()
+
+
+def block_reads(source: CheckpointSource) -> list[str]:
+    """What is read for all blocks."""
+    return [name for layer in source.structure.layers for name in source.block_tensors(layer.index)]
+
+
+def _from_files(source: TensorSource, merging: list[str], own: list[str]) -> int:
+    """Bytes read for a merge on the fly and for the model itself; kept in host memory, one read serves all."""
+    if not isinstance(source, CachedExpert):
+        return source.stored_bytes([*merging, *own])
+    # A merge reads what is kept compressed again, to be exact.
+    again = [
+        name for name in merging if kept_in_host(source.tensors[name], source.storage) < source.tensors[name].nbytes
+    ]
+    repeated = (Counter(again) - Counter(set(again))).elements()
+    return source.stored_bytes([*dict.fromkeys([*merging, *own]), *repeated])
+
+
+def unpacking_bytes(source: TensorSource, names: Iterable[str]) -> int:
+    """The most memory that reading one of the named tensors takes besides the tensor itself."""
+    return max((_unpacking_one(source, name) for name in dict.fromkeys(names)), default=0)
+
+
+def _unpacking_one(source: TensorSource, name: str) -> int:
+    info = source.tensors[name]
+    numel = torch.Size(info.shape).numel()
+    if isinstance(source, CachedExpert):  # to compress, restore and compare
+        return _unpacking_one(source.source, name) + (12 * numel if source.storage != "host" else 0)
+    if isinstance(source, MergedCheckpoint):
+        if not info.dtype.is_floating_point:
+            return 0
+        own = ((expert, expert.names[canonical(name)]) for expert in source.experts.values())
+        return (4 + info.dtype.itemsize) * numel + max(_unpacking_one(*each) for each in own)
+    if isinstance(source, LoraExpert):
+        return 16 * min(numel, ROWS * info.shape[-1]) if name in source.low_rank else 0
+    if isinstance(source, BitsAndBytesCheckpoint) and name in source.packed:
+        return source.stored_bytes([name]) + 64 * 2**20
+    return 0
+
+
+def block_bytes(source: CheckpointSource, index: int) -> int:
+    """Bytes of a block."""
+    return sum(tensor.nbytes for tensor in source.structure.blocks[index].state_dict().values())

@@ -1,0 +1,136 @@
+"""The house keeps its plan: rooms import downwards only, and functions stay readable."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE, KERNELS = ROOT / "featcal_fast", ROOT / "kernels" / "featcal_kernels"
+# From the top down: folders are rooms, the others single files. What stands in one line may not import each other.
+FLOORS = [
+    ["__main__"],
+    ["cli"],
+    ["demo"],
+    ["__init__"],
+    ["job"],
+    ["planning"],
+    ["inputs"],
+    ["merging"],
+    ["calibrate", "reference"],
+    ["streaming"],
+    ["layer"],
+    ["forward"],
+    ["models"],
+    ["checkpoints"],
+    ["reporting"],
+    ["settings"],
+    ["errors", "version"],
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LONGEST = 60  # lines of a function
+
+
+def modules(folder: Path) -> dict[str, ast.Module]:
+    """Every module below a package's folder by its dotted name, `layer.solve`; a package by its own."""
+    found = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        found[name] = ast.parse(path.read_text())
+    return found
+
+
+def imports(tree: ast.Module, package: str, known: set[str]) -> set[str]:
+    """The modules of `package` that one imports, wherever in it, also for types only."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports are not followed here"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] != package:
+                continue
+            inner = name.partition(".")[2]
+            while inner and inner not in known:
+                inner = inner.rpartition(".")[0]
+            found.add(inner or "__init__")
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def wrong(graph: dict[str, set[str]]) -> list[str]:
+    """Imports that point up, or sideways between rooms."""
+    return [
+        f"{module} imports {other}"
+        for module, others in graph.items()
+        for other in sorted(others)
+        if room(other) != room(module) and FLOOR[room(other)] <= FLOOR[room(module)]
+    ]
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, or none."""
+    left = {module: set(others) & graph.keys() - {module} for module, others in graph.items()}
+    while done := {module for module, others in left.items() if not others}:
+        left = {module: others - done for module, others in left.items() if module not in done}
+    return sorted(left)
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    trees = modules(PACKAGE)
+    return {name: imports(tree, "featcal_fast", set(trees)) for name, tree in trees.items()}
+
+
+def test_every_room_has_its_floor(graph: dict[str, set[str]]) -> None:
+    assert {room(module) for module in graph} == FLOOR.keys()
+
+
+def test_imports_only_point_down(graph: dict[str, set[str]]) -> None:
+    assert wrong(graph) == []
+
+
+def test_no_module_imports_itself_through_others(graph: dict[str, set[str]]) -> None:
+    assert circle(graph) == []
+
+
+def test_what_points_up_or_sideways_would_be_found() -> None:
+    known = {"layer.solve", "layer", "streaming.chunks", "streaming", "errors", "reference", "calibrate"}
+    tree = ast.parse("def f():\n    from featcal_fast.streaming.chunks import Chunk\n    import featcal_fast.layer")
+    graph = {"layer.solve": imports(tree, "featcal_fast", known), "reference": {"calibrate"}, "errors": set()}
+    assert graph["layer.solve"] == {"streaming.chunks", "layer"}
+    assert wrong(graph) == ["layer.solve imports streaming.chunks", "reference imports calibrate"]
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c", "d"]
+
+
+def test_kernels_know_nothing_of_the_engine() -> None:
+    for name, tree in modules(KERNELS).items():
+        assert imports(tree, "featcal_fast", set()) == set(), name
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    for folder in (PACKAGE, KERNELS):
+        for name, tree in modules(folder).items():
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    assert node.end_lineno is not None
+                    length = node.end_lineno - node.lineno + 1
+                    assert length <= LONGEST, f"{folder.name}.{name}: {node.name} has {length} lines"
+
+
+def test_contributing_shows_the_rooms_there_are() -> None:
+    """A newcomer's plan of the house names every room and every file beside them."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for name in FLOOR.keys() - {"__main__", "__init__", "version"}:
+        assert re.search(rf"\b{name}(/|\.py|\b)", text), f"CONTRIBUTING.md says nothing of {name}"
