@@ -135,7 +135,7 @@ def calibrate_source(
 def calibrate_layer(
     layer: Layer, streams: Streams, settings: Settings, device: torch.device, write: Write
 ) -> tuple[LayerReport, dict[str, str]]:
-    """One layer of the method (design section 2).
+    """One layer of the method (paper eq. 10 to 17; `docs/method.md`).
 
     Args:
         layer: the one that `streams` has entered.

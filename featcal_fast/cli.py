@@ -16,10 +16,11 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from featcal_fast.errors import FeatCalError
+from featcal_fast.job.throughput import known_rate, remember_rate
 from featcal_fast.planning.plan import parse_bytes
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import LayerReport
-from featcal_fast.streaming.machine import configure_process, known_rate, remember_rate
+from featcal_fast.streaming.malloc import configure_process
 from featcal_fast.version import __version__
 
 EXAMPLE = """

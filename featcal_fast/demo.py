@@ -15,14 +15,14 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,11 @@ from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.job.run import calibrate, merge
 from featcal_fast.reporting.report import Report
 
+if TYPE_CHECKING:  # transformers' models take seconds to import
+    from transformers import CLIPVisionModel
+
 SCRAMBLED = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-VIEWS = {  # what each task makes of images [n, 8, 8] with pixels in [-1, 1]
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {  # what each task makes of images [n, 8, 8] with pixels in [-1, 1]
     "upright": lambda images: images,
     "rotated": lambda images: images.rot90(dims=(1, 2)),
     "inverted": lambda images: -images,
@@ -86,7 +89,17 @@ out: calibrated         # the folder to write
 
 @dataclass(frozen=True)
 class Config:
-    """What the models are and how they are trained; another value means other models."""
+    """What the models are and how they are trained; another value means other models.
+
+    Attributes:
+        seed: of initial weights, heads, order of training and the draw of calibration images.
+        layers: blocks of a model.
+        width: features of a hidden state.
+        base_steps: optimizer steps of the base model.
+        expert_steps: optimizer steps of each expert.
+        batch_size: images a step.
+        learning_rate: the highest of the schedule.
+    """
 
     seed: int = 0
     layers: int = 6
@@ -183,7 +196,8 @@ def make_models(folder: Path, config: Config, digits: Digits, console: Console) 
     manifest = _read_manifest(folder)
     if manifest.get("config") == asdict(config) and manifest["files"] == _hashes(folder):
         console.print("Models of an earlier run are reused; their times are from then.")
-        return manifest["seconds"]
+        earlier: dict[str, float] = manifest["seconds"]
+        return earlier
     new = _removed(folder / ".training")
     seconds = _train_all(new, config, digits, console)
     _write_manifest(folder)  # until the next one, the models are incomplete
@@ -217,7 +231,7 @@ def _train_all(folder: Path, config: Config, digits: Digits, console: Console) -
     return seconds
 
 
-def _new_model(config: Config) -> Any:
+def _new_model(config: Config) -> CLIPVisionModel:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     shape = CLIPVisionConfig(
@@ -287,7 +301,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _write_manifest(folder: Path, config: Any = None, seconds: Any = None, files: Any = None) -> None:
+def _write_manifest(
+    folder: Path,
+    config: dict[str, Any] | None = None,
+    seconds: dict[str, float] | None = None,
+    files: dict[str, str] | None = None,
+) -> None:
     values = {"made_by": MADE_BY, "config": config, "seconds": seconds, "files": files}
     new = folder / f".{MANIFEST}"
     new.write_text(json.dumps(values, indent=2) + "\n")

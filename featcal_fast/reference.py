@@ -1,15 +1,15 @@
 """FeatCal in plain torch, straight from the equations, in the models' own dtype: what everything else is held to.
 
 No tricks: every linear module has its own moments, target features are formed, all tasks' statistics are kept, the
-solve is `torch.linalg.solve`. Give it float64 models and it is the judge. Equations are the paper's (arXiv 2605.13030);
-design section 2 writes them out.
+solve is `torch.linalg.solve`. Give it float64 models and it is the judge. Equations are the paper's (arXiv 2605.13030).
+Tensors have the models' dtype, and vectors one value a feature.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -18,27 +18,54 @@ from torch import Tensor, nn
 from featcal_fast.forward.calls import BatchCalls, stage_inputs
 from featcal_fast.layer.precision import ieee_float32
 from featcal_fast.layer.selection import reason_to_keep
-from featcal_fast.models import Layer, find_structure
+from featcal_fast.models import Layer, Structure, find_structure
 from featcal_fast.models.linear import is_linear, oriented
 from featcal_fast.settings import Settings
 
 
 @dataclass
 class LinearStats:
-    """One linear module, one task: eq. 13, and the means of appendix G."""
+    """One linear module, one task: eq. 13, and the means of appendix G. Tensors have the models' dtype.
 
-    s: Tensor  # Xs' D Xs / n, [in, in]
-    c: Tensor  # Xs' D Xt / n, [in, in], with the target Xt = alpha Xe + (1 - alpha) Xs of eq. 10
+    Attributes:
+        s: `Xs' D Xs / n`, `[in, in]`.
+        c: `Xs' D Xt / n`, `[in, in]`, with the target `Xt = alpha Xe + (1 - alpha) Xs` of eq. 10.
+        mean_student: of `Xs`, `[in]`.
+        mean_target: of `Xt`, `[in]`.
+    """
+
+    s: Tensor
+    c: Tensor
     mean_student: Tensor
     mean_target: Tensor
 
 
 @dataclass
 class NormStats:
-    """One LayerNorm, one task: mean and energy of the student's affine-free normalised input."""
+    """One LayerNorm, one task: what appendix G takes of the student's affine-free normalised input `z`.
+
+    Tensors have the models' dtype.
+
+    Attributes:
+        mean: of `z`, `[features]`.
+        energy: mean of `z^2`, `[features]`.
+    """
 
     mean: Tensor
     energy: Tensor
+
+
+@dataclass
+class LayerStats:
+    """One layer, one task: what its modules are updated from (eq. 13, appendix G).
+
+    Attributes:
+        linear: of linear modules, by name.
+        norms: of LayerNorms, by name.
+    """
+
+    linear: dict[str, LinearStats] = field(default_factory=dict)
+    norms: dict[str, NormStats] = field(default_factory=dict)
 
 
 def solve_weight(
@@ -46,13 +73,16 @@ def solve_weight(
 ) -> Tensor:
     """Eq. 17: `W' = (sum_t w_t S_t + (lambda + eps) I)^-1 (sum_t w_t C_t W_t' + lambda W_a')`.
 
+    Tensors are all of one dtype.
+
     Args:
-        stats: by task.
-        experts: the experts' weights, `[out, in]`.
-        merged, base: of the anchor (eq. 11), `[out, in]`.
+        stats: one a task.
+        experts: the experts' weights, `[out, in]`, in the same order.
+        merged, base: of the anchor `W_a` (eq. 11), `[out, in]`.
+        settings: for `lambda`, `rho` and `eps`.
 
     Returns:
-        `[out, in]`, in the statistics' dtype.
+        The calibrated weight, `[out, in]`.
     """
     anchor = settings.anchor_rho * merged + (1 - settings.anchor_rho) * base
     left = (settings.ridge_lambda + settings.covariance_eps) * torch.eye(len(stats[0].s), dtype=stats[0].s.dtype)
@@ -62,7 +92,8 @@ def solve_weight(
         w = task_weight(task.s, settings)
         left = left + w * task.s
         right = right + w * task.c @ weight.mT
-    return torch.linalg.solve(left, right).mT
+    solved: Tensor = torch.linalg.solve(left, right)
+    return solved.mT
 
 
 def solve_bias(
@@ -74,7 +105,21 @@ def solve_bias(
     base: Tensor,
     settings: Settings,
 ) -> Tensor:
-    """Appendix G: `b = (sum_t w_t (b_t + W_t m_t - W m_s) + lambda b_a) / (sum_t w_t + lambda)`, `W` already solved."""
+    """Appendix G: `b = (sum_t w_t (b_t + W_t m_t - W m_s) + lambda b_a) / (sum_t w_t + lambda)`.
+
+    Tensors are all of one dtype.
+
+    Args:
+        stats: one a task; `m_s` and `m_t` are their means.
+        weights: the experts' weights, `[out, in]`, in the same order.
+        biases: the experts' biases, `[out]`, likewise.
+        solved: the calibrated weight `W`, `[out, in]`.
+        merged, base: biases, of the anchor `b_a` (eq. 11), `[out]`.
+        settings: for `lambda`, `rho` and `eps`.
+
+    Returns:
+        The calibrated bias, `[out]`.
+    """
     anchor = settings.anchor_rho * merged + (1 - settings.anchor_rho) * base
     right, left = settings.ridge_lambda * anchor, torch.as_tensor(settings.ridge_lambda, dtype=anchor.dtype)
     for task, weight, bias in zip(stats, weights, biases, strict=True):
@@ -92,7 +137,20 @@ def solve_layernorm(
     base: tuple[Tensor, Tensor],
     settings: Settings,
 ) -> tuple[Tensor, Tensor]:
-    """Appendix G: the channel-wise two-by-two system, equal task weights. `merged`, `base`: (weight, bias)."""
+    """Appendix G: the two-by-two system of each channel, in which tasks weigh the same.
+
+    Tensors are all of one dtype.
+
+    Args:
+        stats: one a task.
+        weights: the experts' weights, `[features]`, in the same order.
+        biases: the experts' biases, `[features]`, likewise.
+        merged, base: weight and bias, of the anchor (eq. 11), `[features]` each.
+        settings: for `lambda`, `rho` and `eps`.
+
+    Returns:
+        The calibrated weight and bias, `[features]` each.
+    """
     rho, ridge = settings.anchor_rho, settings.ridge_lambda
     gamma_a, beta_a = (rho * m + (1 - rho) * b for m, b in zip(merged, base, strict=True))
     a11, a12, a22 = ridge + 0 * gamma_a, 0 * gamma_a, len(stats) + ridge
@@ -105,8 +163,17 @@ def solve_layernorm(
 
 
 def task_weight(s: Tensor, settings: Settings) -> Tensor:
-    """`w_t = 1 / max(||S_t||_F, eps)`."""
-    return 1 / torch.linalg.matrix_norm(s).clamp_min(settings.covariance_eps)
+    """The weight of a task in eq. 17, `w_t = 1 / max(||S_t||_F, eps)`.
+
+    Args:
+        s: `S_t` of eq. 13, `[in, in]`, any floating dtype.
+        settings: for `eps`.
+
+    Returns:
+        A scalar of the dtype of `s`.
+    """
+    norm: Tensor = torch.linalg.matrix_norm(s)
+    return norm.clamp_min(settings.covariance_eps).reciprocal()
 
 
 @torch.no_grad()
@@ -120,10 +187,22 @@ def calibrate_model(
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     device: torch.device | str | None = None,
 ) -> dict[str, float]:
-    """Calibrate `merged` in place; arguments as in `featcal_fast.calibrate_model`, all models on one device.
+    """Calibrate `merged` in place, in the models' own dtype: eq. 10 to 17 and appendix G, layer by layer.
+
+    Args:
+        merged: the model to repair.
+        base: the model that the experts were fine-tuned from.
+        experts: by task. Moved to the device, otherwise never changed.
+        batches: by task, dicts of the models' keyword arguments (`pixel_values`, or `input_ids` and
+            `attention_mask`, ...): tensors of the models' dtype or integers, `[samples, ...]`.
+        settings: the method's constants.
+        device: where to compute; by default where the models are, which must be one device.
 
     Returns:
         Seconds by layer, `{"layer 0": 1.2, ...}`.
+
+    Raises:
+        UnsupportedModelError: no family fits.
     """
     models = {"merged": merged, "base": base, **experts}
     for model in models.values():
@@ -133,33 +212,24 @@ def calibrate_model(
     student: dict[str, list[State]] = {task: [] for task in experts}
     teacher: dict[str, list[State]] = {task: [] for task in experts}
 
-    def enter(name: str, stage: int, task: str, before: list[State]) -> list[State]:
-        """Each batch's hidden states as they enter a stage of a model, on top of those that left the stage before."""
-        states = []
-        for number, batch in enumerate(data[task]):
-            previous = before[number] if before else None
-            hidden, calls = stage_inputs(found[name], batch, stage, previous.hidden if previous else None)
-            mask = found[name].family.stages[stage].mask(batch)
-            states.append(State(hidden, calls, mask, previous.mask if previous else None))
-        return states
-
     seconds = {}
     for layer, block in zip(found["merged"].layers, found["merged"].blocks, strict=True):
         started = time.perf_counter()
         if layer.number == 0:
             for task in experts:
-                student[task] = enter("merged", layer.stage, task, student[task])
-                teacher[task] = enter(task, layer.stage, task, teacher[task])
+                student[task] = _enter(found["merged"], layer.stage, data[task], student[task])
+                teacher[task] = _enter(found[task], layer.stage, data[task], teacher[task])
         expert_blocks = [found[task].blocks[layer.index] for task in experts]
-        stats = {}
-        for task, expert in zip(experts, expert_blocks, strict=True):
-            stats[task] = layer_stats(layer, block, expert, student[task], teacher[task], settings)
+        stats = [
+            layer_stats(layer, block, expert, student[task], teacher[task], settings)
+            for task, expert in zip(experts, expert_blocks, strict=True)
+        ]
         old = {name: value.clone() for name, value in oriented(block).items()}
         others, anchor = [oriented(expert) for expert in expert_blocks], oriented(found["base"].blocks[layer.index])
-        for name, module in block.named_modules():
-            if name in stats[next(iter(experts))]:
-                per_task = [stats[task][name] for task in experts]
-                _update(module, name, per_task, others, old, anchor, oriented(block), settings)
+        for name in stats[0].linear:
+            _update_linear(name, [task.linear[name] for task in stats], others, old, anchor, oriented(block), settings)
+        for name in stats[0].norms:
+            _update_norm(name, [task.norms[name] for task in stats], others, old, anchor, oriented(block), settings)
         for states in student.values():
             for state in states:
                 state.hidden = state.calls.run(layer.number, block, state.hidden)
@@ -171,7 +241,11 @@ def calibrate_model(
 class State:
     """One batch between two layers of one model.
 
-    `mask` is 1 for tokens and 0 for padding, None where nothing is padded; `memory` is the previous stage's.
+    Attributes:
+        hidden: hidden states, `[samples, tokens, features]`, in the models' dtype.
+        calls: what a block is called with besides them.
+        mask: `[samples, tokens]`, bool or integer, 0 for padding; None where nothing is padded.
+        memory: the mask of the previous stage, `[samples, tokens]`, bool or integer; None likewise.
     """
 
     hidden: Tensor
@@ -180,13 +254,34 @@ class State:
     memory: Tensor | None
 
 
+def _enter(
+    structure: Structure, stage: int, batches: Sequence[Mapping[str, Tensor]], before: Sequence[State]
+) -> list[State]:
+    """Each batch's hidden states as they enter a stage of a model, on top of those that left the stage before."""
+    states = []
+    for number, batch in enumerate(batches):
+        previous = before[number] if before else None
+        hidden, calls = stage_inputs(structure, batch, stage, previous.hidden if previous else None)
+        mask = structure.family.stages[stage].mask(batch)
+        states.append(State(hidden, calls, mask, previous.mask if previous else None))
+    return states
+
+
 def layer_stats(
     layer: Layer, block: nn.Module, expert: nn.Module, student: list[State], teacher: list[State], settings: Settings
-) -> dict[str, LinearStats | NormStats]:
-    """Run the student's and the expert's block over a task's batches; the expert's hidden states advance.
+) -> LayerStats:
+    """Run the student's and the expert's block over a task's batches: eq. 13, and what appendix G takes.
+
+    Args:
+        layer: where the blocks are in their models.
+        block: the student's.
+        expert: the expert's.
+        student: the student's batches, as they enter the layer.
+        teacher: the expert's, likewise; they advance through its block.
+        settings: for `alpha`, and which modules are calibrated.
 
     Returns:
-        The statistics, by module.
+        The statistics of the modules that are calibrated and saw a token.
     """
     names = [name for name, module in block.named_modules() if _calibrated(layer, name, module, settings)]
     xs: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -201,7 +296,7 @@ def layer_stats(
                 xs[name].append(ours[name].flatten(0, -2))
                 xe[name].append(theirs[name].flatten(0, -2))
                 ds[name].append(d)
-    stats: dict[str, LinearStats | NormStats] = {}
+    stats = LayerStats()
     for name in names:
         if not xs[name]:
             continue
@@ -210,10 +305,11 @@ def layer_stats(
         n, d = d.sum(), d[:, None]
         if isinstance(module, nn.LayerNorm):
             z = F.layer_norm(s, module.normalized_shape, eps=module.eps)
-            stats[name] = NormStats((d * z).sum(0) / n, (d * z * z).sum(0) / n)
+            stats.norms[name] = NormStats((d * z).sum(0) / n, (d * z * z).sum(0) / n)
         else:
             t = settings.teacher_alpha * e + (1 - settings.teacher_alpha) * s
-            stats[name] = LinearStats(s.mT @ (d * s) / n, s.mT @ (d * t) / n, (d * s).sum(0) / n, (d * t).sum(0) / n)
+            means = (d * s).sum(0) / n, (d * t).sum(0) / n
+            stats.linear[name] = LinearStats(s.mT @ (d * s) / n, s.mT @ (d * t) / n, *means)
     return stats
 
 
@@ -248,7 +344,7 @@ def _inputs(number: int, block: nn.Module, state: State, names: list[str]) -> tu
     """The inputs of the named modules, and the block's output."""
     inputs: dict[str, Tensor] = {}
 
-    def keep(name: str):
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _module, args: inputs.update({name: args[0]})
 
     handles = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
@@ -258,31 +354,41 @@ def _inputs(number: int, block: nn.Module, state: State, names: list[str]) -> tu
     return inputs, out
 
 
-def _update(
-    module: nn.Module,
+def _update_linear(
     name: str,
-    stats: Sequence[LinearStats | NormStats],
+    stats: Sequence[LinearStats],
     experts: Sequence[Mapping[str, Tensor]],
     old: Mapping[str, Tensor],
     base: Mapping[str, Tensor],
     new: Mapping[str, Tensor],
     settings: Settings,
 ) -> None:
-    """Solve one module from the layer's snapshot `old`, and load it. All parameters by name, weights `[out, in]`."""
-    weight_name, bias_name = f"{name}.weight", f"{name}.bias"
-    if weight_name not in old:
+    """Solve one linear module from the layer's snapshot `old`, and load it. All by name, weights `[out, in]`."""
+    weight, bias = f"{name}.weight", f"{name}.bias"
+    if weight not in old:  # another module's, and named as such
         return
-    weights, has_bias = [expert[weight_name] for expert in experts], bias_name in old
-    biases = [expert[bias_name] for expert in experts] if has_bias else []
-    if isinstance(module, nn.LayerNorm):
-        if settings.calibrate_layernorm and has_bias:
-            merged_pair, base_pair = (old[weight_name], old[bias_name]), (base[weight_name], base[bias_name])
-            weight, bias = solve_layernorm(stats, weights, biases, merged_pair, base_pair, settings)  # type: ignore[arg-type]
-            new[weight_name].copy_(weight)
-            new[bias_name].copy_(bias)
+    weights = [expert[weight] for expert in experts]
+    solved = solve_weight(stats, weights, old[weight], base[weight], settings)
+    new[weight].copy_(solved)
+    if settings.calibrate_bias and bias in old:
+        biases = [expert[bias] for expert in experts]
+        new[bias].copy_(solve_bias(stats, weights, biases, solved, old[bias], base[bias], settings))
+
+
+def _update_norm(
+    name: str,
+    stats: Sequence[NormStats],
+    experts: Sequence[Mapping[str, Tensor]],
+    old: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    settings: Settings,
+) -> None:
+    """The same for a LayerNorm; one without weight or bias is left alone."""
+    weight, bias = f"{name}.weight", f"{name}.bias"
+    if not settings.calibrate_layernorm or weight not in old or bias not in old:
         return
-    weight = solve_weight(stats, weights, old[weight_name], base[weight_name], settings)  # type: ignore[arg-type]
-    new[weight_name].copy_(weight)
-    if settings.calibrate_bias and has_bias:
-        bias = solve_bias(stats, weights, biases, weight, old[bias_name], base[bias_name], settings)  # type: ignore[arg-type]
-        new[bias_name].copy_(bias)
+    weights, biases = [expert[weight] for expert in experts], [expert[bias] for expert in experts]
+    pairs = (old[weight], old[bias]), (base[weight], base[bias])
+    for parameter, value in zip((weight, bias), solve_layernorm(stats, weights, biases, *pairs, settings), strict=True):
+        new[parameter].copy_(value)

@@ -16,7 +16,7 @@ SOLVE_DTYPES = ("auto", "float32", "float64")
 Patterns = str | tuple[str, ...]
 
 
-def _patterns(name: str, value: Any) -> Patterns | None:
+def _patterns(name: str, value: object) -> Patterns | None:
     if value is None or isinstance(value, str):
         try:
             re.compile(value or "")
@@ -28,26 +28,27 @@ def _patterns(name: str, value: Any) -> Patterns | None:
     return tuple(value)
 
 
-def number(value: Any) -> float | None:
+def number(value: object) -> float | None:
     """`value` where it is a finite number, or a text like `1e-5`, which YAML does not take for one; else None."""
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         value = float(value)
-    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return value if finite else None
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return value
+    return None
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Constants of FeatCal (design section 2; paper eq. 10, 11, 12 and 17).
+    """Constants of FeatCal (arXiv 2605.13030, eq. 10, 11, 12 and 17).
 
     Attributes:
-        ridge_lambda: weight of the anchor against the sum over tasks; each task's moment is scaled to norm 1,
-            so the same value means less with more tasks. Zero is allowed and leaves only `covariance_eps`.
-        anchor_rho: the anchor is `rho * merged + (1 - rho) * base`; above 1 it extrapolates past the merge.
-        teacher_alpha: the target feature is `alpha * expert + (1 - alpha) * student`.
-        covariance_eps: added to the diagonal, and the floor of the task weights' denominators.
-        calibrate_bias: also update the biases of linear modules.
-        calibrate_layernorm: also update LayerNorm's weight and bias (RMSNorm keeps its merged value).
+        ridge_lambda: weight of the anchor against the sum over tasks (eq. 12); each task's moment is scaled to norm
+            1, so the same value means less with more tasks. Zero is allowed and leaves only `covariance_eps`.
+        anchor_rho: the anchor is `rho * merged + (1 - rho) * base` (eq. 11); above 1 it extrapolates past the merge.
+        teacher_alpha: the target feature is `alpha * expert + (1 - alpha) * student` (eq. 10).
+        covariance_eps: added to the diagonal (eq. 17), and the floor of the task weights' denominators.
+        calibrate_bias: also update the biases of linear modules (appendix G).
+        calibrate_layernorm: also update LayerNorm's weight and bias (appendix G; RMSNorm keeps its merged value).
         forward_dtype: `auto` runs the models' layers as they are; `bfloat16` rounds what enters their products,
             weights and features, to bfloat16, while hidden states, solved weights and the experts' weights in the
             targets stay as they are. Faster where bfloat16 is, at some cost in accuracy, and not for a
@@ -55,7 +56,7 @@ class Settings:
         moment_dtype: what features are rounded to before their moments are taken. `auto` takes them as the
             model multiplies them. Sums are always float32.
         solve_dtype: arithmetic of the Cholesky solve. `auto` is float32 while the bound on the condition
-            number, `(tasks + lambda) / lambda`, allows it, and float64 beyond (design section 3.7).
+            number, `(tasks + lambda) / lambda`, allows it, and float64 beyond.
         compile_blocks: whether layers' forwards go through torch.compile; None for on a GPU only. What they make is the
             same within the rounding of its dtype.
         include: calibrate only the modules of these names: a string is a regular expression that the full name
@@ -108,7 +109,17 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
-        """Settings from a recipe's mapping: an optional `preset`, then single values on top of it."""
+        """Settings from a recipe's mapping.
+
+        Args:
+            values: an optional `preset`, and single values on top of it.
+
+        Returns:
+            The settings.
+
+        Raises:
+            RecipeError: an unknown preset or key, or a value out of range.
+        """
         values = dict(values)
         preset = values.pop("preset", "default")
         if not isinstance(preset, str) or preset not in PRESETS:

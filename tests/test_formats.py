@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import featcal_fast as ff
-from featcal_fast.checkpoints import CachedExpert, Checkpoint, LoraExpert, find_expert, kept_bytes
+from featcal_fast.checkpoints import CachedExpert, Checkpoint, LoraExpert, cached_bytes, find_expert
 
 
 @pytest.fixture
@@ -286,10 +286,10 @@ def _relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize(("storage", "limit"), [("host", 1.0), ("host-int8", 0.26), ("host-nf4", 0.15)])
-def test_kept_bytes(storage: str, limit: float) -> None:
+def test_cached_bytes(storage: str, limit: float) -> None:
     info = _info((256, 256))
-    assert kept_bytes(info, storage) <= limit * info.nbytes
-    assert kept_bytes(_info((4096,)), storage) == 4 * 4096
+    assert cached_bytes(info, storage) <= limit * info.nbytes
+    assert cached_bytes(_info((4096,)), storage) == 4 * 4096
 
 
 def _info(shape: tuple[int, ...]):

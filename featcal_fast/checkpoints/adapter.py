@@ -228,9 +228,9 @@ class LoraExpert:
             raise ModelMismatchError(f"{adapts} has not; the adapter was made for {self._made_for}")
         return own
 
-    def _pattern(self, key: str, module: str, default: Any) -> float:
+    def _pattern(self, key: str, module: str, default: float) -> float:
         """The value of the first pattern that a module's name ends with (regular expressions, as PEFT reads them)."""
-        patterns: Mapping[str, Any] = self.values.get(key) or {}
+        patterns: Mapping[str, float] = self.values.get(key) or {}
         for pattern, value in patterns.items():
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
@@ -329,32 +329,32 @@ def _matches(module: str, patterns: str | list[str]) -> bool:
     return any(module == part or module.endswith(f".{part}") for part in patterns)
 
 
-def _is_expression(value: Any) -> bool:
+def _is_expression(value: object) -> bool:
     try:
         return isinstance(value, str) and re.compile(value) is not None
     except re.error:
         return False
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_names(value: Any) -> bool:
+def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _is_layers(value: Any) -> bool:
+def _is_layers(value: object) -> bool:
     return all(type(item) is int for item in (value if isinstance(value, list) else [value]))
 
 
-def _is_pattern_values(value: Any) -> bool:
+def _is_pattern_values(value: object) -> bool:
     return isinstance(value, Mapping) and all(_is_expression(key) and _is_number(own) for key, own in value.items())
 
 
 NAMES = (lambda value: value is None or _is_expression(value) or _is_names(value), "a regular expression or a list")
 PATTERN_VALUES = (lambda value: value is None or _is_pattern_values(value), "numbers by regular expression")
-VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (lambda value: type(value) is int and value > 0, "an integer above 0"),
     "lora_alpha": (_is_number, "a number"),
     "rank_pattern": PATTERN_VALUES,

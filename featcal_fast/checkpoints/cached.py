@@ -20,7 +20,7 @@ BLOCKSIZES = {"host-int8": 256, "host-nf4": 64}  # values that share a float32 s
 BITS = {"host-int8": 8, "host-nf4": 4}
 
 
-def kept_bytes(info: TensorInfo, storage: str) -> int:
+def cached_bytes(info: TensorInfo, storage: str) -> int:
     """What a tensor takes in host memory."""
     if not _compressed(info.shape, info.dtype, storage):
         return info.nbytes
@@ -40,7 +40,7 @@ class CachedExpert:
 
     def __init__(self, source: TensorSource, storage: str) -> None:
         self.source, self.storage, self.label = source, storage, source.label
-        self._kept: dict[str, _Kept] = {}
+        self._cache: dict[str, _CachedTensor] = {}
         self._reading = Lock()  # two threads that want a tensor read it once
         self._difference = self._energy = 0.0
 
@@ -74,9 +74,9 @@ class CachedExpert:
         found = {}
         with self._reading:
             for name in names:
-                if name not in self._kept:
+                if name not in self._cache:
                     self._keep(name, self.source.read([name])[name])
-                found[name] = self._kept[name].value()
+                found[name] = self._cache[name].value()
         return found
 
     def read_exactly(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -84,8 +84,8 @@ class CachedExpert:
         found = {}
         with self._reading:
             for name in names:
-                if name in self._kept and self._kept[name].exact:
-                    found[name] = self._kept[name].value()
+                if name in self._cache and self._cache[name].exact:
+                    found[name] = self._cache[name].value()
                 else:
                     found |= self.source.read([name])
                     self._keep(name, found[name].clone())
@@ -99,15 +99,15 @@ class CachedExpert:
         return self.source.side_files()
 
     def _keep(self, name: str, tensor: Tensor) -> None:
-        if name in self._kept:
+        if name in self._cache:
             return
-        self._kept[name] = kept = _Kept(tensor, self.storage)
+        self._cache[name] = kept = _CachedTensor(tensor, self.storage)
         if tensor.is_floating_point():
             self._energy += float(tensor.float().square().sum())
             self._difference += 0.0 if kept.exact else float((kept.value().float() - tensor.float()).square().sum())
 
 
-class _Kept:
+class _CachedTensor:
     """One tensor in host memory."""
 
     def __init__(self, tensor: Tensor, storage: str) -> None:

@@ -66,7 +66,7 @@ def dequantise(
     return found.reshape(shape)
 
 
-class Packed(Protocol):
+class QuantisedWeight(Protocol):
     """A quantised weight: what it is made of on disk, and what it is."""
 
     @property
@@ -135,7 +135,7 @@ class BitsAndBytesCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, label: str) -> None:
         super().__init__(path, label)
-        self.packed: dict[str, Packed] = {}
+        self.packed: dict[str, QuantisedWeight] = {}
         described = set()  # tensors that only say how others are to be read
         for name in self.shards.headers:
             if STATE in name:
@@ -180,7 +180,7 @@ class BitsAndBytesCheckpoint(Checkpoint):
         parts = [part for name in names for part in (self.packed[name].parts if name in self.packed else (name,))]
         return sum(self.shards.tensors[part].nbytes for part in parts)
 
-    def _add(self, packed: Packed) -> None:
+    def _add(self, packed: QuantisedWeight) -> None:
         self.packed[packed.name] = packed
 
     def _four_bit(self, state: str) -> FourBit:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO
@@ -150,11 +151,11 @@ class Shards:
                         )
         return found
 
-    def _read_tensor(self, handle: Any, name: str) -> Tensor:
+    def _read_tensor(self, handle: FileIO, name: str) -> Tensor:
         info, position = self.tensors[name], 0
         tensor = torch.empty(info.shape, dtype=info.dtype)
         # A view of the memory itself; numpy has no bfloat16, so it goes as bytes.
-        memory = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        memory = tensor.reshape(-1).view(torch.uint8).numpy().data
         handle.seek(self.headers[name].start)
         while position < info.nbytes:
             count = handle.readinto(memory[position:])

@@ -21,7 +21,7 @@ from featcal_fast.errors import OutputError
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def existing(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """`path`, or the nearest of its parents that exists."""
     path = path.resolve()
     return next(each for each in (path, *path.parents) if each.exists())
@@ -43,7 +43,7 @@ def check_output(out: Path, inputs: list[Path], nbytes: int) -> None:
         raise OutputError(f"out: {out} already holds something; choose another folder, or remove it first")
     if resolved.is_mount():  # a finished folder is renamed to it, which cannot be done to a mount point
         raise OutputError(f"out: {out} is a mount point; name a folder in it, for example {out / 'calibrated'}")
-    parent = existing(resolved.parent)
+    parent = nearest_existing(resolved.parent)
     if not parent.is_dir():
         raise OutputError(f"out: {out} cannot be made, because {parent} is a file; choose another folder")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -73,7 +73,7 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         try:
-            with self._blame():
+            with self._write_errors():
                 self.partial.mkdir(parents=True)
                 for file in sorted({info.file for info in self.layout.tensors.values()}):
                     self._start(file)
@@ -113,7 +113,7 @@ class CheckpointWriter:
                     f"{name}: the new values do not fit {info.dtype}: some are not finite; nothing was written"
                 )
             file = self._files[info.file]
-            with self._blame():
+            with self._write_errors():
                 file.seek(self._offsets[name])
                 file.write(data.reshape(-1).view(torch.uint8).numpy().data)
 
@@ -129,11 +129,11 @@ class CheckpointWriter:
 
     def add_text(self, name: str, text: str) -> None:
         """Put a text file beside the weights."""
-        with self._blame():
+        with self._write_errors():
             (self.partial / name).write_text(text)
 
     @contextmanager
-    def _blame(self) -> Iterator[None]:
+    def _write_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -177,7 +177,7 @@ class CheckpointWriter:
                 "weight_map": {name: infos[name].file for name in sorted(infos)},
             }
             self.add_text(INDEX, json.dumps(index, indent=2) + "\n")
-        with self._blame():
+        with self._write_errors():
             for handle in self._files.values():
                 handle.flush()
                 os.fsync(handle.fileno())

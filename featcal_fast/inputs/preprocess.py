@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featcal_fast.errors import DataError
-from featcal_fast.inputs.samples import Sample, as_tokens, blame, import_optional, listed
+from featcal_fast.inputs.samples import Sample, as_data_error, as_tokens, import_optional, listed
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -32,7 +32,7 @@ def tokenize(sample: Sample, tokenizer: Any, max_length: int, targets: bool) -> 
             f"tokenizer of {tokenizer.name_or_path} adds"
         )
     where = f"{where} (tokenizer of {tokenizer.name_or_path})"
-    with blame(f"{where}: cannot be tokenized"):
+    with as_data_error(f"{where}: cannot be tokenized"):
         ids = tokenizer(text, add_special_tokens=not chat, truncation=True, max_length=max_length)["input_ids"]
     if len(ids) <= added:
         raise DataError(f"{where}: the text tokenizes to zero tokens; remove this sample")
@@ -55,7 +55,7 @@ def _render(sample: Sample, tokenizer: Any) -> str:
     ):
         raise DataError(f"{where}, messages: found {messages!r:.80}; expected a list of role and content objects")
     # A template is a program of the checkpoint's: it may refuse a role, or fail in any other way.
-    with blame(f"{where}: the chat template of {tokenizer.name_or_path} rejects the messages"):
+    with as_data_error(f"{where}: the chat template of {tokenizer.name_or_path} rejects the messages"):
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
 
@@ -63,7 +63,7 @@ def process_image(sample: Sample, processor: Any) -> Sample:
     from PIL import Image
 
     file = sample.values["image"]
-    with blame(f"{sample.where}: cannot be read as an image; replace or remove it"):
+    with as_data_error(f"{sample.where}: cannot be read as an image; replace or remove it"):
         if isinstance(file, dict):  # a dataset's cell
             file = file["path"] if file["bytes"] is None else BytesIO(file["bytes"])
         with Image.open(file) as image:
@@ -101,5 +101,5 @@ def load_image_processor(source: object, folders: Sequence[Path]) -> Any:
 
 
 def _from_pretrained(auto_class: Any, folder: Path, **options: str) -> Any:
-    with blame(f"{folder}: {auto_class.__name__} cannot load it; repair its files"):
+    with as_data_error(f"{folder}: {auto_class.__name__} cannot load it; repair its files"):
         return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)

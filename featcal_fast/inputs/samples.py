@@ -117,7 +117,7 @@ def _read_jsonl(path: Path, samples: int, seed: int) -> list[Sample]:
 
 
 def _parse_line(line: bytes, where: str) -> Sample:
-    with blame(f"{where}: found invalid JSON; expected one object a line"):
+    with as_data_error(f"{where}: found invalid JSON; expected one object a line"):
         values = json.loads(line)
     if not isinstance(values, dict):
         raise DataError(f"{where}: found a JSON {type(values).__name__}; expected an object with {TEXT_KEYS}")
@@ -128,7 +128,7 @@ def _parse_line(line: bytes, where: str) -> Sample:
 
 
 def _read_tensors(path: Path, samples: int, seed: int) -> list[Sample]:
-    with blame(f"{path}: cannot be read as safetensors"), safe_open(path, framework="pt") as file:
+    with as_data_error(f"{path}: cannot be read as safetensors"), safe_open(path, framework="pt") as file:
         names = sorted(file.keys(), key=lambda name: (name != "input_ids", name))
         tensors = {name: file.get_slice(name) for name in names}
         counts = {name: (tensor.get_shape() or [0])[0] for name, tensor in tensors.items()}
@@ -148,7 +148,7 @@ def _read_dataset(source: Path | str, split: str, samples: int, seed: int) -> li
     datasets = import_optional("datasets", "datasets", source)
     saved = any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json"))
     absent = "" if isinstance(source, Path) else "no such file or folder, and as a hub id "
-    with blame(f"{source}: {absent}cannot be read with the split {split!r}; expected {SUPPORTED}"):
+    with as_data_error(f"{source}: {absent}cannot be read with the split {split!r}; expected {SUPPORTED}"):
         dataset = datasets.load_from_disk(source) if saved else datasets.load_dataset(str(source), split=split)
     if isinstance(dataset, dict):
         if split not in dataset:
@@ -178,7 +178,7 @@ def _read_dataset(source: Path | str, split: str, samples: int, seed: int) -> li
 
 def as_tokens(sample: Sample) -> Sample:
     """A row of token ids as tensors; where it has no mask, every token counts."""
-    with blame(f"{sample.where}: found no row of token ids; expected lists of integers"):
+    with as_data_error(f"{sample.where}: found no row of token ids; expected lists of integers"):
         values = {name: widen(torch.tensor(value)) for name, value in sample.values.items()}
     values.setdefault("attention_mask", torch.ones_like(values["input_ids"]))
     return Sample(sample.where, values)
@@ -218,7 +218,7 @@ def os_errors(source: object) -> Iterator[None]:
 
 
 @contextmanager
-def blame(message: str) -> Iterator[None]:
+def as_data_error(message: str) -> Iterator[None]:
     """Turn whatever a library raises on a user's file into a DataError that begins with `message`."""
     try:
         yield

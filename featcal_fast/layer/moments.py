@@ -1,6 +1,6 @@
-"""One task's scratch: what accumulates while its batches pass (design sections 3.1 to 3.4, 3.9).
+"""One task's scratch: what accumulates while its batches pass (`docs/method.md`, the same solution with less work).
 
-Everything is kept in the form that solves for the *change* `V = W - W_a` (design 3.8), so that float32 rounding acts on
+Everything is kept in the form that solves for the *change* `V = W - W_a`, so that float32 rounding acts on
 differences of features and of weights. For one group, with `D` the token weights and `n` their sum:
 
     S = Xs' D Xs                            upper triangle, [in, in]
@@ -29,13 +29,13 @@ AddOnce = Callable[[str, Callable[[], object]], None]
 
 
 def output_space(group: InputGroup, tokens: int) -> bool:
-    """Whether `H` (out * in a token) is cheaper than `Q` (in * in a token, and `W_t Q` add_once): design 3.4."""
+    """Whether `H` (out * in a token) is cheaper than `Q` (in * in a token, and `W_t Q` once)."""
     out = sum(group.out_features)
     return tokens * out < tokens * group.in_features + out * group.in_features
 
 
 def token_side(group: InputGroup, counts: TokenCounts) -> bool:
-    """Whether solving from the token side (Woodbury) takes fewer operations: design 3.9.
+    """Whether solving from the token side (Woodbury) takes fewer operations.
 
     Only with few tokens: a layer of `in` inputs and eight tasks must see fewer than about `in` in all.
     """

@@ -2,7 +2,7 @@
 
 The ladder, a system at a time, when a factorisation fails:
 
-    1. Cholesky in the chosen precision (design 3.7), in place in the accumulated buffers: no copy of A or R is made.
+    1. Cholesky in the chosen precision (`solve_dtype`), in place in the accumulated buffers: no copy of A or R is made.
        On a GPU, a large and well-conditioned float32 system goes by blocks (`cholesky`).
     2. Cholesky in float64, of the same system.
     3. float64 with the diagonal raised, tenfold each time, from 1e-7 of its mean; what was added is reported.
@@ -231,7 +231,7 @@ def _solve_bias(layer: LayerSystem, system: InputSystem, name: str, weight: Tens
 
 
 def solve_layernorm(sums: NormSums, gamma: Tensor, beta: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The two-by-two system of each channel (design section 2).
+    """The two-by-two system of each channel (`docs/method.md`, LayerNorms).
 
     Args:
         sums: over tasks, float64.

@@ -1,4 +1,4 @@
-"""A layer's running ridge systems, which each task is folded into (design sections 3.5, 3.8, 3.9).
+"""A layer's running ridge systems, which each task is folded into (`docs/method.md`, the same solution with less work).
 
 For one group, with a task's moments S and Q (`moments.py`) and w = 1 / max(||S||_F / n, eps):
 
@@ -97,7 +97,7 @@ class BiasSums:
 
 @dataclass
 class NormSums:
-    """Sums over tasks for one LayerNorm, float64, `[width]` each (design section 2)."""
+    """Sums over tasks for one LayerNorm, float64, `[width]` each."""
 
     energy: Tensor
     mean: Tensor

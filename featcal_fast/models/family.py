@@ -15,17 +15,22 @@ class LastLayerWeights:
 
     The published CLIP setting (official demo): only the CLS token is read out after the last block, so the others
     weigh 0.01, save for the keys and values that the CLS token attends to.
+
+    Attributes:
+        rest: weight of every token but the first.
+        except_modules: name suffixes of the modules for which all tokens weigh 1.
     """
 
     rest: float
-    except_modules: tuple[str, ...]  # name suffixes
+    except_modules: tuple[str, ...]
 
     def applies_to(self, module: str) -> bool:
+        """Whether the weights are for the inputs of the module of this name."""
         return not module.endswith(self.except_modules)
 
 
 def attention_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """The tokens of `input_ids` that count."""
+    """The tokens of `input_ids` that count, `[batch, tokens]`; None where all do."""
     return batch.get("attention_mask")
 
 
@@ -44,12 +49,13 @@ class Stage:
     memory: tuple[str, ...] = ()
 
     def reads_memory(self, module: str) -> bool:
+        """Whether the module of this name is given the previous stage's final output."""
         return bool(self.memory) and module.endswith(self.memory)
 
     def path(self, root: nn.Module) -> str | None:
         """The dotted path of the block list below `root`, or None."""
         for path in self.blocks:
-            module = submodule(root, path)
+            module = find_attribute(root, path)
             if isinstance(module, nn.ModuleList) and len(module):
                 return path
         return None
@@ -93,11 +99,11 @@ class Family:
     def root(self, model: nn.Module) -> str | None:
         """Where the family's transformer sits in `model`; None if it is not of this family."""
         for path in self.roots:
-            root = submodule(model, path) if path else model
+            root = find_attribute(model, path) if path else model
             if (
                 isinstance(root, nn.Module)
                 and all(stage.path(root) is not None for stage in self.stages)
-                and all(submodule(root, mark) is not None for mark in self.marks)
+                and all(find_attribute(root, mark) is not None for mark in self.marks)
             ):
                 return path
         return None
@@ -107,9 +113,9 @@ class Family:
         return next((reason for suffix, reason in self.keeps.items() if weight.endswith(suffix)), None)
 
 
-def submodule(model: nn.Module, path: str) -> nn.Module | None:
-    """What sits at dotted `path` of `model` (a module or a parameter), or None."""
-    found: Any = model
+def find_attribute(model: nn.Module, path: str) -> object | None:
+    """What is at dotted `path` of `model`, a module or a parameter; or None."""
+    found: object | None = model
     for part in path.split("."):
         found = getattr(found, part, None)
         if found is None:

@@ -33,6 +33,7 @@ class Layer:
 
     @property
     def token_weights(self) -> LastLayerWeights | None:
+        """What tokens weigh in it; None where all weigh the same."""
         return self.family.last_layer if self.last else None
 
     def reads_memory(self, module: str) -> bool:

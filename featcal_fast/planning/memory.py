@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from featcal_kernels.configs import PANEL_BYTES, SLAB_BYTES
+from featcal_kernels.configs import PANEL_BYTES, WORKSPACE_BYTES
 
-from featcal_fast.checkpoints import kept_bytes as kept_in_host
+from featcal_fast.checkpoints import cached_bytes
 from featcal_fast.forward.runner import should_compile
 from featcal_fast.inputs.task_data import TaskData
 from featcal_fast.planning.footprint import StageInputs
@@ -70,7 +70,7 @@ def count_memory(
         host.update(max([*moments, Counter({"tensors that stay": largest})], key=_total))
     else:
         here["a batch"] = round(entering)
-        here["operands of the kernels"] = PANEL_BYTES + SLAB_BYTES
+        here["operands of the kernels"] = PANEL_BYTES + WORKSPACE_BYTES
         arriving = max(models.largest_pinned(layer.index) for layer in plan.layers)
         arriving += reading + max(models.largest_block(layer.index) for layer in plan.layers)
         if isinstance(offload, Path):
@@ -93,7 +93,7 @@ def _count_data(plan: Plan, models: PlannedModels, data: Mapping[str, TaskData],
     host["calibration data"] = round(sum(each.nbytes for each in data.values() if stays or not each.lazy))
     if recipe.expert_storage != "disk":
         host["experts kept"] = sum(
-            kept_in_host(source.tensors[name], recipe.expert_storage)
+            cached_bytes(source.tensors[name], recipe.expert_storage)
             for source, own in zip(models.models.experts.values(), models.experts.values(), strict=True)
             for name in {*meta_checkpoint(own).reads, *block_reads(own)}
         )

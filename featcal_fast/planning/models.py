@@ -7,8 +7,14 @@ from collections.abc import Iterable
 
 import torch
 
-from featcal_fast.checkpoints import BitsAndBytesCheckpoint, CachedExpert, LoraExpert, TensorSource, canonical
-from featcal_fast.checkpoints import kept_bytes as kept_in_host
+from featcal_fast.checkpoints import (
+    BitsAndBytesCheckpoint,
+    CachedExpert,
+    LoraExpert,
+    TensorSource,
+    cached_bytes,
+    canonical,
+)
 from featcal_fast.checkpoints.adapter import ROWS
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.recipe import Recipe
@@ -134,7 +140,7 @@ def _from_files(source: TensorSource, merging: list[str], own: list[str]) -> int
         return source.stored_bytes([*merging, *own])
     # A merge reads what is kept compressed again, to be exact.
     again = [
-        name for name in merging if kept_in_host(source.tensors[name], source.storage) < source.tensors[name].nbytes
+        name for name in merging if cached_bytes(source.tensors[name], source.storage) < source.tensors[name].nbytes
     ]
     repeated = (Counter(again) - Counter(set(again))).elements()
     return source.stored_bytes([*dict.fromkeys([*merging, *own]), *repeated])

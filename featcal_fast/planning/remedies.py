@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from featcal_fast.checkpoints import existing
+from featcal_fast.checkpoints import nearest_existing
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.inputs.task_data import TaskData
 from featcal_fast.planning.plan import Plan, format_bytes
@@ -43,7 +43,7 @@ def _disk_problems(plan: Plan, recipe: Recipe, offload: Offload) -> list[str]:
         return []
     need = plan.disk["hidden states"]
     if recipe.out is not None:
-        out = existing(recipe.root / Path(recipe.out).expanduser())
+        out = nearest_existing(recipe.root / Path(recipe.out).expanduser())
         need += plan.disk["calibrated model"] if out.stat().st_dev == offload.stat().st_dev else 0
     free = shutil.disk_usage(offload).free
     if need <= free:

@@ -9,19 +9,26 @@ class Progress:
     """Receives a run's events; this one ignores them. The command line has one that draws."""
 
     def stage(self, layers: int, tokens: int) -> None:
-        """The model, or its decoder after its encoder, begins: so many layers are left, so many tokens in each.
+        """The model, or its decoder after its encoder, begins.
 
-        Tokens are all tasks', student and expert counted once.
+        Args:
+            layers: that are left, the decoder's counted.
+            tokens: number of tokens in each of them, all tasks' together, student and expert counted once.
         """
 
     def task(self, layer: int, task: str) -> None:
-        """A task's turn in a layer begins."""
+        """A task's turn in a layer begins.
+
+        Args:
+            layer: the layer's index.
+            task: its name.
+        """
 
     def tokens(self, count: int) -> None:
-        """So many more tokens of the layer are done."""
+        """So many more tokens of the layer are done: `count`."""
 
     def layer(self, report: LayerReport) -> None:
-        """A layer is done."""
+        """A layer is done; `report` says how it went."""
 
     def close(self) -> None:
         """The run ended, well or badly."""

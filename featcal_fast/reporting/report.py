@@ -20,13 +20,14 @@ if TYPE_CHECKING:  # only terminals need it, and bench.gpu runs without
 
 @dataclass
 class GroupReport:
-    """One input group of a layer.
+    """One input group of a layer: linear modules that are given the same tensor, and so share second moments.
 
     Attributes:
-        modules: linear modules that shared moments.
+        modules: their names in the layer.
         in_features, out_features: of their weights; `out_features` is the sum.
-        space: where the right-hand side was accumulated: `input` or `output` (design 3.4), or `tokens` (3.9).
-        solver: precision of the solve, and what the ladder had to add to the diagonal.
+        space: where the right-hand side was accumulated: by features of the `input` or of the `output`, or by
+            `tokens`, where they are fewer.
+        solver: precision of the solve, and what had to be added to the diagonal for it.
         change: `||W' - W_merged||_F / ||W_merged||_F` over the group's weights.
     """
 
@@ -40,7 +41,17 @@ class GroupReport:
 
 @dataclass
 class LayerReport:
-    """One layer: drift to the experts before and after (see `drift.py`), seconds, what was solved."""
+    """One layer: how far its output is from the experts', and what was solved.
+
+    Attributes:
+        index: its number, in forward order.
+        drift_before: `||H - H_expert||_F / ||H_expert||_F` of its output `H` as it was, on each task's first samples;
+            the mean over tasks.
+        drift_after: the same, calibrated.
+        seconds: wall clock, in seconds.
+        groups: its linear weights.
+        norms: names of its LayerNorms that were updated.
+    """
 
     index: int
     drift_before: float
@@ -56,16 +67,19 @@ class Report:
 
     Attributes:
         settings: the constants used.
+        family: of the model, by name.
+        device: where it was computed.
         tokens: calibration tokens that counted, by task.
         layers: one entry a calibrated layer.
         kept: linear weights that keep their merged values, each with the reason.
-        seconds: wall clock of the whole run.
+        seconds: wall clock of the whole run, in seconds.
         flops: floating-point operations of the layers, where there was a plan.
-        bytes_read: of tensors, by model, where there was a recipe; and of hidden states, where they were on disk.
-        bytes_written: likewise.
+        bytes_read: bytes of tensors, by model, where there was a recipe; and of hidden states, where they were on disk.
+        bytes_written: bytes, likewise.
         storage_error: `||W_kept - W||_F / ||W||_F` of experts kept in host memory, by task (`expert_storage`).
         recipe: the job, where there was a recipe.
         out: the folder written, where there is one.
+        versions: of this package, torch, transformers and Python.
     """
 
     settings: Settings
@@ -90,10 +104,11 @@ class Report:
 
     @property
     def rate(self) -> float:
-        """Operations a second within the layers; 0 where they were not counted."""
+        """Floating-point operations a second within the layers; 0 where they were not counted."""
         return self.flops / max(sum(layer.seconds for layer in self.layers), 1e-9)
 
     def to_json(self) -> str:
+        """All of it as a JSON text, as `report.json` holds it."""
         counts = {"calibrated_weights": self.calibrated, "linear_weights": self.calibrated + len(self.kept)}
         return json.dumps({**asdict(self), **counts}, indent=2) + "\n"
 
@@ -126,7 +141,10 @@ class Report:
         return table
 
     def plot(self, path: str | Path) -> None:
-        """Draw drift a layer, before and after, as a PNG, PDF or SVG.
+        """Draw each layer's drift, before and after.
+
+        Args:
+            path: the file to write; its suffix says what kind: `.png`, `.pdf` or `.svg`.
 
         Raises:
             FeatCalError: matplotlib is not installed.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 ROW_PAD = 128  # rows of copied operands: a multiple of any tile's tokens
-SLAB_BYTES = 192 * 2**20  # at most, of partial sums: `schedule.MAX_WAVES` of the largest tile on 148 multiprocessors
+WORKSPACE_BYTES = 192 * 2**20  # of partial tiles, at most: `schedule.MAX_WAVES` of the largest on 148 multiprocessors
 PANEL_BYTES = 512 * 2**20  # of operands that are copied to be multiplied, at a time
 
 

@@ -26,12 +26,15 @@ def allow_bf16_units(allowed: bool = True) -> None:
     """Let this process's bfloat16 sums on the CPU use matrix units, where it has them.
 
     Other threads must not multiply float32 matrices on the CPU meanwhile: their operands could be rounded.
+
+    Args:
+        allowed: whether they may.
     """
     global _allowed
     _allowed = allowed
 
 
-def takes(x: Tensor, weights: Tensor | None) -> bool:
+def supports(x: Tensor, weights: Tensor | None) -> bool:
     """Whether these features are for the functions here: weighted ones are no longer bfloat16."""
     return _allowed and x.dtype == torch.bfloat16 and weights is None and x.device.type == "cpu" and _available()
 
@@ -60,7 +63,7 @@ def _triangle_(out: Tensor, x: Tensor) -> Tensor:
 
 @contextmanager
 def _exact_bf16_products() -> Iterator[None]:
-    backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set by torch at import
     before = backend.fp32_precision
     backend.fp32_precision = "bf16"
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -20,7 +19,7 @@ from triton import knobs
 from featcal_kernels import blas, schedule
 from featcal_kernels.configs import PANEL_BYTES, ROW_PAD, Arch, Tile, arch_of
 from featcal_kernels.moments_triton import descriptor_kernel, pointer_kernel, reduce_kernel
-from featcal_kernels.operands_triton import COLUMN_PAD, Operand, PackedOperand, in_place, part_rows
+from featcal_kernels.operands_triton import COLUMN_PAD, Operand, OperandPanels, needs_no_copy, part_rows
 from featcal_kernels.schedule import ceil_div
 from featcal_kernels.triangle_triton import frobenius, symmetrize_
 
@@ -69,22 +68,22 @@ def moments_(
     with torch.cuda.device_of(x):
         size = _panel(gram, x, y, dtype, weights is not None)
         parts = 2 if single else 1  # which hold all the bits of any 16-bit value
-        right = PackedOperand(x, dtype, weights, tokens=size)
-        x_left = PackedOperand(x, dtype, None, parts, size) if weights is not None and gram is not None else right
-        y_left = x_left if y is None else PackedOperand(y, dtype, None, parts, size)
+        right = OperandPanels(x, dtype, weights, tokens=size)
+        x_left = OperandPanels(x, dtype, None, parts, size) if weights is not None and gram is not None else right
+        y_left = x_left if y is None else OperandPanels(y, dtype, None, parts, size)
         _add(gram, cross, x_left if gram is not None else y_left, y_left, right, None, arch, path, size)
 
 
-def pack(b: Tensor) -> PackedOperand:
-    """`b` `[k, d]` float32 as a right operand of `addmm_`, copied once for several."""
+def pack(b: Tensor) -> OperandPanels:
+    """`b` `[k, d]` float32 as a right operand of `addmm_`, packed once for several."""
     with torch.cuda.device_of(b):
-        return PackedOperand(b, torch.float16).copied()
+        return OperandPanels(b, torch.float16).packed()
 
 
 def addmm_(
     out: Tensor,
     a: Tensor,
-    b: Tensor | PackedOperand,
+    b: Tensor | OperandPanels,
     scale: Tensor,
     *,
     precision: str = "fp16x3",
@@ -105,13 +104,13 @@ def addmm_(
     scale = scale.to(out.device, torch.float32)
     with torch.cuda.device_of(out):
         parts = 1 if precision == "fp16x2" or a.dtype.itemsize == 2 else 2
-        if isinstance(b, PackedOperand):
+        if isinstance(b, OperandPanels):
             size, right = a.shape[1], b
-            left = PackedOperand(a.mT, torch.float16, None, parts)
+            left = OperandPanels(a.mT, torch.float16, None, parts)
         else:
             dtype = torch.float32 if precision == "ieee" else torch.float16
             size = _panel(None, b, a.mT, dtype, False)
-            left, right = PackedOperand(a.mT, dtype, None, parts, size), PackedOperand(b, dtype, tokens=size)
+            left, right = OperandPanels(a.mT, dtype, None, parts, size), OperandPanels(b, dtype, tokens=size)
         _add(None, out, left, left, right, scale, arch, "triton", size)
 
 
@@ -129,9 +128,9 @@ def _path(gram: Tensor | None, cross: Tensor | None, x: Tensor, arch: Arch) -> s
 def _panel(gram: Tensor | None, x: Tensor, y: Tensor | None, dtype: torch.dtype, weighted: bool) -> int:
     """Tokens at a time: all if the operands are used as they lie; else so many that the copies stay small."""
     copied = weighted * x.shape[1]
-    if not in_place(x, dtype) and (gram is not None or not weighted):
+    if not needs_no_copy(x, dtype) and (gram is not None or not weighted):
         copied += x.shape[1]
-    if y is not None and not in_place(y, dtype):
+    if y is not None and not needs_no_copy(y, dtype):
         copied += y.shape[1]
     return max(MIN_PANEL, PANEL_BYTES // (4 * copied) // ROW_PAD * ROW_PAD) if copied else len(x)
 
@@ -139,16 +138,16 @@ def _panel(gram: Tensor | None, x: Tensor, y: Tensor | None, dtype: torch.dtype,
 def _add(
     gram: Tensor | None,
     cross: Tensor | None,
-    x: PackedOperand,
-    y: PackedOperand,
-    b: PackedOperand,
+    x: OperandPanels,
+    y: OperandPanels,
+    b: OperandPanels,
     scale: Tensor | None,
     arch: Arch,
     path: str,
     size: int,
 ) -> None:
     """`gram += scale * x' b` and `cross += scale * y' b`, `size` tokens at a time."""
-    launch = _Launch.of(gram, cross, x, y, b, arch, min(size, len(b.x))) if path == "triton" else None
+    launch = _Launcher.of(gram, cross, x, y, b, arch, min(size, len(b.x))) if path == "triton" else None
     for tokens in _slices(len(b.x), size):
         right = b[tokens]
         x_left = right if x is b else x[tokens]
@@ -168,41 +167,53 @@ def _slices(n: int, size: int) -> Iterator[slice]:
 
 
 @dataclass
-class _Launch:
-    """How the kernels run on all panels of an op: tiles, programs, and the memory they take."""
+class _Launcher:
+    """Launches the kernels on each panel of an op, with the same tiles, programs and memory.
+
+    Attributes:
+        arch: how the device runs the op.
+        tile: what one program computes.
+        half: whether operands are 16-bit.
+        table: `[tiles]` int32, which tile each program takes, as `schedule` codes it.
+        splits: programs that share a tile's tokens (split-K).
+        workspace: float32, where programs leave partial tiles to be added up; None where each adds to the sums itself.
+        m, d: rows of the rectangular sum, and columns of both sums.
+        ld: stride of the rectangular sum's rows.
+        descriptors: memory for tensor descriptors.
+    """
 
     arch: Arch
     tile: Tile
     half: bool  # 16-bit operands
     table: Tensor
     splits: int
-    slabs: Tensor | None
+    workspace: Tensor | None
     m: int
     d: int
     ld: int
-    descriptors: _Descriptors
+    descriptors: _DescriptorAllocator
 
     @classmethod
     def of(
         cls,
         gram: Tensor | None,
         cross: Tensor | None,
-        x: PackedOperand,
-        y: PackedOperand,
-        b: PackedOperand,
+        x: OperandPanels,
+        y: OperandPanels,
+        b: OperandPanels,
         arch: Arch,
         tokens: int,
-    ) -> _Launch:
+    ) -> _Launcher:
         device, d = b.x.device, b.x.shape[1]
         half = b.dtype != torch.float32
         runs = b.parts + max(x.parts, y.parts) - 1
         m, ld = (0, d) if cross is None else (len(cross), cross.stride(0))
         sizes = 0 if gram is None else d, m, d
-        tile, splits = choose(sizes, tokens, runs, arch, half, _slots(device))
-        table = _table(*sizes, tile, device)
-        by_slabs = splits > 1 or d % COLUMN_PAD > 0 or ld % COLUMN_PAD > 0
-        slabs = torch.empty(len(table) * splits * tile.m * tile.n, device=device) if by_slabs else None
-        return cls(arch, tile, half, table, splits, slabs, y.x.shape[1], d, ld, _Descriptors(device))
+        tile, splits = choose_tile(sizes, tokens, runs, arch, half, _slots(device))
+        table = _tile_table(*sizes, tile, device)
+        by_workspace = splits > 1 or d % COLUMN_PAD > 0 or ld % COLUMN_PAD > 0
+        workspace = torch.empty(len(table) * splits * tile.m * tile.n, device=device) if by_workspace else None
+        return cls(arch, tile, half, table, splits, workspace, y.x.shape[1], d, ld, _DescriptorAllocator(device))
 
     def __call__(
         self, gram: Tensor | None, cross: Tensor | None, x: Operand, y: Operand, b: Operand, scale: Tensor | None
@@ -211,31 +222,30 @@ class _Launch:
         outputs = (cross if gram is None else gram, gram if cross is None else cross)
         operands: list[Tensor | int] = []
         for side in (x, y, b):
-            low, bound = _whole(b.data.device)
+            low, bound = _unsplit(b.data.device)
             low, bound = low if side.low is None else side.low, bound if side.bound is None else side.bound
             operands += [side.data, low, bound, side.data.stride(0), len(side.data)]
-        kernel: Any = pointer_kernel
+        kernel = pointer_kernel
         if self.arch.descriptors and self.half:
             kernel = descriptor_kernel
             triton.set_allocator(self.descriptors)
         kernel[(len(self.table), self.splits)](
-            *outputs, self.slabs, self.table, *operands, scale, b.tokens, part_rows(b.tokens), m, d, self.ld,
+            *outputs, self.workspace, self.table, *operands, scale, b.tokens, part_rows(b.tokens), m, d, self.ld,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, HALVES=tile.halves, PROMOTE=tile.promote,
             SCALED=any(side.bound is not None for side in (x, y, b)), A_LOW=x.low is not None or y.low is not None,
-            B_LOW=b.low is not None, TRIPLE=tile.triple, SLABS=self.slabs is not None,
+            B_LOW=b.low is not None, TRIPLE=tile.triple, PARTIAL=self.workspace is not None,
             UPCAST=knobs.runtime.interpret and b.data.dtype == torch.bfloat16,
             num_warps=tile.warps, num_stages=tile.stages, **dict(tile.options),
         )  # fmt: skip
-        if self.slabs is not None:
-            kernel = reduce_kernel
-            kernel[(len(self.table), tile.m // REDUCE_ROWS)](
-                *outputs, self.slabs, self.table, self.splits, m, d, self.ld,
+        if self.workspace is not None:
+            reduce_kernel[(len(self.table), tile.m // REDUCE_ROWS)](
+                *outputs, self.workspace, self.table, self.splits, m, d, self.ld,
                 BLOCK_M=tile.m, BLOCK_N=tile.n, ROWS=REDUCE_ROWS,
             )  # fmt: skip
 
 
-class _Descriptors:
-    """Their memory, the same for each panel: those after the first ask for none. Triton keeps the last op's."""
+class _DescriptorAllocator:
+    """Memory for tensor descriptors, the same for each panel: later ones ask for none. Triton keeps the last op's."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -248,8 +258,10 @@ class _Descriptors:
 
 
 @lru_cache(maxsize=1024)
-def choose(sizes: tuple[int, int, int], tokens: int, runs: int, arch: Arch, half: bool, slots: int) -> tuple[Tile, int]:
-    """The tile, and how many programs share its tokens.
+def choose_tile(
+    sizes: tuple[int, int, int], tokens: int, runs: int, arch: Arch, half: bool, slots: int
+) -> tuple[Tile, int]:
+    """The tile, and how many programs share its tokens (split-K).
 
     Args:
         sizes: columns of the Gram matrix, rows and columns of the cross moment; 0 for none.
@@ -274,14 +286,14 @@ def choose(sizes: tuple[int, int, int], tokens: int, runs: int, arch: Arch, half
 
 
 @lru_cache(maxsize=64)
-def _table(gram_columns: int, cross_rows: int, columns: int, tile: Tile, device: torch.device) -> Tensor:
+def _tile_table(gram_columns: int, cross_rows: int, columns: int, tile: Tile, device: torch.device) -> Tensor:
     order = schedule.tile_order(gram_columns, cross_rows, columns, tile.m, tile.n, tile.group)
     return torch.tensor(order, dtype=torch.int32).to(device)
 
 
 @lru_cache(maxsize=16)
-def _whole(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The flag and the bound of an operand as it lies: no low parts, and a power of 1."""
+def _unsplit(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The `low` flag and the bound of an operand that is not split: no low parts, and a power of 1."""
     return torch.zeros((), dtype=torch.int32, device=device), torch.full((), 2.0**14, device=device)
 
 

@@ -4,8 +4,8 @@ Two bodies, one schedule. `pointer_kernel` loads the left operand as a transpose
 copies asynchronous and 16 bytes wide on sm_80, sm_89 and gfx942; `descriptor_kernel` uses the bulk tensor copies of
 sm_90. A program looks its tile up in `table` (see `schedule`), takes its left operand accordingly, and adds the
 product to its tile of the sum by a plain load, add and store: a tile has one writer, so the bits never depend on
-timing. With `SLABS` the tokens are split over `num_programs(1)` programs, each writes a partial tile to a slab of
-its own, and `reduce_kernel` adds them in order.
+timing. With `PARTIAL` the tokens are split over `num_programs(1)` programs (split-K), each writes a partial tile to
+a place of its own in `workspace`, and `reduce_kernel` adds them in order.
 
 With `SCALED` the operands are float16 parts of values times a power of two (see `operands_triton`), which is taken
 off the sum; with `A_LOW` and `B_LOW` there are low parts, `rows` rows below the high ones. With `TRIPLE` a step loads
@@ -16,13 +16,13 @@ NVIDIA's matrix units cut their sums off at 24 or 25 bits instead of rounding th
 more than what splitting keeps. With `PROMOTE` a sum is taken from them after so many steps, and added up in float32.
 
 Operands are aligned and their columns padded to a multiple of 16. A sum with unaligned rows is written by way of
-slabs too: adding a whole tile element by element would spill registers.
+the workspace too: adding a whole tile element by element would spill registers.
 """
 
 import triton
 import triton.language as tl
 
-from featcal_kernels.operands_triton import power
+from featcal_kernels.operands_triton import power_of_two
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _tile(table):
 @triton.jit
 def _step_range(
     n, x_low, y_low, b_low, is_cross,
-    BLOCK_K: tl.constexpr, A_LOW: tl.constexpr, B_LOW: tl.constexpr, TRIPLE: tl.constexpr, SLABS: tl.constexpr,
+    BLOCK_K: tl.constexpr, A_LOW: tl.constexpr, B_LOW: tl.constexpr, TRIPLE: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Steps of one run over the tokens, the first and last of this program's over all runs, and the flag of `b`."""
     steps = tl.cdiv(n, BLOCK_K)
@@ -48,7 +48,7 @@ def _step_range(
             total += steps * tl.load(tl.where(is_cross, y_low, x_low))
     first = 0
     last = total
-    if SLABS:
+    if PARTIAL:
         first = total * tl.program_id(1) // tl.num_programs(1)
         last = total * (tl.program_id(1) + 1) // tl.num_programs(1)
     return steps, first, last, b_has_low
@@ -80,38 +80,39 @@ def _add_to_output(acc, out, row, col, out_rows, d, ld, is_cross):
 
 @triton.jit
 def _store(
-    acc, out, slabs, i, j, shift, out_rows, d, ld, is_cross,
-    SLABS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    acc, out, workspace, i, j, shift, out_rows, d, ld, is_cross,
+    PARTIAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, BLOCK_M)
     c = shift + tl.arange(0, WIDTH)
-    if SLABS:
-        slab = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        slabs += slab.to(tl.int64) * (BLOCK_M * BLOCK_N)
-        tl.store(slabs + r[:, None] * BLOCK_N + c[None, :], acc)
+    if PARTIAL:
+        part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        workspace += part.to(tl.int64) * (BLOCK_M * BLOCK_N)
+        tl.store(workspace + r[:, None] * BLOCK_N + c[None, :], acc)
     else:
         _add_to_output(acc, out, i * BLOCK_M + r, j * BLOCK_N + c, out_rows, d, ld, is_cross)
 
 
 @triton.jit
-def _finish(
-    acc, out, slabs, i, j, out_rows, d, ld, is_cross,
-    SLABS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr,
+def _epilogue(
+    acc, out, workspace, i, j, out_rows, d, ld, is_cross,
+    PARTIAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     if HALVES:  # a large tile, half after half: fewer live registers
-        pair = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        HALF: tl.constexpr = BLOCK_N // 2
+        pair = tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1))
         left, right = tl.split(pair)
-        _store(left, out, slabs, i, j, 0, out_rows, d, ld, is_cross, SLABS, BLOCK_M, BLOCK_N, BLOCK_N // 2)
-        _store(right, out, slabs, i, j, BLOCK_N // 2, out_rows, d, ld, is_cross, SLABS, BLOCK_M, BLOCK_N, BLOCK_N // 2)
+        _store(left, out, workspace, i, j, 0, out_rows, d, ld, is_cross, PARTIAL, BLOCK_M, BLOCK_N, HALF)
+        _store(right, out, workspace, i, j, HALF, out_rows, d, ld, is_cross, PARTIAL, BLOCK_M, BLOCK_N, HALF)
     else:
-        _store(acc, out, slabs, i, j, 0, out_rows, d, ld, is_cross, SLABS, BLOCK_M, BLOCK_N, BLOCK_N)
+        _store(acc, out, workspace, i, j, 0, out_rows, d, ld, is_cross, PARTIAL, BLOCK_M, BLOCK_N, BLOCK_N)
 
 
 @triton.jit
 def _scaled(acc, a_bound, b_bound, scale, SCALED: tl.constexpr):
     """Times `scale`, if there is one, without the powers of two of the operands."""
     if SCALED:
-        acc *= 1.0 / (power(tl.load(a_bound)) * power(tl.load(b_bound)))
+        acc *= 1.0 / (power_of_two(tl.load(a_bound)) * power_of_two(tl.load(b_bound)))
     if scale is not None:
         acc *= tl.load(scale)
     return acc
@@ -137,15 +138,17 @@ def _promoted(acc, part, step, PROMOTE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["x_n", "y_n", "b_n", "n", "rows", "m"])
 def pointer_kernel(
-    gram, cross, slabs, table,
+    gram, cross, workspace, table,
     x, x_low, x_bound, x_ld, x_n, y, y_low, y_bound, y_ld, y_n, b, b_low, b_bound, b_ld, b_n,
     scale, n, rows, m, d, cross_ld,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     HALVES: tl.constexpr, PROMOTE: tl.constexpr, SCALED: tl.constexpr, A_LOW: tl.constexpr, B_LOW: tl.constexpr,
-    TRIPLE: tl.constexpr, SLABS: tl.constexpr, UPCAST: tl.constexpr,
+    TRIPLE: tl.constexpr, PARTIAL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     is_cross, i, j = _tile(table)
-    steps, first, last, b_has_low = _step_range(n, x_low, y_low, b_low, is_cross, BLOCK_K, A_LOW, B_LOW, TRIPLE, SLABS)
+    steps, first, last, b_has_low = _step_range(
+        n, x_low, y_low, b_low, is_cross, BLOCK_K, A_LOW, B_LOW, TRIPLE, PARTIAL
+    )
     RUNS: tl.constexpr = (A_LOW or B_LOW) and not TRIPLE
     a = tl.where(is_cross, y, x)
     a_ld = tl.where(is_cross, y_ld, x_ld)
@@ -180,20 +183,22 @@ def pointer_kernel(
     acc = _scaled(acc, tl.where(is_cross, y_bound, x_bound), b_bound, scale, SCALED)
     out = tl.where(is_cross, cross, gram)
     ld = tl.where(is_cross, cross_ld, d)
-    _finish(acc, out, slabs, i, j, out_rows, d, ld, is_cross, SLABS, BLOCK_M, BLOCK_N, HALVES)
+    _epilogue(acc, out, workspace, i, j, out_rows, d, ld, is_cross, PARTIAL, BLOCK_M, BLOCK_N, HALVES)
 
 
 @triton.jit(do_not_specialize=["x_n", "y_n", "b_n", "n", "rows", "m"])
 def descriptor_kernel(
-    gram, cross, slabs, table,
+    gram, cross, workspace, table,
     x, x_low, x_bound, x_ld, x_n, y, y_low, y_bound, y_ld, y_n, b, b_low, b_bound, b_ld, b_n,
     scale, n, rows, m, d, cross_ld,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     HALVES: tl.constexpr, PROMOTE: tl.constexpr, SCALED: tl.constexpr, A_LOW: tl.constexpr, B_LOW: tl.constexpr,
-    TRIPLE: tl.constexpr, SLABS: tl.constexpr, UPCAST: tl.constexpr,
+    TRIPLE: tl.constexpr, PARTIAL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     is_cross, i, j = _tile(table)
-    steps, first, last, b_has_low = _step_range(n, x_low, y_low, b_low, is_cross, BLOCK_K, A_LOW, B_LOW, TRIPLE, SLABS)
+    steps, first, last, b_has_low = _step_range(
+        n, x_low, y_low, b_low, is_cross, BLOCK_K, A_LOW, B_LOW, TRIPLE, PARTIAL
+    )
     RUNS: tl.constexpr = (A_LOW or B_LOW) and not TRIPLE
     out_rows = tl.where(is_cross, m, d)
     a = tl.make_tensor_descriptor(
@@ -225,23 +230,23 @@ def descriptor_kernel(
     acc = _scaled(acc, tl.where(is_cross, y_bound, x_bound), b_bound, scale, SCALED)
     out = tl.where(is_cross, cross, gram)
     ld = tl.where(is_cross, cross_ld, d)
-    _finish(acc, out, slabs, i, j, out_rows, d, ld, is_cross, SLABS, BLOCK_M, BLOCK_N, HALVES)
+    _epilogue(acc, out, workspace, i, j, out_rows, d, ld, is_cross, PARTIAL, BLOCK_M, BLOCK_N, HALVES)
 
 
 @triton.jit(do_not_specialize=["splits", "m"])
 def reduce_kernel(
-    gram, cross, slabs, table, splits, m, d, cross_ld,
+    gram, cross, workspace, table, splits, m, d, cross_ld,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile's slabs in order, and the sum to the output; a program does `ROWS` rows of a tile."""
+    """Adds a tile's partial tiles in order, and the sum to the output; a program does `ROWS` rows of a tile."""
     is_cross, i, j = _tile(table)
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK_N)
-    slabs += (tl.program_id(0) * splits).to(tl.int64) * (BLOCK_M * BLOCK_N)
+    workspace += (tl.program_id(0) * splits).to(tl.int64) * (BLOCK_M * BLOCK_N)
     offset = r[:, None] * BLOCK_N + c[None, :]
-    acc = tl.load(slabs + offset)
+    acc = tl.load(workspace + offset)
     for s in tl.range(1, splits, num_stages=1):
-        acc += tl.load(slabs + s * (BLOCK_M * BLOCK_N) + offset)
+        acc += tl.load(workspace + s * (BLOCK_M * BLOCK_N) + offset)
     out = tl.where(is_cross, cross, gram)
     ld = tl.where(is_cross, cross_ld, d)
     _add_to_output(acc, out, i * BLOCK_M + r, j * BLOCK_N + c, tl.where(is_cross, m, d), d, ld, is_cross)

@@ -14,7 +14,6 @@ one kernel for all types of input. Weighted 16-bit features are split likewise, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -39,7 +38,7 @@ class Operand:
         columns: of the matrix.
         low: of values in two parts, int32 flag on the device, 1 if any low part is not zero; else None.
         bound: of float16 parts, float32 on the device, no smaller than any of the values; the parts are of the values
-            times `power(bound)`.
+            times `power_of_two(bound)`.
     """
 
     data: Tensor
@@ -60,7 +59,7 @@ def part_rows(tokens: int) -> int:
 
 
 @triton.jit
-def power(bound):
+def power_of_two(bound):
     """The power of two that brings `bound` to between 2^14 and 2^15, kept between 2^-63 and 2^60.
 
     Values beyond become infinite, as their squares are in float32. The inverse of a product of two powers is finite.
@@ -81,7 +80,7 @@ def pack_kernel(
     if WEIGHTS:
         value *= tl.load(weights + row, mask=row < n, other=0.0)[:, None]
     if SCALE:
-        value *= power(tl.load(bound))
+        value *= power_of_two(tl.load(bound))
     high = value.to(out.dtype.element_ty)
     out += row[:, None].to(tl.int64) * out_stride + col[None, :]
     inside = (row < rows)[:, None] & (col < out_stride)[None, :]
@@ -93,8 +92,8 @@ def pack_kernel(
             tl.store(low, 1)
 
 
-def in_place(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `x` is an operand of type `dtype` as it lies."""
+def needs_no_copy(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `x` is an operand of type `dtype` as it is: unit column stride, aligned rows."""
     return (
         x.dtype == dtype
         and x.stride(1) == 1
@@ -105,8 +104,8 @@ def in_place(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-class PackedOperand:
-    """`diag(weights) x` in `dtype`, tokens after tokens: `x` itself where that is possible, else copies to one place.
+class OperandPanels:
+    """`diag(weights) x` in `dtype`, a panel of tokens at a time: views of `x` where they will do, else packed copies.
 
     All the memory it takes is taken here, so that a product is not cut short half way through its tokens.
 
@@ -115,18 +114,18 @@ class PackedOperand:
         dtype: that of `x`, float32, or float16.
         weights: `[n]` float32, or None.
         parts: float16 ones that another type's or weighted values are split in: 2 hold 22 bits, 1 holds 11.
-        tokens: at a time; all by default.
+        tokens: of a panel; all by default.
     """
 
     def __init__(
         self, x: Tensor, dtype: torch.dtype, weights: Tensor | None = None, parts: int = 2, tokens: int | None = None
     ) -> None:
         self.x, self.dtype, self.weights = x, dtype, weights
-        self.low = self.bound = self._room = None
-        self._whole: Operand | None = None
+        self.low = self.bound = self._buffer = None
+        self._packed: Operand | None = None
         changed = weights is not None or x.dtype != dtype
         self.parts = parts if changed and dtype != torch.float32 else 1
-        if not changed and in_place(x, dtype):
+        if not changed and needs_no_copy(x, dtype):
             return
         n, d = x.shape
         if changed and dtype != torch.float32:
@@ -134,26 +133,25 @@ class PackedOperand:
         if self.parts == 2:
             self.low = torch.zeros((), dtype=torch.int32, device=x.device)
         rows, width = part_rows(n if tokens is None else min(tokens, n)), ceil_div(d, COLUMN_PAD) * COLUMN_PAD
-        self._room = torch.empty(self.parts * rows, width, dtype=dtype, device=x.device)
+        self._buffer = torch.empty(self.parts * rows, width, dtype=dtype, device=x.device)
 
-    def copied(self) -> PackedOperand:
-        """Itself, with all of its tokens copied now, and from now on given whole and without another copy."""
-        self._whole = self[:]
+    def packed(self) -> OperandPanels:
+        """Itself, with all of its tokens packed now: from now on they are the one panel, and not packed again."""
+        self._packed = self[:]
         return self
 
     def __getitem__(self, tokens: slice) -> Operand:
-        """These tokens; what was copied before is overwritten."""
-        if self._whole is not None:
-            return self._whole
+        """The panel of these tokens; a copy overwrites the one before it."""
+        if self._packed is not None:
+            return self._packed
         x = self.x[tokens]
         n, d = x.shape
-        if self._room is None:
+        if self._buffer is None:
             return Operand(x, n, d)
         rows = part_rows(n)
-        out = self._room[: self.parts * rows]
+        out = self._buffer[: self.parts * rows]
         weights = None if self.weights is None else self.weights[tokens]
-        kernel: Any = pack_kernel
-        kernel[(ceil_div(rows, BLOCK), ceil_div(out.shape[1], BLOCK))](
+        pack_kernel[(ceil_div(rows, BLOCK), ceil_div(out.shape[1], BLOCK))](
             x, weights, self.bound, out, self.low, n, d, x.stride(0), x.stride(1), rows, out.shape[1],
             WEIGHTS=weights is not None, SCALE=self.bound is not None, SPLIT=self.parts == 2, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
@@ -161,5 +159,5 @@ class PackedOperand:
 
 
 def _bound(x: Tensor, weights: Tensor | None) -> Tensor:
-    bound = torch.linalg.vector_norm(x, torch.inf).float()
-    return bound if weights is None else bound * torch.linalg.vector_norm(weights, torch.inf)
+    largest: Tensor = torch.linalg.vector_norm(x, torch.inf).float()
+    return largest if weights is None else largest * torch.linalg.vector_norm(weights, torch.inf)

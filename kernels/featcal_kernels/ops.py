@@ -20,15 +20,15 @@ How exact the products are, before sums are rounded:
 Column sums are no by-product here: the tensor cores take their tiles from shared memory, and a sum in the same pass
 would pull each tile through registers too. `x.sum(0, dtype=torch.float32)` reads `x` once.
 
-Every op raises a ValueError that says what was found and expected, if operands do not fit together.
+Operands that do not fit together are a ValueError that says what was found and expected. Equations are those of FeatCal
+(arXiv 2605.13030), which the ops were written for: `S_t` and `C_t` are a task's second moments, `w_t` its weight.
 """
 
 from __future__ import annotations
 
 import warnings
 from functools import cache
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -36,52 +36,61 @@ from torch import Tensor
 from featcal_kernels import cpu, naive
 from featcal_kernels.configs import PANEL_BYTES, ROW_PAD, arch_of
 
+if TYPE_CHECKING:  # Triton is only needed, and only there for certain, where there is a GPU
+    from featcal_kernels.operands_triton import OperandPanels
+
 _INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PRECISIONS = ("fp16x3", "ieee")
 _TRITON = (3, 6)  # the oldest release the kernels are checked with
 
 
 def gram_(out: Tensor, x: Tensor, weights: Tensor | None = None, *, precision: str = "fp16x3") -> Tensor:
-    """`out += x' diag(weights) x`, upper triangle.
+    """`out += x' diag(weights) x`, upper triangle: the sum of `S_t` in eq. 13, a chunk of tokens at a time.
 
     Args:
         out: `[d, d]` float32, contiguous; the running sum.
         x: `[n, d]` float16, bfloat16, float32 or float64, unit column stride; `n` may be 0.
-        weights: `[n]` non-negative token weights, or None for ones.
+        weights: `[n]`, any dtype, non-negative token weights; None for ones.
         precision: of float32 products on a GPU, "fp16x3" or "ieee".
 
     Returns:
-        `out`.
+        `out`, `[d, d]` float32.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or devices do not fit, or the precision is unknown.
     """
     _check_features("x", x)
     _check_sum("out", out, (x.shape[1], x.shape[1]), x)
     _check_weights(weights, x)
     _check_precision(precision)
     if (gpu := _gpu(x, out)) is None:
-        return cpu.gram_(out, x) if cpu.takes(x, weights) else naive.gram_(out, x, weights)
+        return cpu.gram_(out, x) if cpu.supports(x, weights) else naive.gram_(out, x, weights)
     gpu.moments_(out, None, x, None, weights=weights, precision=precision)
     return out
 
 
 def cross_(out: Tensor, y: Tensor, x: Tensor, weights: Tensor | None = None, *, precision: str = "fp16x3") -> Tensor:
-    """`out += y' diag(weights) x`.
+    """`out += y' diag(weights) x`: the sum of `C_t'` in eq. 13, with the target's features as `y`.
 
     Args:
-        out: `[m, d]` float32, contiguous.
-        y: `[n, m]`, same dtype as `x`.
-        x: `[n, d]`.
-        weights: `[n]` non-negative token weights, or None for ones.
+        out: `[m, d]` float32, contiguous; the running sum.
+        y: `[n, m]`, of the dtype of `x`, unit column stride.
+        x: `[n, d]` float16, bfloat16, float32 or float64, unit column stride; `n` may be 0.
+        weights: `[n]`, any dtype, non-negative token weights; None for ones.
         precision: of float32 products on a GPU, "fp16x3" or "ieee".
 
     Returns:
-        `out`.
+        `out`, `[m, d]` float32.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or devices do not fit, or the precision is unknown.
     """
     _check_pair(y, x)
     _check_sum("out", out, (y.shape[1], x.shape[1]), x)
     _check_weights(weights, x)
     _check_precision(precision)
     if (gpu := _gpu(x, out)) is None:
-        return cpu.cross_(out, y, x) if cpu.takes(x, weights) else naive.cross_(out, y, x, weights)
+        return cpu.cross_(out, y, x) if cpu.supports(x, weights) else naive.cross_(out, y, x, weights)
     gpu.moments_(None, out, x, y, weights=weights, precision=precision)
     return out
 
@@ -89,10 +98,21 @@ def cross_(out: Tensor, y: Tensor, x: Tensor, weights: Tensor | None = None, *, 
 def gram_cross_(
     s: Tensor, h: Tensor, x: Tensor, y: Tensor, weights: Tensor | None = None, *, precision: str = "fp16x3"
 ) -> tuple[Tensor, Tensor]:
-    """`gram_(s, x, weights)` and `cross_(h, y, x, weights)`, on a GPU in one launch.
+    """`gram_(s, x, weights)` and `cross_(h, y, x, weights)`, on a GPU in one launch: both sums of eq. 13.
+
+    Args:
+        s: `[d, d]` float32, contiguous; the running sum of `x' diag(weights) x`, upper triangle.
+        h: `[m, d]` float32, contiguous; the running sum of `y' diag(weights) x`.
+        x: `[n, d]` float16, bfloat16, float32 or float64, unit column stride; `n` may be 0.
+        y: `[n, m]`, of the dtype of `x`, unit column stride.
+        weights: `[n]`, any dtype, non-negative token weights; None for ones.
+        precision: of float32 products on a GPU, "fp16x3" or "ieee".
 
     Returns:
-        `s` and `h`.
+        `s`, `[d, d]` float32, and `h`, `[m, d]` float32.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or devices do not fit, or the precision is unknown.
     """
     _check_pair(y, x)
     _check_sum("s", s, (x.shape[1], x.shape[1]), x)
@@ -100,13 +120,23 @@ def gram_cross_(
     _check_weights(weights, x)
     _check_precision(precision)
     if (gpu := _gpu(x, s, h)) is None:
-        return cpu.gram_cross_(s, h, x, y) if cpu.takes(x, weights) else naive.gram_cross_(s, h, x, y, weights)
+        return cpu.gram_cross_(s, h, x, y) if cpu.supports(x, weights) else naive.gram_cross_(s, h, x, y, weights)
     gpu.moments_(s, h, x, y, weights=weights, precision=precision)
     return s, h
 
 
 def frobenius(s: Tensor) -> Tensor:
-    """Frobenius norm of the symmetric matrix whose upper triangle is `s`: a float64 scalar on `s.device`."""
+    """Frobenius norm of a symmetric matrix, from its upper triangle: of `S_t`, for the task weight `w_t` in eq. 17.
+
+    Args:
+        s: `[d, d]` float32, contiguous.
+
+    Returns:
+        A float64 scalar on the device of `s`.
+
+    Raises:
+        ValueError: `s` is not square, contiguous and float32.
+    """
     _check_sum("s", s, (s.shape[0], s.shape[0]))
     if (gpu := _gpu(s)) is None:
         return naive.frobenius(s)
@@ -114,7 +144,17 @@ def frobenius(s: Tensor) -> Tensor:
 
 
 def symmetrize_(s: Tensor) -> Tensor:
-    """Mirror the upper triangle of `s` `[d, d]` into the lower one, in place."""
+    """Mirror the upper triangle into the lower one, in place.
+
+    Args:
+        s: `[d, d]` float32, contiguous.
+
+    Returns:
+        `s`, `[d, d]` float32.
+
+    Raises:
+        ValueError: `s` is not square, contiguous and float32.
+    """
     _check_sum("s", s, (s.shape[0], s.shape[0]))
     if (gpu := _gpu(s)) is None:
         return naive.symmetrize_(s)
@@ -122,47 +162,74 @@ def symmetrize_(s: Tensor) -> Tensor:
 
 
 def add_scaled_(out: Tensor, s: Tensor, scale: Tensor) -> Tensor:
-    """`out += scale * s`, equal shapes; `scale` is a scalar tensor, never read by the host.
+    """`out += scale * s`: a task folded into the left side of eq. 17, with `w_t` for `scale`.
 
     One pass of torch on every device: it is bound by memory, and moves no more than its operands.
+
+    Args:
+        out: `[m, d]` float32, contiguous.
+        s: `[m, d]`, any floating dtype.
+        scale: a scalar of any floating dtype, never read by the host.
+
+    Returns:
+        `out`, `[m, d]` float32.
+
+    Raises:
+        ValueError: the shapes differ, or `out` is not contiguous and float32.
     """
     _check_sum("out", out, tuple(s.shape))
     return naive.add_scaled_(out, s, scale)
 
 
-def pack(b: Tensor) -> Any:
-    """`b` `[k, d]` float32 made ready for several `addmm_`: on a GPU a copy in the parts that are multiplied there, of
-    the size of `b`; else `b` itself."""
+def pack(b: Tensor) -> Tensor | OperandPanels:
+    """Make a right operand ready for several `addmm_`.
+
+    Args:
+        b: `[k, d]` float32, any strides.
+
+    Returns:
+        On a GPU a copy, `[k, d]` in float16 parts, that takes the memory of a contiguous `b`; else `b` itself.
+
+    Raises:
+        ValueError: `b` is not a float32 matrix.
+    """
     if b.ndim != 2 or b.dtype != torch.float32:
         raise ValueError(f"b must be [k, d] in fp32; found {tuple(b.shape)} {b.dtype}")
     return b if (gpu := _gpu(b)) is None else gpu.pack(b)
 
 
 def panel_rows(device: torch.device, columns: int) -> int:
-    """How many rows of `b` to pack and multiply at a time.
+    """How many rows of `b` to pack and multiply at a time: as many as 512 MiB of copies hold, but at least 2,048.
 
     Args:
-        device: where.
-        columns: that copies of so many rows have, of all `b` that are packed together and of `a.mT`.
+        device: where the product is computed.
+        columns: of the copies together: those of every `b` that is packed at the same time, and of `a.mT`.
+
+    Returns:
+        The number of rows.
     """
     if device.type != "cuda":
         return naive.PANEL
     return max(naive.PANEL, PANEL_BYTES // (4 * columns) // ROW_PAD * ROW_PAD)
 
 
-def addmm_(out: Tensor, a: Tensor, b: Any, scale: Tensor, *, precision: str = "fp16x3") -> Tensor:
-    """`out += scale * (a @ b)`: the fold's products.
+def addmm_(out: Tensor, a: Tensor, b: Tensor | OperandPanels, scale: Tensor, *, precision: str = "fp16x3") -> Tensor:
+    """`out += scale * (a @ b)`: a task folded into the right side of eq. 17, with its weights as `a`.
 
     Args:
         out: `[m, d]` float32, unit column stride: a block of a larger matrix will do.
         a: `[m, k]`, any floating dtype; 16 bits take two products instead of three.
-        b: `[k, d]` float32, or what `pack` made of it.
-        scale: a scalar tensor, never read by the host.
+        b: `[k, d]` float32, any strides; or what `pack` made of it.
+        scale: a scalar of any floating dtype, never read by the host.
         precision: of the products on a GPU, "fp16x3", "ieee" (which takes no packed `b`), or "fp16x2": two products,
             with each value of `a` rounded to 11 bits; a CPU multiplies in float32.
 
     Returns:
-        `out`.
+        `out`, `[m, d]` float32.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or devices do not fit, the precision is unknown, or "ieee" is asked for with
+            a packed `b`.
     """
     matrix = b if isinstance(b, Tensor) else b.x
     if a.ndim != 2 or matrix.ndim != 2 or a.shape[1] != matrix.shape[0] or matrix.dtype != torch.float32:
@@ -194,7 +261,30 @@ def missing(device: torch.device) -> str:
     return ""
 
 
-def _gpu(x: Tensor, *outputs: Tensor) -> ModuleType | None:
+class _Kernels(Protocol):
+    """What `launch` offers: the ops, for operands that were checked."""
+
+    def moments_(
+        self,
+        gram: Tensor | None,
+        cross: Tensor | None,
+        x: Tensor,
+        y: Tensor | None,
+        *,
+        weights: Tensor | None,
+        precision: str,
+    ) -> None: ...
+
+    def addmm_(self, out: Tensor, a: Tensor, b: Tensor | OperandPanels, scale: Tensor, *, precision: str) -> None: ...
+
+    def pack(self, b: Tensor) -> OperandPanels: ...
+
+    def frobenius(self, s: Tensor) -> Tensor: ...
+
+    def symmetrize_(self, s: Tensor) -> Tensor: ...
+
+
+def _gpu(x: Tensor, *outputs: Tensor) -> _Kernels | None:
     """The module that runs the ops on the GPU of `x`; None where torch does, or where there is nothing to do."""
     if not x.is_cuda or x.dtype == torch.float64 or not x.numel() or not any(out.numel() for out in outputs or (x,)):
         return None
@@ -202,7 +292,7 @@ def _gpu(x: Tensor, *outputs: Tensor) -> ModuleType | None:
 
 
 @cache
-def _gpu_module(device: torch.device) -> ModuleType | None:
+def _gpu_module(device: torch.device) -> _Kernels | None:
     if not (why := missing(device)):
         from featcal_kernels import launch
 

@@ -15,10 +15,10 @@ COLUMN_MASK = (1 << ROW_SHIFT) - 1
 # What a launch costs beside its products, in k-steps of the architecture's `half` tile (0.8 us for 128 x 256 x 64 on an
 # H200). Estimates: they decide which tiles and how many programs a tile's tokens take, never what is computed.
 TILE_STEPS = 4  # a program's start and end
-REDUCE_STEPS = 4  # the launch that adds the slabs up
-SLAB_STEPS = 0.05  # writing and reading one slab, the memory shared by all programs
+REDUCE_STEPS = 4  # the launch that adds the partial tiles up
+WORKSPACE_STEPS = 0.05  # writing and reading one partial tile, the memory shared by all programs
 MIN_STEPS = 4  # a program shorter than this gains nothing
-MAX_WAVES = 10  # bounds the memory of the slabs
+MAX_WAVES = 10  # bounds the workspace
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -79,7 +79,7 @@ def token_splits(tiles: int, steps: int, slots: int, size: float = 1.0, step: fl
 
     def cost(splits: int) -> float:
         waves = ceil_div(tiles * splits, slots)
-        reduce = REDUCE_STEPS + SLAB_STEPS * size * tiles * splits if splits > 1 else 0
+        reduce = REDUCE_STEPS + WORKSPACE_STEPS * size * tiles * splits if splits > 1 else 0
         return waves * (ceil_div(steps, splits) * step + TILE_STEPS * size) + reduce
 
     most = max(1, min(steps // MIN_STEPS, MAX_WAVES * slots // tiles))

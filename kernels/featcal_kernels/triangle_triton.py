@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -46,18 +44,16 @@ def symmetrize_kernel(s, d, BLOCK: tl.constexpr):
 
 def frobenius(s: Tensor) -> Tensor:
     """See `ops.frobenius`."""
-    kernel: Any = frobenius_kernel
     d = s.shape[0]
     sums = torch.empty(ceil_div(d, BLOCK) * PARTS, dtype=torch.float64, device=s.device)
     with torch.cuda.device_of(s):
-        kernel[(ceil_div(d, BLOCK), PARTS)](s, sums, d, BLOCK=BLOCK)
+        frobenius_kernel[(ceil_div(d, BLOCK), PARTS)](s, sums, d, BLOCK=BLOCK)
     return sums.sum().sqrt()
 
 
 def symmetrize_(s: Tensor) -> Tensor:
     """See `ops.symmetrize_`."""
-    kernel: Any = symmetrize_kernel
     d = s.shape[0]
     with torch.cuda.device_of(s):
-        kernel[(ceil_div(d, BLOCK), ceil_div(d, BLOCK))](s, d, BLOCK=BLOCK)
+        symmetrize_kernel[(ceil_div(d, BLOCK), ceil_div(d, BLOCK))](s, d, BLOCK=BLOCK)
     return s

@@ -7,7 +7,7 @@ from math import ceil
 
 import pytest
 import torch
-from featcal_kernels.configs import SLAB_BYTES, TABLE, Tile
+from featcal_kernels.configs import TABLE, WORKSPACE_BYTES, Tile
 from featcal_kernels.schedule import COLUMN_MASK, CROSS, ROW_SHIFT, tile_count, tile_order, token_splits
 
 
@@ -62,7 +62,7 @@ def test_an_h200_is_kept_busy(d: int, m: int, n: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(launch.blas, "available", lambda device: True)
     gram, cross, x = (torch.empty(size, d, device="meta", dtype=torch.bfloat16) for size in (d, m, n))
     if launch._path(gram, cross if m else None, x, TABLE["sm_90"]) == "triton":
-        tile, splits = launch.choose((d, m, d), n, 1, TABLE["sm_90"], half=True, slots=132)
+        tile, splits = launch.choose_tile((d, m, d), n, 1, TABLE["sm_90"], half=True, slots=132)
         assert busy(d, m, n, tile, splits) > 0.9
     else:
         assert n * d * (d + 2 * m) < 2e10 or (m == 0 and d <= 2048)
@@ -72,7 +72,7 @@ def test_an_h200_is_kept_busy(d: int, m: int, n: int, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("d", "m"), [shape for shape in SHAPES if shape[1]])
 def test_an_h200_is_kept_busy_with_float32_features(d: int, m: int, n: int):
     launch = pytest.importorskip("featcal_kernels.launch")
-    tile, splits = launch.choose((d, m, d), n, 3, TABLE["sm_90"], half=True, slots=132)
+    tile, splits = launch.choose_tile((d, m, d), n, 3, TABLE["sm_90"], half=True, slots=132)
     assert busy(d, m, n, tile, splits) > (0.7 if (d, n) == (1024, 2048) else 0.9)  # 25 us of work
 
 
@@ -80,9 +80,9 @@ def test_an_h200_is_kept_busy_with_float32_features(d: int, m: int, n: int):
 def test_partial_sums_take_no_more_than_plans_say(size: int):
     launch = pytest.importorskip("featcal_kernels.launch")
     for runs in (1, 3):
-        tile, splits = launch.choose((size, size, size), 65536, runs, TABLE["sm_90"], half=True, slots=148)
-        slabs = tile_count(size, size, size, tile.m, tile.n) * splits * tile.m * tile.n * 4
-        assert splits == 1 or slabs <= SLAB_BYTES
+        tile, splits = launch.choose_tile((size, size, size), 65536, runs, TABLE["sm_90"], half=True, slots=148)
+        workspace = tile_count(size, size, size, tile.m, tile.n) * splits * tile.m * tile.n * 4
+        assert splits == 1 or workspace <= WORKSPACE_BYTES
 
 
 def busy(d: int, m: int, n: int, tile: Tile, splits: int, slots: int = 132) -> float:

@@ -27,7 +27,7 @@ WIDE_COPY = {
     "sm_90": r"cp\.async\.bulk\.tensor",
     "gfx942": r"(global|buffer)_load_dwordx4",
 }
-OUTPUTS = {"gram": "*fp32", "cross": "*fp32", "slabs": "*fp32", "table": "*i32", "m": "i32", "d": "i32"}
+OUTPUTS = {"gram": "*fp32", "cross": "*fp32", "workspace": "*fp32", "table": "*i32", "m": "i32", "d": "i32"}
 OUTPUTS["cross_ld"] = "i32"
 SMALL = [arch for arch in ARCHS if TABLE[arch].small is not None]
 # The tile, and the parts of the left and the right operand.
@@ -45,8 +45,8 @@ def moments(arch: str, dtype: str, kind: str, unaligned: tuple[str, ...] = (), *
     for name in ("x", "y", "b"):
         arguments |= {name: f"*{dtype}", f"{name}_low": "*i32", f"{name}_bound": "*fp32"}
         arguments |= {f"{name}_ld": "i32", f"{name}_n": "i32"}
-    if not constants["SLABS"]:
-        arguments["slabs"] = None
+    if not constants["PARTIAL"]:
+        arguments["workspace"] = None
     arguments["scale"] = "*fp32" if split else None
     arguments |= {"SCALED": split, "A_LOW": kind == "split", "B_LOW": split, "TRIPLE": tile.triple}
     arguments |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "HALVES": tile.halves, "UPCAST": False}
@@ -66,20 +66,24 @@ def assert_fits(compiled: Compiled, arch: str) -> None:
     assert compiled.shared <= SHARED_LIMIT[arch]
 
 
-@pytest.mark.parametrize(("slabs", "unaligned"), [(False, ()), (True, ()), (True, ("d",))], ids=["add", "slabs", "odd"])
+@pytest.mark.parametrize(
+    ("workspace", "unaligned"), [(False, ()), (True, ()), (True, ("d",))], ids=["add", "workspace", "odd"]
+)
 @pytest.mark.parametrize(("arch", "kind"), KINDS)
-def test_16_bit_moments(arch: str, kind: str, slabs: bool, unaligned: tuple[str, ...]):
+def test_16_bit_moments(arch: str, kind: str, workspace: bool, unaligned: tuple[str, ...]):
     dtype = "fp16" if kind.startswith("split") else "bf16"
-    compiled = moments(arch, dtype, kind, unaligned, SLABS=slabs)
+    compiled = moments(arch, dtype, kind, unaligned, PARTIAL=workspace)
     assert_fits(compiled, arch)
     assert re.search(MATRIX_INSTRUCTION[arch].replace("bf16", PTX[dtype]), compiled.code)
     assert re.search(WIDE_COPY[arch], compiled.code)
 
 
-@pytest.mark.parametrize(("slabs", "unaligned"), [(False, ()), (True, ()), (True, ("d",))], ids=["add", "slabs", "odd"])
+@pytest.mark.parametrize(
+    ("workspace", "unaligned"), [(False, ()), (True, ()), (True, ("d",))], ids=["add", "workspace", "odd"]
+)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_float32_moments(arch: str, slabs: bool, unaligned: tuple[str, ...]):
-    compiled = moments(arch, "fp32", "single", unaligned, SLABS=slabs)
+def test_float32_moments(arch: str, workspace: bool, unaligned: tuple[str, ...]):
+    compiled = moments(arch, "fp32", "single", unaligned, PARTIAL=workspace)
     assert_fits(compiled, arch)
     assert not re.search("[tx]f32", compiled.code)
     assert re.search(r"fma\.rn\.f32|v_mfma_f32_\w+_?f32", compiled.code)
@@ -87,7 +91,7 @@ def test_float32_moments(arch: str, slabs: bool, unaligned: tuple[str, ...]):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_other_16_bit_type_and_single_column(arch: str):
-    compiled = moments(arch, "fp16", "half", SLABS=True, d=1)  # Triton makes a constant of a 1
+    compiled = moments(arch, "fp16", "half", PARTIAL=True, d=1)  # Triton makes a constant of a 1
     assert_fits(compiled, arch)
     assert re.search(MATRIX_INSTRUCTION[arch].replace("bf16", PTX["fp16"]), compiled.code)
 

@@ -17,7 +17,7 @@ import torch
 import triton
 from featcal_kernels import launch, schedule
 from featcal_kernels.configs import Arch, Tile
-from featcal_kernels.operands_triton import PackedOperand
+from featcal_kernels.operands_triton import OperandPanels
 from featcal_kernels.triangle_triton import frobenius, symmetrize_
 from moment_oracle import Problem, assert_as_good, assert_moments, poisoned
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -347,7 +347,7 @@ def test_an_op_that_runs_out_of_memory_has_done_nothing(name: str, arch: Arch, m
     # A last panel that would be split otherwise than the first.
     monkeypatch.setattr(schedule, "token_splits", lambda tiles, steps, *_: (2 if steps >= 2 else 3, 0.0))
     op = _ops(arch)[name]
-    launch._table.cache_clear(), launch._whole.cache_clear(), launch.choose.cache_clear()
+    launch._tile_table.cache_clear(), launch._unsplit.cache_clear(), launch.choose_tile.cache_clear()
     asked = 1
     number = 0
     while number < asked:
@@ -367,13 +367,13 @@ def test_an_op_that_runs_out_of_memory_has_done_nothing(name: str, arch: Arch, m
 def test_low_parts_that_are_zero_are_left_out():
     x = torch.randn(50, 24).bfloat16()
     mask, fraction = torch.arange(50) % 2 * 1.0, torch.full((50,), 0.3)
-    flags = [PackedOperand(x, torch.float16, weights)[:].low for weights in (mask, fraction)]
+    flags = [OperandPanels(x, torch.float16, weights)[:].low for weights in (mask, fraction)]
     assert [bool(flag) for flag in flags] == [False, True]
 
 
 def test_parts_hold_22_bits():
     x = torch.randn(50, 24) * 10 ** torch.linspace(-5, 0, 24)
-    found = PackedOperand(x, torch.float16)[:]
+    found = OperandPanels(x, torch.float16)[:]
     high, low = (part[:50, :24].double() for part in found.data.split(128))
     assert 2**14 <= high.abs().max() < 2**15
     power = 2.0 ** round(float((high.abs().max() / x.abs().max()).log2()))
