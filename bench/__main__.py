@@ -1,4 +1,4 @@
-"""Everything in `bench/` at its default size, then the README's tables and figures anew: `python -m bench`.
+"""Everything in `bench/` at its default size, then the pages' tables and figures anew: `python -m bench`.
 
 About 25 minutes on two cores, no network. The studies of accuracy take a core each and run side by side; what is
 timed runs alone. Larger jobs, GPUs, the official demo and the paper's protocol have commands of their own: see
@@ -7,21 +7,20 @@ timed runs alone. Larger jobs, GPUs, the official demo and the paper's protocol 
 
 from __future__ import annotations
 
-import argparse
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.harness import process
+from bench.harness.runs import command_line
+
 STUDIES = ("accuracy", "language llama", "language t5")
 TIMED = ("compare --reference --judge reference", "jobs", "cost", "overlap")
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    command_line(__doc__).parse_args()
     started = time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(run, STUDIES))
@@ -35,16 +34,9 @@ def run(command: str) -> None:
     """Run a module of `bench`; its output is shown when it is done."""
     started = time.perf_counter()
     module, *arguments = command.split()
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    done = subprocess.run(
-        [sys.executable, "-m", f"bench.{module}", *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    print(f"\npython -m bench.{command}: {time.perf_counter() - started:.0f} s\n{done.stdout}", flush=True)
-    if done.returncode:
+    status, output = process.run([sys.executable, "-m", f"bench.{module}", *arguments])
+    print(f"\npython -m bench.{command}: {time.perf_counter() - started:.0f} s\n{output}", flush=True)
+    if status:
         raise SystemExit(f"python -m bench.{command} failed")
 
 

@@ -11,8 +11,6 @@ Seconds are wall clock.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -25,20 +23,20 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import featcal_fast as ff
 from bench import surgery
-from bench.machine import machine
-from bench.mergers import MERGERS, AdaMerging, Pool, State, Ties, Wudi, class_scores
+from bench.harness.plots import plain, plot
+from bench.harness.results import RESULTS, machine, write_whole
+from bench.harness.runs import command_line
+from bench.harness.tables import spread, table
+from bench.mergers import MERGERS, AdaMerging, Pool, Ties, Wudi, class_scores, with_state
 from featcal_fast import demo
 
 PLAIN, FEATCAL, EXPERTS, STUDIED = "plain", "FeatCal", "experts", "task arithmetic"
-REPAIRS = (PLAIN, *surgery.MODULES, FEATCAL)
 SAMPLES, OTHERS_SAMPLES = [8, 16, 32, 64, 128, 256], [8, 64, 256]
 RECIPE = yaml.safe_load(demo.RECIPE)
 SETTINGS = ff.Settings.from_dict(RECIPE["settings"])  # one for all mergers: chosen by the demo on task arithmetic
@@ -47,7 +45,7 @@ Cells = dict[tuple[str, str, int | None], list[float]]  # mean accuracy, seed by
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samples", type=int, nargs="+", default=SAMPLES, help="calibration images a task, up to 256")
     parser.add_argument(
@@ -56,17 +54,16 @@ def main() -> None:
     parser.add_argument("--mergers", nargs="+", choices=MERGERS, default=list(MERGERS))
     parser.add_argument("--part", choices=("held-out", "validation"), default="held-out")
     parser.add_argument("--models", type=Path, help="keep trained models here, and reuse them")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/accuracy-digits.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "accuracy-digits.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     others = [n for n in args.samples if n in args.others_samples]
     samples = {merger: sorted(args.samples if merger == STUDIED else others) for merger in args.mergers}
     results = run(args.seeds, samples, args.part, args.models, demo.Config(), surgery.Training())
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
-    show(results, Console())
+    write_whole(args.out, results)
+    print(show(results))
     if STUDIED in args.mergers:
-        plot(results, args.out.with_suffix(".png"))
+        draw(results, args.out.with_suffix(".png"))
         print(f"Wrote {args.out.with_suffix('.png')}")
     print(f"Wrote {args.out}")
 
@@ -80,7 +77,7 @@ def run(
     training: surgery.Training,
 ) -> dict[str, Any]:
     """Every accuracy, and the settings, versions and seconds that belong to them; `samples` is by merger."""
-    digits, console, rows = demo.Digits(), Console(), []
+    digits, rows = demo.Digits(), []
     seconds = {"training": 0.0, "total": 0.0}
     with tempfile.TemporaryDirectory() as temporary:
         for seed in range(seeds):
@@ -91,7 +88,7 @@ def run(
             started = time.perf_counter()
             rows += [{"seed": seed, **row} for row in run_seed(folder, seed, samples, digits, part, training)]
             seconds["total"] += time.perf_counter() - started
-            console.print(f"seed {seed}: {time.perf_counter() - started:.0f} s, training excluded", highlight=False)
+            print(f"seed {seed}: {time.perf_counter() - started:.0f} s, training excluded", flush=True)
     seconds["total"] += seconds["training"]
     results = {
         "part": part,
@@ -176,15 +173,6 @@ def load(folder: Path) -> nn.Module:
         return transformers.CLIPVisionModel.from_pretrained(folder).eval()
 
 
-def with_state(model: nn.Module, values: State) -> nn.Module:
-    """A copy of `model` with these parameters."""
-    copy = deepcopy(model)
-    with torch.no_grad():
-        for name, parameter in copy.named_parameters():
-            parameter.copy_(values[name])
-    return copy
-
-
 @torch.no_grad()
 def features(model: nn.Module, images: dict[str, Tensor]) -> Tensor:
     """What the heads are given, `[tasks, images, width]`."""
@@ -219,11 +207,6 @@ def summary(rows: list[Row]) -> list[dict[str, Any]]:
     return lines
 
 
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation (of a sample)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def findings(rows: list[Row]) -> list[dict[str, Any]]:
     """Which of the paper's three statements hold here, with the figures."""
     found = cells(rows)
@@ -232,14 +215,26 @@ def findings(rows: list[Row]) -> list[dict[str, Any]]:
     if STUDIED not in mergers or not samples[STUDIED]:
         return []
 
-    def gains(merger: str, over: str, n: int) -> list[float]:
-        other = found[merger, over, None if over == PLAIN else n]
-        return [a - b for a, b in zip(found[merger, FEATCAL, n], other, strict=True)]
+    def gains(merger: str, over: str) -> dict[int, list[float]]:
+        """FeatCal's lead over another repair or none, by samples, seed by seed."""
+        other = {n: found[merger, over, None if over == PLAIN else n] for n in samples[merger]}
+        return {n: [a - b for a, b in zip(found[merger, FEATCAL, n], other[n], strict=True)] for n in other}
 
-    studied = {n: statistics.fmean(gains(STUDIED, PLAIN, n)) for n in samples[STUDIED]}
-    values = list(studied.values())
-    first, largest = values[0], max(values)
-    lines = [
+    def always(statement: str, gained: dict[int, list[float]], before: str = "") -> dict[str, Any]:
+        figures = (
+            f"{n}: {statistics.fmean(g):+.1f} ({sum(x > 0 for x in g)} of {len(g)} seeds)" for n, g in gained.items()
+        )
+        return {
+            "statement": f"{statement} at every number of samples",
+            "holds": all(statistics.fmean(g) > 0 for g in gained.values()),
+            "figures": before + ", ".join(figures),
+        }
+
+    studied = {n: statistics.fmean(gain) for n, gain in gains(STUDIED, PLAIN).items()}
+    first, *_ = values = list(studied.values())
+    plain_accuracy = {merger: statistics.fmean(found[merger, PLAIN, None]) for merger in mergers}
+    stronger = [merger for merger in mergers if plain_accuracy[merger] > plain_accuracy[STUDIED]]
+    return [
         {
             "statement": "(1a) FeatCal's gain on task arithmetic grows with every step in samples",
             "holds": all(a < b for a, b in pairwise(values)),
@@ -247,98 +242,66 @@ def findings(rows: list[Row]) -> list[dict[str, Any]]:
         },
         {
             "statement": f"(1b) at {samples[STUDIED][0]} samples it is already at least half of the largest gain",
-            "holds": first > 0 and first >= largest / 2,
-            "figures": f"{first:+.1f} of {largest:+.1f}",
+            "holds": first > 0 and first >= max(values) / 2,
+            "figures": f"{first:+.1f} of {max(values):+.1f}",
         },
+        *(always(f"(2) FeatCal beats {rival} on task arithmetic", gains(STUDIED, rival)) for rival in surgery.MODULES),
+        *(
+            always(
+                f"(3) FeatCal still gains on {merger}, which is stronger than task arithmetic,",
+                gains(merger, PLAIN),
+                f"plain {plain_accuracy[merger]:.1f}; ",
+            )
+            for merger in stronger
+        ),
     ]
-    for rival in surgery.MODULES:
-        ahead = {n: gains(STUDIED, rival, n) for n in samples[STUDIED]}
-        lines.append(
-            {
-                "statement": f"(2) FeatCal beats {rival} on task arithmetic at every number of samples",
-                "holds": all(statistics.fmean(a) > 0 for a in ahead.values()),
-                "figures": ", ".join(
-                    f"{n}: {statistics.fmean(a):+.1f} ({sum(x > 0 for x in a)} of {len(a)} seeds)"
-                    for n, a in ahead.items()
-                ),
-            }
-        )
-    bar = statistics.fmean(found[STUDIED, PLAIN, None])
-    for merger in mergers:
-        plain = statistics.fmean(found[merger, PLAIN, None])
-        if merger == STUDIED or plain <= bar:
-            continue
-        won = {n: gains(merger, PLAIN, n) for n in samples[merger]}
-        lines.append(
-            {
-                "statement": f"(3) FeatCal still gains on {merger}, which is stronger than task arithmetic, at every "
-                "number of samples",
-                "holds": all(statistics.fmean(w) > 0 for w in won.values()),
-                "figures": f"plain {plain:.1f}; "
-                + ", ".join(
-                    f"{n}: {statistics.fmean(w):+.1f} ({sum(x > 0 for x in w)} of {len(w)} seeds)"
-                    for n, w in won.items()
-                ),
-            }
-        )
-    return lines
 
 
-def show(results: dict[str, Any], console: Console) -> None:
+def show(results: dict[str, Any]) -> str:
     """The table, and what holds."""
     found = cells(results["rows"])
-    title = f"Accuracy on {results['part']} digits, %, mean of tasks"
-    table = Table("images a task", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=title)
-    for n in results["samples"]:
-        table.add_column(str(n), justify="right", no_wrap=True)
-    for merger in dict.fromkeys(merger for merger, _, _ in found):
-        for repair in REPAIRS:
-            values = [found.get((merger, repair, None if repair == PLAIN else n)) for n in results["samples"]]
-            if any(values):
-                shown = ["{:.1f}±{:.1f}".format(*spread(v)) if v else "" for v in values]
-                if repair == PLAIN:  # one figure: it takes no samples
-                    shown = shown[:1]
-                label = merger if repair == PLAIN else f"  + {repair}"
-                table.add_row(label, *shown, end_section=repair == FEATCAL or merger == EXPERTS)
-    console.print(table)
-    console.print(
-        f"Mean ± standard deviation over {results['seeds']} seeds. Differences are in points.\n", highlight=False
-    )
-    for line in results["findings"]:
-        verdict = "holds" if line["holds"] else "DOES NOT HOLD"
-        console.print(
-            f"{verdict}: {line['statement']}\n    {line['figures']}", highlight=False, markup=False, soft_wrap=True
-        )
-    seconds = results["seconds"]
-    console.print(f"\n{seconds['total']:.0f} s, of which training {seconds['training']:.0f} s", highlight=False)
+    rows = [
+        {"images a task": merger if repair == PLAIN else f"  + {repair}"}
+        | {
+            str(n or "none"): "{:.1f} ± {:.1f}".format(*spread(values)) if values else None
+            for n in (None, *results["samples"])
+            for values in [found.get((merger, repair, n))]
+        }
+        for merger, repair in dict.fromkeys((merger, repair) for merger, repair, _ in found)
+    ]
+    title = f"Accuracy on {results['part']} digits, %, mean of tasks ± standard deviation over {results['seeds']} seeds"
+    notes = [
+        f"{'holds' if line['holds'] else 'DOES NOT HOLD'}: {line['statement']}\n    {line['figures']}"
+        for line in results["findings"]
+    ]
+    seconds = "{total:.0f} s, of which training {training:.0f} s".format(**results["seconds"])
+    return table(title, rows, [*notes, seconds])
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
+def draw(results: dict[str, Any], path: Path) -> None:
     """Task arithmetic: accuracy against calibration images."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     found = cells(results["rows"])
     samples = sorted({n for merger, _, n in found if merger == STUDIED and n})
-    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    looks = {"experts": ("0.35", "--", ""), FEATCAL: ("C0", "-", "o"), "ProbSurgery": ("C1", "-", "s")}
-    looks |= {"Surgery": ("C2", "-", "^"), STUDIED: ("0.6", ":", "")}
-    for name, (color, line, marker) in looks.items():
-        flat = name in (EXPERTS, STUDIED)
-        points = [spread(found[(name, PLAIN, None) if flat else (STUDIED, name, n)]) for n in samples]
-        label = {EXPERTS: "each task's own expert", STUDIED: "task arithmetic"}.get(name, f"+ {name}")
-        axes.plot(samples, [m for m, _ in points], color=color, linestyle=line, marker=marker, label=label)
-        band = [m - s for m, s in points], [m + s for m, s in points]
-        axes.fill_between(samples, *band, color=color, alpha=0.15, linewidth=0)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(samples, [str(n) for n in samples])
-    axes.set_xlabel("unlabelled images a task")
-    axes.set_ylabel(f"accuracy on {results['part']} digits, %")
-    axes.set_title(f"Repairing task arithmetic: mean of 4 tasks, {results['seeds']} seeds ± 1 std", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    FigureCanvasAgg(figure).print_png(path)
+    looks = {
+        "each task's own expert": ((EXPERTS, PLAIN), {"color": "0.35", "linestyle": "--"}),
+        "+ FeatCal": ((STUDIED, FEATCAL), {"color": "C0", "marker": "o"}),
+        "+ ProbSurgery": ((STUDIED, "ProbSurgery"), {"color": "C1", "marker": "s"}),
+        "+ Surgery": ((STUDIED, "Surgery"), {"color": "C2", "marker": "^"}),
+        "task arithmetic": ((STUDIED, PLAIN), {"color": "0.6", "linestyle": ":"}),
+    }
+
+    def lines(axes: Any) -> None:
+        for label, (way, look) in looks.items():
+            points = [spread(found[(*way, None if way[1] == PLAIN else n)]) for n in samples]
+            axes.plot(samples, [mean for mean, _ in points], label=label, **look)
+            band = [mean - std for mean, std in points], [mean + std for mean, std in points]
+            axes.fill_between(samples, *band, color=look["color"], alpha=0.15, linewidth=0)
+        title = f"Repairing task arithmetic: mean of 4 tasks, {results['seeds']} seeds ± 1 std"
+        axes.set(xlabel="unlabelled images a task", ylabel=f"accuracy on {results['part']} digits, %", title=title)
+        axes.set_xscale("log", base=2)
+        plain(axes.xaxis, samples)
+
+    plot(path, (6.4, 4.2), lines)
 
 
 if __name__ == "__main__":

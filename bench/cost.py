@@ -5,27 +5,27 @@
 
 One small CLIP is changed in one way at a time; every job is a process of its own (`bench.jobs`), with hidden states on
 disk, and the cheapest of `--runs`. An exponent is the slope between the two largest sizes on logarithmic axes: of the
-seconds inside the loop over layers, and of the memory above that of the smallest job.
+seconds inside the loop over layers, and of the memory above that of the smallest job. Finished runs are kept under
+`--folder`: what was ended goes on.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import torch
 
-from bench.jobs import run_job
-from bench.machine import machine
+from bench.harness.plots import plain, plot
+from bench.harness.results import RESULTS, machine, write_whole
+from bench.harness.runs import check, command_line, kept_runs, take_turns
+from bench.harness.tables import table
+from bench.jobs import OURS, run_job
 from bench.workloads import VISION, Workload, write
 
-ROOT = Path(__file__).resolve().parent.parent
 SIDE = {"image_size": 112, "patch_size": 16}  # 50 tokens
 START = Workload(VISION, {}, tasks=2, samples=64)
 WIDTH, LAYERS = 256, 4
@@ -38,31 +38,31 @@ AXES = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=1)
+    parser = command_line(__doc__, "--device", "--threads", "--runs", "--folder", "--fresh")
     parser.add_argument("--sizes", type=int, default=4, help="of each axis, the smallest first")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "featcal-bench")
     parser.add_argument("--out", type=Path, help="by default bench/results/cost-<device>.json")
     args = parser.parse_args(arguments)
-    out = args.out or ROOT / "bench" / "results" / f"cost-{args.device.partition(':')[0]}.json"
-    points: dict[str, list[dict[str, Any]]] = {}
-    for axis, sizes in AXES.items():
-        points[axis] = []
-        for size in sizes[: args.sizes]:
-            folder = args.folder / f"cost-{axis}-{size}"
-            write(job(axis, size), folder)
-            runs = [run_job(folder, args.device, args.threads, str(args.folder)) for _ in range(args.runs)]
-            best = min(runs, key=lambda run: run["seconds_in_layers"])
-            points[axis].append({"size": size, **best})
-            print(json.dumps({"axis": axis, **points[axis][-1]}), flush=True)
+    check({"featcal_fast": OURS}, args.device)
+    out = args.out or RESULTS / f"cost-{torch.device(args.device).type}.json"
+
+    def run(axis: str, size: int) -> dict[str, Any]:
+        folder = args.folder / f"cost-{axis}-{size}"
+        write(job(axis, size), folder)
+        found = run_job(folder, args.device, "--scratch", str(args.folder), threads=args.threads)
+        print(f"{axis} {size}: {found['seconds_in_layers']} s, {found['peak_host_gib']} GiB", flush=True)
+        return found
+
+    jobs = {(axis, size): partial(run, axis, size) for axis, sizes in AXES.items() for size in sizes[: args.sizes]}
+    named = {f"{axis} {size}": run for (axis, size), run in jobs.items()}
+    runs = take_turns(named, kept_runs(args.folder / "cost-runs.json", args), args.runs)
+    points: dict[str, list[dict[str, Any]]] = {axis: [] for axis in AXES}
+    for axis, size in jobs:
+        best = min(runs[f"{axis} {size}"], key=lambda run: run["seconds_in_layers"])
+        points[axis].append({"size": size, **best})
     results = {"machine": machine(args.threads), "points": points, "exponents": exponents(points)}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=2) + "\n")
-    plot(results, out.with_suffix(".png"))
-    Console().print(table(results))
-    print(f"Wrote {out} and {out.with_suffix('.png')}")
+    write_whole(out, results)
+    draw(results, out.with_suffix(".png"))
+    print(f"{show(results)}\nWrote {out} and {out.with_suffix('.png')}")
 
 
 def job(axis: str, size: int) -> Workload:
@@ -85,51 +85,40 @@ def exponents(points: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, fl
     return found
 
 
-def table(results: dict[str, Any]) -> Table:
-    found = Table(title="Cost as one thing doubles")
-    for column in ("", "sizes", "seconds in layers", "peak memory, MiB", "exponent of time", "of memory"):
-        found.add_column(column, justify="left" if column in ("", "sizes") else "right")
-    for axis, points in results["points"].items():
-        fitted = results["exponents"][axis]
-        found.add_row(
-            axis,
-            ", ".join(str(point["size"]) for point in points),
-            ", ".join(f"{point['seconds_in_layers']:.1f}" for point in points),
-            ", ".join(f"{point['peak_host_gib'] * 1024:.0f}" for point in points),
-            f"{fitted['seconds']:.2f}",
-            f"{fitted['memory']:.2f}",
-        )
-    return found
+def show(results: dict[str, Any]) -> str:
+    rows = [
+        {
+            "": axis,
+            "sizes": ", ".join(str(point["size"]) for point in points),
+            "seconds in layers": ", ".join(f"{point['seconds_in_layers']:.1f}" for point in points),
+            "peak memory, MiB": ", ".join(f"{point['peak_host_gib'] * 1024:.0f}" for point in points),
+            "exponent of time": f"{results['exponents'][axis]['seconds']:.2f}",
+            "of memory": f"{results['exponents'][axis]['memory']:.2f}",
+        }
+        for axis, points in results["points"].items()
+    ]
+    return table("Cost as one thing doubles", rows)
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    drawn = {
-        "seconds in layers": lambda point: point["seconds_in_layers"],
-        "peak memory, MiB": lambda point: 1024 * point["peak_host_gib"],
-    }
-    for place, (name, value) in zip(figure.subplots(1, 2), drawn.items(), strict=True):
+def draw(results: dict[str, Any], path: Path) -> None:
+    def lines(axes: Any, kind: str, name: str, key: str, factor: float) -> None:
         for axis, points in results["points"].items():
-            doublings = [point["size"] / points[0]["size"] for point in points]
-            kind = "seconds" if name.startswith("seconds") else "memory"
             label = f"{axis} (from {points[0]['size']}): exponent {results['exponents'][axis][kind]:.2f}"
-            place.plot(doublings, [value(point) for point in points], marker="o", label=label)
-        time = name.startswith("seconds")
-        place.set(xscale="log", yscale="log" if time else "linear", xlabel="times the smallest size", ylabel=name)
-        place.set_xticks([1, 2, 4, 8])
-        for scale in (place.xaxis, place.yaxis) if time else (place.xaxis,):
-            scale.set_major_formatter(ScalarFormatter())
-            scale.set_minor_formatter(NullFormatter())
-        if not time:
-            place.set_ylim(bottom=0)
-        place.grid(alpha=0.3)
-        place.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+            doublings = [point["size"] / points[0]["size"] for point in points]
+            axes.plot(doublings, [factor * point[key] for point in points], marker="o", label=label)
+        axes.set(xscale="log", xlabel="times the smallest size", ylabel=name)
+        plain(axes.xaxis, [1, 2, 4, 8])
+
+    def seconds(axes: Any) -> None:
+        lines(axes, "seconds", "seconds in layers", "seconds_in_layers", 1)
+        axes.set_yscale("log")
+        plain(axes.yaxis)
+
+    def memory(axes: Any) -> None:
+        lines(axes, "memory", "peak memory, MiB", "peak_host_gib", 1024)
+        axes.set_ylim(bottom=0)
+
+    plot(path, (10, 4), seconds, memory)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ comment says otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -34,14 +35,23 @@ class Pool:
 
     base: nn.Module
     experts: Mapping[str, nn.Module]
-    heads: Mapping[str, Tensor]
-    images: Mapping[str, Tensor]
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
+    images: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
 
 
 def state(model: nn.Module) -> State:
     """The model's parameters, detached."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def with_state(model: nn.Module, values: State) -> nn.Module:
+    """A copy of `model` with these parameters."""
+    copy = deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in copy.named_parameters():
+            parameter.copy_(values[name])
+    return copy
 
 
 def task_vectors(pool: Pool) -> State:

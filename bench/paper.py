@@ -20,9 +20,7 @@ any case. With fewer than the eight tasks the merge is another one, and the pape
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 import shutil
 import sys
 import time
@@ -37,12 +35,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 import yaml
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import featcal_fast as ff
+from bench.harness.results import versions, write_whole
+from bench.harness.runs import command_line
+from bench.harness.tables import table
 from featcal_fast.errors import DataError, OutputError
 
 if TYPE_CHECKING:
@@ -110,9 +108,8 @@ PAPER_MEAN = (67.55, 85.47)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "--device")
     parser.add_argument("--folder", required=True, type=Path, help="new or empty: for recipe, models and results.json")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration images a task")
     parser.add_argument("--seed", type=int, default=SEED, help="of the draw of those")
@@ -141,7 +138,6 @@ def run(
     seed: int = SEED,
     workers: int = 0,
     official: Path | None = None,
-    console: Console | None = None,
 ) -> dict[str, Any]:
     """The whole protocol; `folder` is left with recipe, data, merged and calibrated model, and `results.json`.
 
@@ -151,7 +147,6 @@ def run(
     Raises:
         FeatCalError: the folder holds something, or a model or data set is not usable.
     """
-    console = console or Console()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise OutputError(f"{folder}: found something there, expected a new or empty folder; name another")
     clip_folder = model_folder(base)
@@ -161,46 +156,35 @@ def run(
 
     heads, tests, experts = {}, {}, {}
     for name, task in tasks.items():
-        console.print(f"Reading {name}", highlight=False)
+        print(f"Reading {name}", flush=True)
         tests[name] = load_split(task, "test")
-        names, templates = prompts(name, task, tests[name], official)
-        heads[name] = zero_shot_head(clip, tokenizer, names, templates)
+        heads[name] = zero_shot_head(clip, tokenizer, *prompts(name, task, tests[name], official))
         calibration_data(load_split(task, "train"), samples, seed, folder / "data" / name)
         experts[name] = model_folder(task.expert)
 
     write_vision_tower(clip_folder, folder / "base")
-    recipe = write_recipe(folder, experts, samples, seed)
-    seconds = {}
-    started = time.perf_counter()
+    recipe, started = write_recipe(folder, experts, samples, seed), time.perf_counter()
     merged = ff.merge(recipe)
-    seconds[MERGED] = time.perf_counter() - started
+    seconds = {MERGED: time.perf_counter() - started}
     report = ff.calibrate(recipe, out=folder / "calibrated", device=device)
-    seconds[CALIBRATED] = report.seconds
-    console.print(report.summary(), highlight=False)
+    seconds[CALIBRATED], started = report.seconds, time.perf_counter()
+    print(report.summary())
 
     towers = {MERGED: load_tower(merged, device), CALIBRATED: load_tower(folder / "calibrated", device)}
-    processor = load_processor(folder / "base")
-    accuracy: dict[str, dict[str, float]] = {name: {} for name in towers}
-    started = time.perf_counter()
-    for name, images in tests.items():
-        console.print(f"Evaluating {name}: {len(images)} test images", highlight=False)
-        right = evaluate(towers, clip.visual_projection, heads[name], images, processor, workers=workers)
-        for model, value in right.items():
-            accuracy[model][name] = value
+    accuracy = evaluate(towers, clip.visual_projection, heads, tests, load_processor(folder / "base"), workers=workers)
     seconds["evaluation"] = time.perf_counter() - started
     results = {
-        "accuracy": {model: {**row, "mean": sum(row.values()) / len(row)} for model, row in accuracy.items()},
+        "accuracy": accuracy,
         "paper": {name: task.paper for name, task in tasks.items()} | {"mean": PAPER_MEAN, "note": NOT_MEASURED},
         "class_names": "official" if official else "data sets",
         "test_images": {name: len(images) for name, images in tests.items()},
         "recipe": yaml.safe_load(recipe.read_text()),
         "seconds": seconds,
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,
-        "versions": {module.__name__: module.__version__ for module in (ff, torch, transformers)},
+        "versions": {"featcal_fast": ff.__version__, **versions()},
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print_table(results, tasks, console)
-    console.print(f"Wrote {folder / 'results.json'}", highlight=False, soft_wrap=True)
+    write_whole(folder / "results.json", results)
+    print(f"{show(results, tasks)}\nWrote {folder / 'results.json'}")
     return results
 
 
@@ -342,24 +326,29 @@ def zero_shot_head(clip: Any, tokenizer: Any, names: Sequence[str], templates: S
 def evaluate(
     towers: Mapping[str, Any],
     projection: nn.Module,
-    head: Tensor,
-    images: Dataset,
+    heads: Mapping[str, Tensor],
+    tests: Mapping[str, Dataset],
     processor: Any,
     *,
     batch_size: int = 256,
     workers: int = 0,
-) -> dict[str, float]:
-    """Top-1 accuracy of each tower in percent, on all of `images`; each image is read once."""
-    collate = partial(_collate, processor=processor, names=columns(images))
-    loader = torch.utils.data.DataLoader(images, batch_size, num_workers=workers, collate_fn=collate)  # type: ignore[arg-type]
-    right = dict.fromkeys(towers, 0)
-    for pixels, labels in loader:
-        if labels.min() < 0 or labels.max() >= len(head):
-            raise DataError(f"found labels {labels.min()} to {labels.max()}, expected 0 to {len(head) - 1}")
-        for name, tower in towers.items():
-            guess = embed(tower, projection, pixels.to(head.device)) @ head.T
-            right[name] += int((guess.argmax(dim=-1).cpu() == labels).sum())
-    return {name: 100 * count / len(images) for name, count in right.items()}
+) -> dict[str, dict[str, float]]:
+    """Top-1 accuracy of each tower in percent, on all images of each task and in the mean; each image is read once."""
+    accuracy: dict[str, dict[str, float]] = {name: {} for name in towers}
+    for task, images in tests.items():
+        print(f"Evaluating {task}: {len(images)} test images", flush=True)
+        collate, head = partial(_collate, processor=processor, names=columns(images)), heads[task]
+        loader = torch.utils.data.DataLoader(images, batch_size, num_workers=workers, collate_fn=collate)  # type: ignore[arg-type]
+        right = dict.fromkeys(towers, 0)
+        for pixels, labels in loader:
+            if labels.min() < 0 or labels.max() >= len(head):
+                raise DataError(f"found labels {labels.min()} to {labels.max()}, expected 0 to {len(head) - 1}")
+            for name, tower in towers.items():
+                guess = embed(tower, projection, pixels.to(head.device)) @ head.T
+                right[name] += int((guess.argmax(dim=-1).cpu() == labels).sum())
+        for name, count in right.items():
+            accuracy[name][task] = 100 * count / len(images)
+    return {name: {**row, "mean": sum(row.values()) / len(row)} for name, row in accuracy.items()}
 
 
 def embed(tower: Any, projection: nn.Module, pixels: Tensor) -> Tensor:
@@ -373,22 +362,22 @@ def _collate(rows: list[dict[str, Any]], processor: Any, names: tuple[str, str])
     return pixels, torch.tensor([row[label] for row in rows])
 
 
-def print_table(results: Mapping[str, Any], tasks: Mapping[str, Task], console: Console) -> None:
+def show(results: Mapping[str, Any], tasks: Mapping[str, Task]) -> str:
     """Accuracies beside the paper's."""
-    table = Table("task", box=SIMPLE_HEAD, title="Top-1 accuracy on the test split, in %")
-    for column in (MERGED, CALIBRATED, f"paper: {MERGED}", f"paper: {CALIBRATED}"):
-        table.add_column(column, justify="right")
     complete = tasks.keys() == TASKS.keys()
     expected = {name: task.paper for name, task in tasks.items()} | ({"mean": PAPER_MEAN} if complete else {})
-    for name in results["accuracy"][MERGED]:
-        values = (*(results["accuracy"][model][name] for model in (MERGED, CALIBRATED)), *expected.get(name, ()))
-        table.add_row(name, *(f"{value:.2f}" for value in values))
-    console.print(table)
+    columns = [f"paper: {model}" for model in (MERGED, CALIBRATED)]
+    rows = [
+        {"task": name}
+        | {model: f"{results['accuracy'][model][name]:.2f}" for model in (MERGED, CALIBRATED)}
+        | dict(zip(columns, (f"{value:.2f}" for value in expected.get(name, ())), strict=False))
+        for name in results["accuracy"][MERGED]
+    ]
     low, high = PAPER_MEAN
-    console.print(f"Expected mean of the eight tasks, from the paper: {low} -> {high}", highlight=False, soft_wrap=True)
-    console.print(NOT_MEASURED, highlight=False, soft_wrap=True)
+    notes = [f"Expected mean of the eight tasks, from the paper: {low} -> {high}", NOT_MEASURED]
     if not complete:
-        console.print("These are not the eight tasks, so the merge is another one: compare with care.", soft_wrap=True)
+        notes.append("These are not the eight tasks, so the merge is another one: compare with care.")
+    return table("Top-1 accuracy on the test split, in %", rows, notes)
 
 
 if __name__ == "__main__":

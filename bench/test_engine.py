@@ -16,7 +16,7 @@ from torch import nn
 import featcal_fast as ff
 from bench.workloads import VISION, Workload, random_model
 from featcal_fast.checkpoints import find_checkpoint
-from featcal_fast.layer.features import InputGroup, Layout
+from featcal_fast.layer.layout import InputGroup, Layout
 from featcal_fast.layer.moments import TaskMoments
 from featcal_fast.layer.solve import solve_layer
 from featcal_fast.layer.systems import Anchor, LayerSystem

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ LLAMA_TOY |= {"head_dim": 16, "num_key_value_heads": 2, "vocab_size": 1000}
 
 QUERIES_AND_VALUES = ("q", "v", "q_proj", "v_proj", "query", "value")  # T5's names, Llama's and CLIP's, BERT's
 
-SHARD_BYTES = 2 * 2**30
+SHARDS = "2GB"
 VISION, TEXT, T5 = "CLIPVisionModel", "LlamaForCausalLM", "T5ForConditionalGeneration"
 WORKLOADS = {
     "clip-small": Workload(VISION, SMALL, 3, toy=CLIP_TOY),
@@ -101,97 +102,73 @@ WORKLOADS = {
 }
 
 
-def write(work: Workload, folder: Path) -> dict[str, Any]:
+def known(name: str) -> str:
+    """A workload's name, for a command line."""
+    if name not in WORKLOADS:
+        raise argparse.ArgumentTypeError(f"unknown workload {name!r}; expected one of {', '.join(WORKLOADS)}")
+    return name
+
+
+def chosen(name: str, args: argparse.Namespace) -> Workload:
+    """A workload, with the numbers that a command line has instead of its own."""
+    work = WORKLOADS[name].small if args.toy else WORKLOADS[name]
+    if args.layers:
+        keys = [key for key in ("num_hidden_layers", "num_layers", "num_decoder_layers") if key in work.config]
+        work = replace(work, config={**work.config, **dict.fromkeys(keys, args.layers)})
+    return replace(work, samples=args.samples or work.samples, tasks=args.tasks or work.tasks)
+
+
+@torch.no_grad()
+def write(work: Workload, folder: Path, linked: torch.device | None = None) -> dict[str, Any]:
     """Write `base`, an expert and a data file a task, and `recipe.json`, once; half-written folders are written again.
+
+    Args:
+        work: what to write.
+        folder: where.
+        linked: make ONE expert, on this device, and links to it for the other tasks. For models so large that five
+            would take longer to make than to merge, and more room than memory-backed disk has.
 
     Returns:
         The recipe.
     """
-    path = folder / "recipe.json"
-    if path.exists():
+    path, made_of = folder / "recipe.json", folder / "workload.json"
+    described = json.dumps({**asdict(work), "linked": linked is not None})
+    if path.exists() and made_of.exists() and made_of.read_text() == described:
         return json.loads(path.read_text())
     shutil.rmtree(folder, ignore_errors=True)
     disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        base = random_model(work)
-    base.save_pretrained(folder / "base")
-    origin = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+        base = random_model(work) if linked is None else _lean_model(work, linked)
+    base.save_pretrained(folder / "base", max_shard_size=SHARDS)
+    made_of.write_text(described)
+    origin = {} if linked else {name: parameter.clone() for name, parameter in base.named_parameters()}
     experts = {}
     for k in range(work.tasks):
         task, generator = f"task{k}", torch.Generator().manual_seed(k)
         if work.lora:
             _write_adapter(work, origin, folder / task, generator)
+        elif linked and k:
+            (folder / task).symlink_to("task0", target_is_directory=True)
         else:
-            with torch.no_grad():
-                for name, parameter in base.named_parameters():
-                    spread = float(origin[name].float().std()) if parameter.numel() > 1 else 0.0
-                    noise = torch.randn(parameter.shape, generator=generator)
-                    parameter.copy_(origin[name].float() + 0.2 * (spread + 0.02) * noise)
-            base.save_pretrained(folder / task)
+            noise = torch.Generator(linked).manual_seed(k) if linked else generator
+            for name, parameter in base.named_parameters():
+                start = origin.get(name, parameter).float()
+                spread = float(start.std()) if parameter.numel() > 1 else 0.0
+                change = torch.randn(parameter.shape, generator=noise, device=linked)
+                parameter.copy_(start + 0.2 * (spread + 0.02) * change)
+            base.save_pretrained(folder / task, max_shard_size=SHARDS)
         save_file(_inputs(work, generator), folder / f"{task}.safetensors")
         experts[task] = {"model": str(folder / task), "data": str(folder / f"{task}.safetensors")}
-    return _write_recipe(work, folder, experts)
-
-
-def write_linked(work: Workload, folder: Path, device: torch.device) -> dict[str, Any]:
-    """The same with `base` and ONE expert, made on `device` and written shard by shard; the other experts are links.
-
-    For models so large that five experts would take longer to make than to merge, and more room than memory-backed
-    disk has. Every task has its own texts, all `tokens` long.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    shards = _Shards(folder / "base"), _Shards(folder / "task0")
-    generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in empty_model(work).named_parameters():  # a tied weight once
-        noise = [torch.randn(parameter.shape, generator=generator, device=device) for _ in range(2)]
-        center, spread = (1.0, 0.1) if parameter.ndim == 1 else (0.0, 0.02)
-        weight = center + spread * noise[0]
-        for shard, value in zip(shards, (weight, weight + 0.2 * (spread + 0.02) * noise[1]), strict=True):
-            shard.add(name, value.to(getattr(torch, work.dtype)))
-    experts = {}
-    for k in range(work.tasks):
-        if k:
-            (folder / f"task{k}").symlink_to("task0", target_is_directory=True)
-        tokens = torch.Generator().manual_seed(k)
-        ids = torch.randint(3, work.config["vocab_size"], (work.samples, work.tokens), generator=tokens)
-        save_file({"input_ids": ids}, folder / f"task{k}.safetensors")
-        experts[f"task{k}"] = {"model": str(folder / f"task{k}"), "data": str(folder / f"task{k}.safetensors")}
-    for shard in shards:
-        shard.end(work)
-    return _write_recipe(work, folder, experts)
-
-
-class _Shards:
-    """A checkpoint's folder that is written a few tensors at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
-        self._folder = folder
-        self._waiting: dict[str, Tensor] = {}
-        self._files: dict[str, str] = {}
-        self._bytes = 0
-
-    def add(self, name: str, value: Tensor) -> None:
-        self._waiting[name] = value
-        self._bytes += value.nbytes
-        if sum(each.nbytes for each in self._waiting.values()) > SHARD_BYTES:
-            self._write()
-
-    def end(self, work: Workload) -> None:
-        self._write()
-        index = {"metadata": {"total_size": self._bytes}, "weight_map": self._files}
-        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        config = getattr(transformers, work.model).config_class(**work.config)
-        config.architectures, config.dtype = [work.model], work.dtype
-        config.save_pretrained(self._folder)
-
-    def _write(self) -> None:
-        if self._waiting:
-            file = f"model-{len(set(self._files.values())) + 1:05d}.safetensors"
-            save_file(self._waiting, self._folder / file, metadata={"format": "pt"})
-            self._files |= dict.fromkeys(self._waiting, file)
-            self._waiting = {}
+    recipe = {
+        "base_model": str(folder / "base"),
+        "merge": {"method": "task_arithmetic", "scaling": 0.3},
+        "experts": experts,
+        "settings": {"preset": work.preset},
+        "samples": work.samples,
+    }
+    path.write_text(json.dumps(recipe))
+    return recipe
 
 
 def empty_model(work: Workload) -> Any:
@@ -207,26 +184,25 @@ def model_bytes(work: Workload) -> int:
     return size * sum(parameter.numel() for parameter in empty_model(work).parameters())
 
 
-def _write_recipe(work: Workload, folder: Path, experts: dict[str, Any]) -> dict[str, Any]:
-    recipe = {
-        "base_model": str(folder / "base"),
-        "merge": {"method": "task_arithmetic", "scaling": 0.3},
-        "experts": experts,
-        "settings": {"preset": work.preset},
-        "samples": work.samples,
-    }
-    (folder / "recipe.json").write_text(json.dumps(recipe))
-    return recipe
-
-
+@torch.no_grad()
 def random_model(work: Workload) -> Any:
     cls = getattr(transformers, work.model)
     model = cls(cls.config_class(**work.config)).eval()
-    with torch.no_grad():  # a fresh model's biases are all 0, its norms' weights all 1: no trained model's are
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # a fresh model's biases are all 0, its norms' weights all 1: no trained model's are
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.to(getattr(torch, work.dtype))
+
+
+@torch.no_grad()
+def _lean_model(work: Workload, device: torch.device) -> Any:
+    """Made on a device in its own dtype, which takes seconds for a large one."""
+    model, generator = empty_model(work).to(getattr(torch, work.dtype)), torch.Generator(device).manual_seed(0)
+    model.to_empty(device=device).tie_weights()
+    for parameter in model.parameters():
+        mean, std = (1.0, 0.1) if parameter.ndim == 1 else (0.0, 0.02)
+        parameter.normal_(mean, std, generator=generator)
+    return model
 
 
 def _write_adapter(work: Workload, base: dict[str, Tensor], folder: Path, generator: torch.Generator) -> None:
@@ -256,10 +232,9 @@ def _inputs(work: Workload, generator: torch.Generator) -> dict[str, Tensor]:
     size = (work.samples, work.tokens)
     shortest = work.tokens // 4 if work.padded else work.tokens
     lengths = torch.randint(shortest, work.tokens + 1, (work.samples, 1), generator=generator)
-    found = {
-        "input_ids": torch.randint(3, work.config["vocab_size"], size, generator=generator),
-        "attention_mask": (torch.arange(work.tokens) < lengths).long(),
-    }
+    found = {"input_ids": torch.randint(3, work.config["vocab_size"], size, generator=generator)}
+    if work.padded:
+        found["attention_mask"] = (torch.arange(work.tokens) < lengths).long()
     if work.targets:
         labels = torch.randint(3, work.config["vocab_size"], (work.samples, work.targets), generator=generator)
         lengths = torch.randint(1, work.targets + 1, (work.samples, 1), generator=generator)

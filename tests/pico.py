@@ -115,7 +115,7 @@ TOWERS = {
 }
 
 
-# One entry a model that the README names: how to build it.
+# One entry a model that docs/families.md names: how to build it.
 KINDS: dict[str, Callable[..., PreTrainedModel]] = {
     "clip": clip,
     "clip whole": partial(_model, "CLIPModel", "CLIPConfig", TOWERS),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 from bench import accuracy, mergers, surgery
@@ -29,7 +27,7 @@ def linear_pool() -> mergers.Pool:
             for place, parameter in enumerate(model.parameters()):
                 parameter.copy_(random(*parameter.shape, seed=10 * seed + place))
         models.append(model)
-    return mergers.Pool(models[0], {"a": models[1], "b": models[2]}, {}, {})
+    return mergers.Pool(models[0], {"a": models[1], "b": models[2]})
 
 
 def test_ties_by_hand() -> None:
@@ -41,7 +39,7 @@ def test_ties_by_hand() -> None:
 
 def test_ties_of_equal_experts_is_the_trimmed_expert() -> None:
     pool = linear_pool()
-    pool = mergers.Pool(pool.base, {"a": pool.experts["a"], "b": pool.experts["a"]}, {}, {})
+    pool = mergers.Pool(pool.base, {"a": pool.experts["a"], "b": pool.experts["a"]})
     for name, value in mergers.ties(pool, mergers.Ties(keep=1.0)).items():
         torch.testing.assert_close(value, pool.experts["a"].get_parameter(name).detach())
 
@@ -84,7 +82,7 @@ def test_adamerging_lowers_the_entropy() -> None:
     pool = mergers.Pool(models[0], {"a": models[1], "b": models[2]}, heads, images)
 
     def entropy(state: mergers.State) -> float:
-        found = accuracy.features(accuracy.with_state(pool.base, state), images)
+        found = accuracy.features(mergers.with_state(pool.base, state), images)
         said = [(20 * mergers.class_scores(f, h)).softmax(-1) for f, h in zip(found, heads.values(), strict=True)]
         return sum(torch.special.entr(p).sum(-1).mean().item() for p in said)
 
@@ -130,8 +128,10 @@ def test_run(tmp_path: Path) -> None:
     assert len(cells) == 1 + (1 + 2 * 3) + (1 + 3)
     assert all(0 <= value <= 100 for values in cells.values() for value in values)
     assert {line["statement"][:3] for line in results["findings"]} >= {"(1a", "(1b", "(2)"}
-    accuracy.show(results, Console(file=io.StringIO()))
-    accuracy.plot(results, tmp_path / "plot.png")
+    shown = accuracy.show(results)
+    assert "DOES NOT HOLD: (1b)" in shown or "holds: (1b)" in shown
+    assert "  + ProbSurgery" in shown
+    accuracy.draw(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
     again = accuracy.run(1, samples, "held-out", tmp_path / "models", TINY, training)

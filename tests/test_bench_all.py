@@ -14,7 +14,7 @@ def test_its_parts_are_there() -> None:
         assert find_spec(f"bench.{command.split()[0]}") is not None, command
 
 
-def test_a_failure_ends_it(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_ends_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"bench\.compare nonsense failed"):
         run("compare nonsense")
-    assert "unknown workload 'nonsense'" in capfd.readouterr().err
+    assert "unknown workload 'nonsense'" in capsys.readouterr().out

@@ -19,7 +19,8 @@ import torch
 
 from bench import readme
 from bench.gpu import __main__ as command
-from bench.gpu import checks, moments, results, sections
+from bench.gpu import checks, moments, sections
+from bench.harness import results
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = set(command.SECTIONS)
@@ -129,7 +130,7 @@ def test_the_readme_shows_it(dry: SimpleNamespace):
 def test_what_was_measured_is_not_measured_again(dry: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(checks, "run_tests", lambda *_: 1 / 0)
     monkeypatch.setattr(moments, "measure_shape", lambda *_: 1 / 0)
-    status, _ = run("--out", str(dry.out), "--sections", "checks,tiles,layer,solve,fold,moments,block,jobs")
+    status, _ = run("--out", str(dry.out), "--sections", "checks,tiles,layer,solve,fold,moments,jobs")
     assert status == 0
     assert json.loads(dry.out.read_text())["sections"] == dry.found["sections"]
 
@@ -184,7 +185,8 @@ def test_a_killed_run_keeps_what_it_had(tmp_path: Path):
     out = tmp_path / "result.json"
     code = f"""
 import os, signal
-from bench.gpu import __main__ as command, moments, results
+from bench.gpu import __main__ as command, moments
+from bench.harness import results
 results.code_hash = lambda sources: "0"
 measure, calls = moments.measure_shape, []
 def third_kills(shape, run):

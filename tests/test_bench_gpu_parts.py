@@ -14,13 +14,15 @@ import torch
 
 from bench import readme
 from bench.gpu import __main__ as command
-from bench.gpu import checks, goals, jobs, layer, moments, process
-from bench.gpu import results as results_file
+from bench.gpu import checks, goals, jobs, layer, moments
 from bench.gpu.budget import Budget, seconds
-from bench.gpu.results import Results
 from bench.gpu.sections import DeviceLost, LeftOut, Row, Section, run_section
 from bench.gpu.timing import Run
-from bench.workloads import WORKLOADS, write, write_linked
+from bench.harness import process
+from bench.harness import results as results_file
+from bench.harness.results import Results
+from bench.harness.tests import run_tests
+from bench.workloads import WORKLOADS, write
 
 CPU = torch.device("cpu")
 DRY = Run(CPU, dry=True, peak=1.0)
@@ -204,7 +206,7 @@ def test_outcomes_are_read_test_by_test(processes: int, tmp_path: Path):
         pytest.importorskip("xdist")
     path = tmp_path / "test_some.py"
     path.write_text(TESTS)
-    row = checks.run_tests([str(path)], 60, processes)
+    row = run_tests([str(path)], 60, processes)
     assert (row["passed"], row["failed"], row["skipped"]) == (1, 2, 1)
     assert {name.rpartition("::")[2]: each["error"] for name, each in row["failures"].items()} == {
         "test_moments": "AssertionError: off by",
@@ -215,13 +217,13 @@ def test_outcomes_are_read_test_by_test(processes: int, tmp_path: Path):
 def test_tests_that_take_too_long_are_ended_and_what_is_known_stays(tmp_path: Path):
     path = tmp_path / "test_some.py"
     path.write_text("def test_bad(): assert 0\n\ndef test_slow():\n    import time; time.sleep(60)\n")
-    row = checks.run_tests([str(path)], 6, 0)
+    row = run_tests([str(path)], 6, 0)
     assert row["unfinished"] == "ended after 6 s"
     assert row["failed"] == 1
 
 
 def test_a_broken_pytest_is_a_failure(tmp_path: Path):
-    row = checks.run_tests([str(tmp_path / "absent.py")], 60, 0)
+    row = run_tests([str(tmp_path / "absent.py")], 60, 0)
     assert row["failed"] == 1
     assert "file or directory not found" in row["failures"]["pytest"]["error"]
 
@@ -229,7 +231,7 @@ def test_a_broken_pytest_is_a_failure(tmp_path: Path):
 def test_tests_that_are_all_skipped_prove_nothing(tmp_path: Path):
     path = tmp_path / "test_some.py"
     path.write_text("import pytest\n@pytest.mark.skip\ndef test_some(): pass\n")
-    row = checks.run_tests([str(path)], 60, 0)
+    row = run_tests([str(path)], 60, 0)
     assert (row["failed"], row["skipped"]) == (1, 1)
     assert row["failures"]["pytest"]["error"] == "no test ran"
 
@@ -296,7 +298,6 @@ def fake_gpu() -> dict[str, dict]:
         "layer": layers,
         "solve": {str(i): systems for i in range(4)},
         "moments": shapes,
-        "block": {"forward": {"tokens": 16384, "ms": {"eager": 3.0, "compiled": 2.0}}},
         "jobs": {
             "clip-b32": {"seconds": 9.0},
             "clip-b32, official": {"seconds": 80.0},
@@ -371,12 +372,12 @@ def test_what_a_job_that_ends_early_wrote_is_gone(error: Exception, tmp_path: Pa
 
 def test_one_expert_stands_for_all(tmp_path: Path):
     work = replace(WORKLOADS["llama-8b"].small, tasks=3)
-    recipe = write_linked(work, tmp_path / "job", CPU)
+    recipe = write(work, tmp_path / "job", CPU)
     base, first, last = (tmp_path / "job" / name for name in ("base", "task0", "task2"))
     assert last.is_symlink()
     assert last.resolve() == first
     assert recipe["experts"]["task2"] == {"model": str(last), "data": f"{last}.safetensors"}
-    file = "model-00001.safetensors"
+    file = "model.safetensors"
     assert (base / file).read_bytes() != (first / file).read_bytes()
     assert first.with_suffix(".safetensors").read_bytes() != last.with_suffix(".safetensors").read_bytes()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from rich.console import Console
 from safetensors.torch import load_file
 
 from bench import paper
@@ -109,9 +109,9 @@ def finished(
     base: Path, tasks: dict[str, paper.Task], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any], str]:
     folder = tmp_path_factory.mktemp("run") / "new"
-    console = Console(file=io.StringIO(), width=200)
-    results = paper.run(folder, tasks, base=str(base), samples=8, seed=3, console=console)
-    return folder, results, console.file.getvalue()  # type: ignore[attr-defined]
+    with redirect_stdout(io.StringIO()) as printed:
+        results = paper.run(folder, tasks, base=str(base), samples=8, seed=3)
+    return folder, results, printed.getvalue()
 
 
 def decoded(images: Any) -> list[bytes]:
@@ -319,12 +319,14 @@ def test_a_head_of_class_means_reads_every_image_and_a_rotated_one_none(
     head = embeddings.view(3, TEST, -1).mean(dim=1)
     head /= head.norm(dim=-1, keepdim=True)
     towers = {"one": tower, "two": tower}
-    options = {"batch_size": 4, "workers": 0}
-    assert paper.evaluate(towers, clip.visual_projection, head, test, processor, **options) == {"one": 100, "two": 100}
-    wrong = head.roll(1, dims=0)
-    assert paper.evaluate(towers, clip.visual_projection, wrong, test, processor, **options) == {"one": 0, "two": 0}
-    with pytest.raises(DataError, match="found labels 0 to 2, expected 0 to 1"):
-        paper.evaluate(towers, clip.visual_projection, head[:2], test, processor)
+
+    def accuracies(head: torch.Tensor) -> dict[str, dict[str, float]]:
+        given = {"a": head, "b": head.roll(1, dims=0)}, dict.fromkeys("ab", test)
+        return paper.evaluate(towers, clip.visual_projection, *given, processor, batch_size=4)
+
+    assert accuracies(head) == {name: {"a": 100, "b": 0, "mean": 50} for name in towers}
+    with pytest.raises(DataError, match=r"found labels \d to 2, expected 0 to 1"):
+        accuracies(head[:2])
 
 
 def test_worker_processes_give_the_same(tasks: dict[str, paper.Task], base: Path, clip: Any) -> None:
@@ -332,7 +334,9 @@ def test_worker_processes_give_the_same(tasks: dict[str, paper.Task], base: Path
     towers = {"base": paper.load_tower(base)}
     head = torch.nn.functional.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
     alone, helped = (
-        paper.evaluate(towers, clip.visual_projection, head, test, processor, batch_size=8, workers=workers)
+        paper.evaluate(
+            towers, clip.visual_projection, {"greys": head}, {"greys": test}, processor, batch_size=8, workers=workers
+        )
         for workers in (0, 1)
     )
     assert alone == helped

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import featcal_fast as ff
-from featcal_fast.planning.plan import GIB
 from featcal_fast.models.meta import parameters_on_meta
+from featcal_fast.planning.plan import GIB
 
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 5e5}
 SIZES = {

@@ -1,44 +1,55 @@
-"""What the README shows works."""
+"""README and the benchmarks' page: their tables are what results give, and the README stays short."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
-import pico
 import pytest
-import yaml
-from safetensors.torch import save_file
+from test_bench_gpu_parts import fake_gpu
 
-import featcal_fast as ff
+from bench import readme
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-
-
-def test_the_python_snippet_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    job = pico.job("clip", 2)
-    job.base.save_pretrained(tmp_path / "base")
-    job.merged.save_pretrained(tmp_path / "merged")
-    for task, expert, batches in zip(("upright", "rotated"), job.experts.values(), job.batches.values(), strict=True):
-        expert.save_pretrained(tmp_path / task)
-        save_file(batches[0], tmp_path / f"{task}.safetensors")
-    monkeypatch.chdir(tmp_path)
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(snippet, "README.md", "exec"), {})
-    assert "18 of 18 linear weights calibrated" in capsys.readouterr().out
-    assert (tmp_path / "calibrated" / "model.safetensors").is_file()
+README_WORDS = 1200
+SECTIONS = {name: {"rows": rows} for name, rows in (fake_gpu() | {"peak": {"product": {"TFLOP/s": 800.0}}}).items()}
+GPU = {"environment": {"device": "NVIDIA H200"}, "sections": SECTIONS}
 
 
-def test_the_recipe_is_valid() -> None:
-    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    recipe = ff.Recipe.load(yaml.safe_load(text))
-    assert recipe.experts["code"].samples == 128
-    assert recipe.settings.anchor_rho == 1.5
+def page(path: str) -> str:
+    return (readme.ROOT / path).read_text()
 
 
-def test_tables_are_the_ones_that_results_and_registry_give() -> None:
-    from bench.readme import filled
+@pytest.mark.parametrize("path", readme.PAGES)
+def test_tables_are_the_ones_that_results_and_registry_give(path: str) -> None:
+    assert readme.filled(page(path)) == page(path)
 
-    assert filled(README) == README
+
+def test_every_table_has_its_place() -> None:
+    pages = [page(path) for path in readme.PAGES]
+    for name in readme.SECTIONS:
+        assert sum(text.count(f"<!-- {name} -->\n") for text in pages) == 1, name
+
+
+@pytest.mark.parametrize("found", [[], [GPU], [GPU, GPU]], ids=["no GPU", "one GPU", "two"])
+def test_the_readme_is_a_page(found: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when GPUs will have been measured."""
+    monkeypatch.setattr(readme, "_gpus", lambda: found)
+    text = readme.filled(page("README.md"))
+    assert ("| NVIDIA H200 | found | goal | met |" in text) == bool(found)
+    assert len(text.split()) <= README_WORDS
+
+
+def test_a_stale_table_is_made_anew() -> None:
+    stale = "# Title\n\n<!-- gpu -->\nold\n<!-- /gpu -->\n\nold\n"
+    assert readme.filled(stale) == f"# Title\n\n<!-- gpu -->\n{readme.gpu()}\n<!-- /gpu -->\n\nold\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- jobz -->\n<!-- /jobz -->\n",
+        "<!-- jobs -->\n",
+        "<!-- jobs -->\n<!-- /demo -->\n",
+        "<!-- /jobs -->\n<!-- jobs -->\n",
+    ],
+)
+def test_markers_that_mean_nothing_are_found(text: str) -> None:
+    with pytest.raises(ValueError, match=r"expected a pair of one of compared, demo, "):
+        readme.filled(text)

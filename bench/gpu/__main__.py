@@ -1,10 +1,10 @@
 """Proves, tunes and measures everything on the GPU at hand: `PYTHONPATH=.:kernels python -m bench.gpu --budget 12m`.
 
 First the tests that need a GPU, while tiles are compiled; then, in order of worth, tiles, a whole layer beside the
-reference schedules, solves, folds, moments, a compiled block, whole jobs; last, the first measurements again. Each row
-is on disk as soon as it is measured, and is not measured again for the same code, card and versions: a second run goes
-on where the first was ended. A budget is shared out: what there was no time for is named, and what is left over at the
-end goes to it. What a failed test proves wrong is not timed.
+reference schedules, solves, folds, moments, whole jobs; last, the first measurements again. Each row is on disk as soon
+as it is measured, and is not measured again for the same code, card and versions: a second run goes on where the first
+was ended. A budget is shared out: what there was no time for is named, and what is left over at the end goes to it.
+What a failed test proves wrong is not timed.
 
 The exit status is 1 if a test failed or nothing could be measured. `--dry-run` goes through it all on the CPU at toy
 sizes, and writes nothing unless `--out` says where.
@@ -27,20 +27,20 @@ from featcal_kernels.configs import Arch, arch_of
 from featcal_kernels.ops import missing
 
 from bench.gpu import budget, checks, goals, tiles
-from bench.gpu.block import BLOCK
 from bench.gpu.checks import CHECKS
 from bench.gpu.drift import DRIFT
 from bench.gpu.folds import FOLD
 from bench.gpu.jobs import JOBS, MEMORY_BACKED
 from bench.gpu.layer import LAYER
 from bench.gpu.moments import MOMENTS
-from bench.gpu.results import ROOT, Results, environment
 from bench.gpu.sections import DeviceLost, Outcome, Section, run_section, say, say_left_out
 from bench.gpu.solves import SOLVE
 from bench.gpu.tiles import TILES
 from bench.gpu.timing import Run, measure_peak
+from bench.harness.results import RESULTS, Results, environment
+from bench.harness.runs import Way, check, command_line, official
 
-SECTIONS = {each.name: each for each in (CHECKS, TILES, LAYER, SOLVE, FOLD, MOMENTS, BLOCK, JOBS, DRIFT)}
+SECTIONS = {each.name: each for each in (CHECKS, TILES, LAYER, SOLVE, FOLD, MOMENTS, JOBS, DRIFT)}
 PEAK = "bfloat16 product"
 
 
@@ -53,12 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = environment(device)
     out = options.out
     if out is None and not options.dry_run:
-        out = ROOT / "bench" / "results" / f"gpu-{found['device'].replace(' ', '-').lower()}.json"
+        out = RESULTS / f"gpu-{found['device'].replace(' ', '-').lower()}.json"
     results = Results(out, found)
     print(", ".join(f"{name} {value}" for name, value in found.items() if value is not None))
     time = budget.Budget(options.budget)
     arch, no_kernels = _kernels(device)
-    run = Run(device, options.dry_run, arch, folders=_folders(options), official=_official(options))
+    run = Run(device, options.dry_run, arch, folders=_folders(options), official=_official(options, device))
     if PEAK not in results.of("peak"):
         try:
             results.add("peak", PEAK, {"TFLOP/s": measure_peak(run)})
@@ -157,23 +157,20 @@ def _folders(options: argparse.Namespace) -> tuple[Path, ...]:
     return (options.folder,) if options.folder else (MEMORY_BACKED, Path(tempfile.gettempdir()))
 
 
-def _official(options: argparse.Namespace) -> tuple[Path, str] | None:
-    return (options.official.resolve(), options.official_python) if options.official else None
+def _official(options: argparse.Namespace, device: torch.device) -> Way | None:
+    if options.official is None:
+        return None
+    way = official(options)
+    check({"official": way}, str(device))
+    return way
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_line(__doc__, "--official", "--official-python", prog="python -m bench.gpu")
     parser.add_argument("--budget", type=budget.seconds, help="such as 12m or 90s; without it, as long as it takes")
     parser.add_argument("--sections", type=_sections, default=list(SECTIONS), help=f"of {','.join(SECTIONS)}")
     parser.add_argument("--out", type=Path, help="JSON file; default: bench/results/gpu-DEVICE.json")
     parser.add_argument("--folder", type=Path, help="for jobs; default: memory-backed disk, if it has room")
-    parser.add_argument("--official", type=Path, help="checkout of github egangu/featcal, to run a job by its code too")
-    parser.add_argument("--official-python", default=sys.executable, help="a Python with transformers 5.5 or older")
     parser.add_argument("--retry", action="store_true", help="try again what failed before")
     parser.add_argument("--despite-failures", action="store_true", help="time also what a failed test proves wrong")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, at toy sizes")

@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from featcal_kernels.configs import TABLE, Arch, Tile
 
-from bench.gpu import process
-from bench.gpu.moments import Shape
+from bench.harness import process
 
 TIMEOUT = 180.0  # seconds a tile
 
@@ -55,16 +54,21 @@ class Compiling:
 
     Attributes:
         candidates: by kind (a field of `Arch`), then by name.
+
+    Args:
+        shapes: columns d and m and rows n of each kind's operands.
     """
 
-    def __init__(self, target: Target, shapes: dict[str, list[Shape]], candidates: dict[str, dict[str, Tile]]) -> None:
+    def __init__(
+        self, target: Target, shapes: dict[str, list[tuple[int, int, int]]], candidates: dict[str, dict[str, Tile]]
+    ) -> None:
         self.candidates = candidates
         self._pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2))
         self._futures: dict[tuple[str, str], Future[dict[str, Any]]] = {}
         for kind, tiles in candidates.items():
             for name, tile in tiles.items():
                 job = {"target": asdict(target), "kind": kind, "tile": asdict(tile)}
-                job["shapes"] = [[shape.d, shape.m, shape.n] for shape in shapes[kind]]
+                job["shapes"] = shapes[kind]
                 command = [sys.executable, "-m", "bench.gpu.compiling", json.dumps(job)]
                 self._futures[kind, name] = self._pool.submit(process.last_json, command, TIMEOUT)
 

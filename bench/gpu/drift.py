@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from bench.gpu import layer, schedules
-from bench.gpu.results import Results, Rows
+from bench.gpu import layer
 from bench.gpu.sections import Row, Section
-from bench.gpu.tables import table
 from bench.gpu.timing import Run, measure_peak
+from bench.harness.results import Results, Rows
+from bench.harness.tables import table
 
 
 def rows(run: Run, results: Results) -> Iterator[Row]:
@@ -18,7 +18,7 @@ def rows(run: Run, results: Results) -> Iterator[Row]:
     if before is not None:
 
         def again(left: float) -> dict[str, Any]:
-            now = layer.engine(schedules.Workload(run.device, run.dry), run)
+            now = layer.engine(layer.Workload(run), run)
             return _ratio(1e3 / layer.total(before), 1e3 / layer.total(now))
 
         yield Row("layer", again, 8.0, 12 * 2**30 * (not run.dry), again=True)

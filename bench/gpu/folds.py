@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from featcal_kernels import add_scaled_, addmm_, frobenius, pack, symmetrize_
 
-from bench.gpu.results import Results, Rows
 from bench.gpu.sections import Row, Section
-from bench.gpu.tables import table
 from bench.gpu.timing import Run, measure
+from bench.harness.results import Results, Rows
+from bench.harness.tables import table
 
 SIZES = ((4096, 6144), (4096, 28672), (14336, 4096))  # columns, rows of the weights
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.gpu import layer, solves, tiles
 from bench.gpu.moments import times
-from bench.gpu.results import Rows
+from bench.harness.results import Rows
 
 SLOWER = 0.97  # below this share of our time, another way is faster than noise explains
 
@@ -50,9 +50,6 @@ def figures(sections: dict[str, Rows], peak: float) -> list[Figure]:
     if ops:
         least = min(op["torch ms"] / op["ms"] for op in ops)
         found.append(Figure("fold", "torch's time by ours, the least", f"{least:.2f}x"))
-    for row in sections.get("block", {}).values():
-        gain = row["ms"]["eager"] / row["ms"]["compiled"]
-        found.append(Figure("block", "eager by compiled", f"{gain:.2f}x"))
     found += _jobs(sections.get("jobs", {}))
     for name, row in sections.get("drift", {}).items():
         found.append(Figure("drift", f"{name}: last by first", f"{row['ratio']:.3f}"))

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import featcal_fast as ff
-from bench.gpu import process
-from bench.gpu.results import Results, Rows
 from bench.gpu.sections import LeftOut, Row, Section
-from bench.gpu.tables import table
 from bench.gpu.timing import Run
-from bench.jobs import same_tensors, worker_command
-from bench.workloads import VISION, WORKLOADS, Workload, model_bytes, write, write_linked
+from bench.harness import process
+from bench.harness.results import Results, Rows
+from bench.harness.tables import table
+from bench.jobs import run_job
+from bench.workloads import VISION, WORKLOADS, Workload, model_bytes, write
 from featcal_fast.streaming.machine import available_host_bytes
 
 MEMORY_BACKED = Path("/dev/shm")
@@ -33,7 +33,7 @@ class Job:
     Attributes:
         name: of the row.
         work: what is calibrated.
-        linked: one expert stands for all, see `write_linked`.
+        linked: one expert stands for all, see `write`.
         seconds: about what it takes, with writing.
     """
 
@@ -59,7 +59,7 @@ def jobs(dry: bool) -> list[Job]:
     found = [
         Job("llama-8b", replace(WORKLOADS["llama-8b"], padded=False), True, 160.0),
         Job("clip-b32", WORKLOADS["clip-b32"], False, 60.0),
-        Job("llama-1b", WORKLOADS["llama-1b"], True, 40.0),
+        Job("llama-1b", replace(WORKLOADS["llama-1b"], padded=False), True, 40.0),
     ]
     if dry:
         return [replace(job, work=replace(job.work.small, tasks=2), seconds=5.0) for job in found[:2]]
@@ -83,10 +83,7 @@ def _written(job: Job, run: Run) -> Iterator[Callable[[], Path]]:
     def folder() -> Path:
         made.append(Path(tempfile.mkdtemp(prefix="featcal-bench-", dir=_place(job, run))))
         path = made[-1] / "job"
-        if job.linked:
-            write_linked(job.work, path, run.device)
-        else:
-            write(job.work, path)
+        write(job.work, path, run.device if job.linked else None)
         return path
 
     try:
@@ -114,11 +111,8 @@ def _ours(job: Job, folder: Callable[[], Path], run: Run, left: float) -> dict[s
     end, started = time.monotonic() + left, time.perf_counter()
     path = folder()
     written = time.perf_counter() - started
-    command = worker_command("both", path, str(run.device), 1 if run.dry else os.cpu_count() or 1)
-    row = _in_time(command, end - time.monotonic())
-    if not same_tensors(path):
-        raise RuntimeError("the result's tensors differ in name, shape or dtype from the base model's")
-    shutil.rmtree(path / "out")
+    threads = 1 if run.dry else os.cpu_count() or 1
+    row = run_job(path, str(run.device), "--plan", threads=threads, timeout=end - time.monotonic())
     sizes = {name: getattr(job.work, name) for name in ("tasks", "samples", "tokens")}
     return {**sizes, "seconds to write": round(written, 1), "folder": str(path.parent.parent), **row}
 
@@ -126,19 +120,11 @@ def _ours(job: Job, folder: Callable[[], Path], run: Run, left: float) -> dict[s
 def _official(folder: Callable[[], Path], run: Run, left: float) -> dict[str, Any]:
     """The official demo's own `calibrate`, without reading models and writing the result."""
     assert run.official is not None
-    checkout, python = run.official
     end, path = time.monotonic() + left, folder()
     if not (path / "merged").exists():
         ff.merge(path / "recipe.json", out=path / "merged")
-    command = [python, "-m", "bench.workers.official", str(path), str(path / "official.safetensors")]
-    return _in_time([*command, "--checkout", str(checkout), "--device", str(run.device)], end - time.monotonic())
-
-
-def _in_time(command: list[str], left: float) -> dict[str, Any]:
-    try:
-        return process.last_json(command, left)
-    except process.TookTooLong as error:
-        raise LeftOut(str(error)) from None
+    command = run.official.command(path, path / "official.safetensors", "--device", run.device)
+    return process.last_json(command, end - time.monotonic())
 
 
 def show(rows: Rows, run: Run, results: Results) -> str:

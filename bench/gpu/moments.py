@@ -11,10 +11,10 @@ from featcal_kernels import gram_cross_
 from featcal_kernels.configs import Tile
 from torch import Tensor
 
-from bench.gpu.results import Results, Rows
 from bench.gpu.sections import Row, Section
-from bench.gpu.tables import table
 from bench.gpu.timing import Run, apart, measure, refusal
+from bench.harness.results import Results, Rows
+from bench.harness.tables import table
 
 SIZES = ((4096, 4096), (14336, 4096), (1024, 1024), (3072, 3072), (768, 768))
 TOKENS = (16, 2, 64)  # thousands; the first is what an engine's layer is given at a time

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from bench.gpu.budget import Budget
-from bench.gpu.results import Results, Rows
 from bench.gpu.timing import Run
+from bench.harness.process import TookTooLong
+from bench.harness.results import Results, Rows
 
 
 class LeftOut(Exception):
@@ -148,7 +149,7 @@ def _short(row: Row, run: Run) -> str:
 def _why(error: Exception) -> tuple[str, bool]:
     """An error in one line, and whether it is the machine that cannot do it, not the code."""
     first = str(error).strip().partition("\n")[0][:200]
-    if isinstance(error, LeftOut):
+    if isinstance(error, (LeftOut, TookTooLong)):
         return first, True
     if isinstance(error, torch.OutOfMemoryError):
         return "ran out of device memory", True

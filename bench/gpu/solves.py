@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.results import Results, Rows
 from bench.gpu.sections import Row, Section
-from bench.gpu.tables import table
 from bench.gpu.timing import Run, apart, extra_bytes, measure
+from bench.harness.results import Results, Rows
+from bench.harness.tables import table
 from featcal_fast.layer import cholesky
 
 SIZES = ((4096, 4096, 3), (14336, 4096, 1), (1024, 1024, 3), (768, 768, 3))  # columns, right-hand sides, systems

@@ -15,10 +15,10 @@ from featcal_kernels.configs import TABLE, Arch, Tile
 
 from bench.gpu.compiling import Compiling, Target, with_tile
 from bench.gpu.moments import Shape, other_way
-from bench.gpu.results import Results, Rows
 from bench.gpu.sections import LeftOut, Row, Section
-from bench.gpu.tables import table
 from bench.gpu.timing import Run, measure, refusal
+from bench.harness.results import Results, Rows
+from bench.harness.tables import table
 
 COUNTS = {"half": 8, "split": 4, "small": 2}
 TOLERANCE = 1.01  # a candidate replaces the table's only if it is faster by more
@@ -95,7 +95,8 @@ def start(run: Run, results: Results) -> Compiling | None:
     chosen = {kind: candidates(arch, kind, target.shared) for kind in missing}
     if run.dry:
         chosen = {kind: dict(list(tiles.items())[:1]) for kind, tiles in chosen.items()}
-    return Compiling(target, kinds, chosen) if missing else None
+    sizes = {kind: [(shape.d, shape.m, shape.n) for shape in kinds[kind]] for kind in missing}
+    return Compiling(target, sizes, chosen) if missing else None
 
 
 def _arch(run: Run) -> Arch:

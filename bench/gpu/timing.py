@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bench.phases import Clock
+
 if TYPE_CHECKING:
     from featcal_kernels.configs import Arch
 
     from bench.gpu.compiling import Compiling
+    from bench.harness.runs import Way
 
 CALLS_MS = 2.0  # short calls are timed in groups of this length
 ROUNDS = (3, 25)
@@ -32,7 +34,7 @@ class Run:
         peak: TFLOP/s of a large bfloat16 product.
         compiling: tiles on their way to Triton's cache, if any are to be timed.
         folders: where jobs may be written, the best first.
-        official: a checkout of the official demo's code, if there is one, and the Python to run it with.
+        official: how to run the official demo's code, if there is a checkout.
     """
 
     device: torch.device
@@ -41,7 +43,7 @@ class Run:
     peak: float = 0.0
     compiling: Compiling | None = None
     folders: tuple[Path, ...] = ()
-    official: tuple[Path, str] | None = None
+    official: Way | None = None
 
 
 def measure(variants: dict[str, Callable[[], object]], run: Run, budget_s: float = 0.5) -> dict[str, float]:
@@ -61,18 +63,11 @@ def measure(variants: dict[str, Callable[[], object]], run: Run, budget_s: float
 
 
 def _milliseconds(call: Callable[[], object], count: int, device: torch.device) -> float:
-    if device.type == "cpu":
-        start = time.perf_counter()
+    clock = Clock(device)
+    with clock("calls"):
         for _ in range(count):
             call()
-        return (time.perf_counter() - start) * 1e3 / count
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    before.record()
-    for _ in range(count):
-        call()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after) / count
+    return clock.read()["calls"] / count
 
 
 def refusal(call: Callable[[], object]) -> str:

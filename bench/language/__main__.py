@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
-
 import torch
-from rich.console import Console
 
 from bench import language
+from bench.harness.results import RESULTS, write_whole
+from bench.harness.runs import command_line
 from bench.language.llama import Llama
-from bench.language.study import Study, choose, run, table, write
+from bench.language.study import Study, choose, run, show
 from bench.language.t5 import T5
+
+STUDIES: dict[str, type[Study]] = {study.name: study for study in (Llama, T5)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=language.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=("llama", "t5"))
+    parser = command_line(language.__doc__)
+    parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--choose", action="store_true", help="compare settings on the validation part instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    console = Console()
-    study: Study = Llama() if args.study == "llama" else T5()
-    results = choose(study, console) if args.choose else run(study, console)
-    for metric in study.metrics:
-        console.print(table(results, metric, study))
-    kind = "settings" if args.choose else "accuracy"
-    print(f"Wrote {write(results, f'{kind}-{study.name}')}")
+    study = STUDIES[args.study]()
+    results = choose(study) if args.choose else run(study)
+    print("\n".join(show(results, metric, study) for metric in study.metrics))
+    path = RESULTS / f"{'settings' if args.choose else 'accuracy'}-{study.name}.json"
+    write_whole(path, results)
+    print(f"Wrote {path}")
 
 
 if __name__ == "__main__":

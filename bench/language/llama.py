@@ -12,7 +12,7 @@ import sysconfig
 import unicodedata
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import featcal_fast as ff
-from bench.language.study import PARTS, Batch, part_of, stream, train, values
+from bench.language.study import PARTS, Batch, Study, part_of, stream, train, values
 
 BITS = "bits per byte"
 # Left out of the source files: tests, packages installed later, and files that hold the texts of another domain.
@@ -51,20 +51,17 @@ class Config:
 
 
 @dataclass
-class Llama:
+class Llama(Study):
     """The study."""
 
     config: Config = Config()
     counts: tuple[int, ...] = (8, 32, 128)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    # Best on the validation part (`--choose`) of GRID.
-    settings: ff.Settings = field(default_factory=lambda: ff.Settings(1e-2, 2.0, 0.3))
-    scaling: float = 0.3
-    grid: dict[str, ff.Settings] = field(default_factory=lambda: GRID)
-    name: str = "llama"
-    title: str = "byte-level Llama, bits per byte (lower is better)"
-    tasks: tuple[str, ...] = ("code", "topics", "names", "sums")
-    metrics: dict[str, int] = field(default_factory=lambda: {BITS: 3})
+    seeds: tuple[int, ...] = Study.seeds
+    name = "llama"
+    title = "byte-level Llama, bits per byte (lower is better)"
+    tasks = "code", "topics", "names", "sums"
+    metrics = {BITS: 3}  # noqa: RUF012
+    settings, grid = ff.Settings(1e-2, 2.0, 0.3), GRID  # the best of it on the validation part (`--choose`)
 
     @cached_property
     def texts(self) -> dict[str, dict[str, Tensor]]:
@@ -106,9 +103,6 @@ class Llama:
     def calibration(self, task: str, count: int, seed: int) -> list[Batch]:
         ids = self._draw(self.texts[task]["training"], count, stream(seed, f"calibration {task}"))
         return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(32)]
-
-    def variants(self, experts: Mapping[str, nn.Module], seed: int) -> dict[str, dict[str, list[Batch]]]:
-        return {}
 
     def measure(self, model: nn.Module, task: str, part: str) -> dict[str, float]:
         text, width = self.texts[task][part], self.config.window

@@ -6,36 +6,29 @@ compared on the validation part with a seed of their own, and the held-out part 
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict
 from hashlib import sha256
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Column, Table
 from torch import Tensor, nn
 
 import featcal_fast as ff
+from bench.harness.results import machine
+from bench.harness.tables import spread, table
+from bench.mergers import Pool, task_arithmetic, with_state
 
 Batch = dict[str, Tensor]
 Scores = dict[str, dict[str, float]]  # by metric, then task
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 CHOSEN_WITH = (8, 128)  # samples a task, when settings are compared
 EXPERTS, BASE = "own expert", "base"
 PARTS = ("held-out", "validation", "training")
 
 
-class Study(Protocol):
+class Study:
     """Models, data and measures of a study."""
 
     name: str
@@ -43,28 +36,31 @@ class Study(Protocol):
     tasks: tuple[str, ...]
     metrics: dict[str, int]  # digits to print, by metric
     counts: tuple[int, ...]  # calibration samples a task
-    seeds: tuple[int, ...]
-    scaling: float  # of task arithmetic
+    seeds: tuple[int, ...] = (0, 1, 2)
+    scaling = 0.3  # of task arithmetic
     settings: ff.Settings
     grid: dict[str, ff.Settings]  # compared on the validation part
 
     def about(self) -> dict[str, Any]:
         """Sizes, training and data, for the JSON."""
-        ...
+        raise NotImplementedError
 
-    def make_base(self) -> nn.Module: ...
+    def make_base(self) -> nn.Module:
+        raise NotImplementedError
 
-    def make_expert(self, base: nn.Module, task: str, seed: int) -> nn.Module: ...
+    def make_expert(self, base: nn.Module, task: str, seed: int) -> nn.Module:
+        raise NotImplementedError
 
     def calibration(self, task: str, count: int, seed: int) -> list[Batch]:
         """Samples of the training part."""
-        ...
+        raise NotImplementedError
 
     def variants(self, experts: Mapping[str, nn.Module], seed: int) -> dict[str, dict[str, list[Batch]]]:
         """Further rows: other calibration batches, by task."""
-        ...
+        return {}
 
-    def measure(self, model: nn.Module, task: str, part: str) -> dict[str, float]: ...
+    def measure(self, model: nn.Module, task: str, part: str) -> dict[str, float]:
+        raise NotImplementedError
 
 
 def stream(seed: int, use: str) -> torch.Generator:
@@ -92,14 +88,9 @@ def train(model: nn.Module, draw: Callable[[], Batch], steps: int, learning_rate
     model.eval()
 
 
-@torch.no_grad()
 def merge(base: nn.Module, experts: Mapping[str, nn.Module], scaling: float) -> nn.Module:
-    """Task arithmetic: `base + scaling * sum (expert - base)`."""
-    merged = deepcopy(base)
-    others = [dict(expert.named_parameters()) for expert in experts.values()]
-    for name, parameter in merged.named_parameters():
-        parameter.add_(sum(other[name] - base.get_parameter(name) for other in others), alpha=scaling)
-    return merged
+    """Task arithmetic, as the package merges."""
+    return with_state(base, task_arithmetic(Pool(base, experts), scaling))
 
 
 def calibrated(
@@ -123,7 +114,7 @@ def scores(study: Study, model: nn.Module | Mapping[str, nn.Module], part: str) 
     return {metric: {task: found[task][metric] for task in study.tasks} for metric in study.metrics}
 
 
-def run(study: Study, console: Console) -> dict[str, Any]:
+def run(study: Study) -> dict[str, Any]:
     """Every seed's models, measured on the held-out part."""
     began, computed = time.perf_counter(), time.process_time()
     base, spent = study.make_base(), {"base": time.perf_counter() - began, "experts": 0.0, "calibration": 0.0}
@@ -146,7 +137,7 @@ def run(study: Study, console: Console) -> dict[str, Any]:
             spent["calibration"] += time.perf_counter() - started
             rows[row] = scores(study, model, "held-out")
         runs.append(rows)
-        console.print(f"seed {seed}: done after {time.perf_counter() - began:.0f} s", highlight=False)
+        print(f"seed {seed}: done after {time.perf_counter() - began:.0f} s", flush=True)
     spent |= {"in all": time.perf_counter() - began, "in all, processor": time.process_time() - computed}
     return {
         "study": study.title,
@@ -156,18 +147,18 @@ def run(study: Study, console: Console) -> dict[str, Any]:
         "samples": list(study.counts),
         "seeds": list(study.seeds),
         **study.about(),
-        **where(),
+        "machine": machine(),
         "seconds": {name: round(value, 1) for name, value in spent.items()},
         **summary(runs, study),
         "runs": runs,
     }
 
 
-def choose(study: Study, console: Console, seed: int = 100) -> dict[str, Any]:
+def choose(study: Study, seed: int = 100) -> dict[str, Any]:
     """The grid of settings on the validation part, with a seed that the reported figures do not use."""
     base = study.make_base()
     experts = {task: study.make_expert(base, task, seed) for task in study.tasks}
-    console.print("trained", highlight=False)
+    print("trained", flush=True)
     rows = {EXPERTS: scores(study, experts, "validation"), BASE: scores(study, base, "validation")}
     rows[arithmetic(study.scaling)] = scores(study, merge(base, experts, study.scaling), "validation")
     batches = {n: {task: study.calibration(task, n, seed) for task in study.tasks} for n in CHOSEN_WITH}
@@ -175,14 +166,14 @@ def choose(study: Study, console: Console, seed: int = 100) -> dict[str, Any]:
         for count in CHOSEN_WITH:
             row = f"{name}, {count}"
             rows[row] = scores(study, calibrated(study, base, experts, batches[count], settings), "validation")
-            console.print(f"{row}: done", highlight=False)
+            print(f"{row}: done", flush=True)
     grid = {name: asdict(settings) for name, settings in study.grid.items()}
     return {
         "study": study.title,
         "part": "validation",
         "seed": seed,
         "grid": grid,
-        **where(),
+        "machine": machine(),
         **summary([rows], study),
     }
 
@@ -209,11 +200,12 @@ def summary(runs: Sequence[Mapping[str, Scores]], study: Study) -> dict[str, Any
     for metric in study.metrics:
         full = [{row: with_mean(scores_[metric]) for row, scores_ in rows.items()} for rows in runs]
         found[metric] = {
-            row: {column: spread([one[row][column] for one in full]) for column in full[0][row]} for row in full[0]
+            row: {column: mean_and_std([one[row][column] for one in full]) for column in columns}
+            for row, columns in full[0].items()
         }
         ends = [(one[low]["mean"], one[EXPERTS]["mean"]) for one in full]
         closed[metric] = {
-            row: spread([gap_closed(one[row]["mean"], *end) for one, end in zip(full, ends, strict=True)])
+            row: mean_and_std([gap_closed(one[row]["mean"], *end) for one, end in zip(full, ends, strict=True)])
             for row in full[0]
             if row not in (EXPERTS, BASE, low) and all(merged != experts for merged, experts in ends)
         }
@@ -229,53 +221,23 @@ def gap_closed(value: float, merged: float, experts: float) -> float:
     return (value - merged) / (experts - merged)
 
 
-def spread(numbers: Sequence[float]) -> dict[str, float]:
-    """Mean, and the sample's standard deviation (0 for a single seed)."""
-    return {"mean": statistics.fmean(numbers), "std": statistics.stdev(numbers) if len(numbers) > 1 else 0.0}
+def mean_and_std(numbers: Sequence[float]) -> dict[str, float]:
+    return dict(zip(("mean", "std"), spread(numbers), strict=True))
 
 
-def table(results: Mapping[str, Any], metric: str, study: Study) -> Table:
+def show(results: Mapping[str, Any], metric: str, study: Study) -> str:
     """Rows of models, columns of tasks."""
-    made = Table(
-        Column("", no_wrap=True),
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        title=f"{metric}, {results['part']}",
-    )
-    for column in (*study.tasks, "mean", "gap closed"):
-        made.add_column(column, justify="right")
     several, digits = len(results.get("seeds", ())) > 1, study.metrics[metric]
-    for row, columns in results["scores"][metric].items():
-        cells = [f"{cell['mean']:.{digits}f}" for cell in columns.values()]
-        if several:
-            cells[-1] += f" ± {columns['mean']['std']:.{digits}f}"
-        share = results["gap_closed"][metric].get(row)
-        made.add_row(
-            row, *cells, f"{share['mean']:.0%}" + (f" ± {share['std']:.0%}" if several else "") if share else ""
-        )
-    return made
 
+    def cell(found: Mapping[str, float] | None, form: str) -> str:
+        if found is None:
+            return ""
+        return f"{found['mean']:{form}}" + (f" ± {found['std']:{form}}" if several else "")
 
-def where() -> dict[str, Any]:
-    """Versions and the machine."""
-    import transformers
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "versions": {
-            "featcal_fast": ff.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": {"cpu": cpu or platform.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-    }
-
-
-def write(results: Mapping[str, Any], name: str) -> Path:
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    return path
+    rows = [
+        {"": name, **{column: f"{found['mean']:.{digits}f}" for column, found in columns.items()}}
+        | {"mean": cell(columns["mean"], f".{digits}f")}
+        | {"gap closed": cell(results["gap_closed"][metric].get(name), ".0%")}
+        for name, columns in results["scores"][metric].items()
+    ]
+    return table(f"{metric}, {results['part']}", rows)

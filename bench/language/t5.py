@@ -9,7 +9,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import featcal_fast as ff
-from bench.language.study import PARTS, Batch, part_of, stream, train, values
+from bench.language.study import PARTS, Batch, Study, part_of, stream, train, values
 
 EXACT, TOKENS = "exact match, %", "token accuracy, %"
 PAD, END = 0, 1
@@ -61,21 +61,18 @@ class Config:
 
 
 @dataclass
-class T5:
+class T5(Study):
     """The study."""
 
     config: Config = Config()
     counts: tuple[int, ...] = (8, 32, 128, 512)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = Study.seeds
+    name = "t5"
+    title = "small T5, exact match and token accuracy (higher is better)"
+    tasks = tuple(SIGNS)
+    metrics = {EXACT: 1, TOKENS: 1}  # noqa: RUF012
     # The best mean exact match, over 8 and 128 samples, of GRID on the validation part (`--choose`).
-    settings: ff.Settings = field(default_factory=lambda: ff.Settings(1e-3, 2.0, 0.6))
-
-    scaling: float = 0.3
-    grid: dict[str, ff.Settings] = field(default_factory=lambda: GRID)
-    name: str = "t5"
-    title: str = "small T5, exact match and token accuracy (higher is better)"
-    tasks: tuple[str, ...] = tuple(SIGNS)
-    metrics: dict[str, int] = field(default_factory=lambda: {EXACT: 1, TOKENS: 1})
+    settings, grid = ff.Settings(1e-3, 2.0, 0.6), GRID
 
     @cached_property
     def texts(self) -> dict[str, dict[str, list[str]]]:
@@ -156,16 +153,6 @@ def encode(sources: Sequence[str], targets: Sequence[str]) -> Batch:
     """Padded batch; each text ends with the end token, and labels are -100 beyond it."""
     ids, labels = _padded(sources, PAD), _padded(targets, -100)
     return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels}
-
-
-def decode(row: Tensor) -> str:
-    """The text up to the end token."""
-    text = ""
-    for number in row.tolist():
-        if number == END:
-            break
-        text += ALPHABET[number - 2] if number >= 2 else ""
-    return text
 
 
 def _padded(texts: Sequence[str], padding: int) -> Tensor:

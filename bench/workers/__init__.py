@@ -1,7 +1,8 @@
-"""What `bench.compare` runs, each in a process of its own: `python -m bench.workers.NAME FOLDER OUT [--device ...]`.
+"""What is run in a process of its own: `python -m bench.workers.NAME FOLDER OUT [--device ...]`.
 
-`FOLDER` holds a workload: `base`, `merged`, a folder an expert, `<task>.safetensors`, `recipe.json`. A worker writes
-the calibrated weights to `OUT` and prints what it took as its last line (`Measured.found`).
+`FOLDER` holds a workload: `base`, a folder an expert, `<task>.safetensors`, `recipe.json`, and for comparisons also
+`merged`. A worker writes the calibrated weights to `OUT` and prints what it took (`Measured.found`) as JSON. With
+`--check` it only imports what it needs, and says with what it would run.
 """
 
 from __future__ import annotations
@@ -17,21 +18,40 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.harness import process
+from bench.harness.results import versions
+
 aten = torch.ops.aten
 
 
-def options(doc: str | None, arguments: list[str] | None = None) -> argparse.Namespace:
-    """A worker's command line; each takes what it can use."""
+def options(
+    doc: str | None,
+    arguments: list[str] | None = None,
+    imports: Callable[[argparse.Namespace], object] = lambda _: None,
+) -> argparse.Namespace:
+    """A worker's command line; each takes what it can use. `imports` does what is not imported before."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--check", action="store_true", help="only say with what it would run")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON, on top of the recipe's")
     parser.add_argument("--checkout", type=Path, help="of the official code")
+    parser.add_argument("--merged", action="store_true", help="take FOLDER/merged instead of merging on the fly")
+    parser.add_argument("--plan", action="store_true", help="first plan the job, and say what it will need")
+    parser.add_argument("--scratch", help="folder for hidden states; without it they wait in memory")
+    parser.add_argument("--read-rate", type=float, help="bytes a second that tensors are read at, at most")
     parser.add_argument("--plain-ops", action="store_true", help="no Triton")
     parser.add_argument("--count", action="store_true", help="count FLOPs too, which takes longer")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    process.end_with_parent()
+    imports(args)
+    if args.check:
+        torch.zeros(1, device=args.device)
+        print(json.dumps({**versions(), "device": str(args.device)}))
+        raise SystemExit
+    return args
 
 
 class Measured:
@@ -62,8 +82,8 @@ class Measured:
         if isinstance(self._counter, FlopCounterMode):
             self.found["tflop"] = self._counter.get_total_flops() / 1e12
 
-    def say(self) -> None:
-        print(json.dumps(self.found))
+    def say(self, **more: Any) -> None:
+        print(json.dumps({**self.found, **more}))
 
 
 def _peak_gib() -> float:

@@ -15,127 +15,79 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 import featcal_fast as ff
+from bench.baselines import GROUPS, Sums, add, capture, run_block, solve
 from bench.workers import Measured, options
 from bench.workers.common import load_batches, load_model, save, tasks_of
-from featcal_fast.forward.calls import BatchCalls, move, stage_inputs
-from featcal_fast.layer.features import ActivationHooks
-from featcal_fast.models import find_structure
 
-GROUPS = (
-    tuple(f"self_attn.{name}_proj" for name in "qkv"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
 CHUNK = 256  # tokens; the workloads' texts are no longer, so a text is one chunk and needs no cache
-CPU = torch.device("cpu")
-Sums = dict[tuple[str, ...], tuple[Tensor, Tensor]]
+Angles = tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
     args = options(__doc__, arguments)
-    root, device = args.folder, args.device
-    settings = ff.Settings.from_dict(json.loads((root / "recipe.json").read_text())["settings"])
-    student = load_model(root / "merged", torch.bfloat16).to(device)
+    settings = ff.Settings.from_dict(json.loads((args.folder / "recipe.json").read_text())["settings"])
+    student = load_model(args.folder / "merged", torch.bfloat16).to(args.device)
     with Measured(args) as measured:
-        _calibrate(student, root, settings, device)
+        _calibrate(student, args.folder, settings, args.device)
     save(student, args.out)
     measured.say()
 
 
-def _calibrate(student: nn.Module, root: Path, settings: ff.Settings, device: torch.device) -> None:
-    tasks, base, blocks = tasks_of(root), root / "base", find_structure(student, "merged").blocks
+def _calibrate(student: Any, root: Path, settings: ff.Settings, device: torch.device) -> None:
+    tasks = tasks_of(root)
     texts = {task: [_unpadded(batch) for batch in load_batches(root, task, 1, torch.bfloat16)] for task in tasks}
-    own = {task: [_enter(student, text, device) for text in texts[task]] for task in tasks}
+    angles = {task: [_angles(student, ids, device) for ids in texts[task]] for task in tasks}
+    own = {task: [_embedded(student, ids, device) for ids in texts[task]] for task in tasks}
     theirs = {}
     for task in tasks:  # only for its embeddings
         expert = load_model(root / task, torch.bfloat16).to(device)
-        theirs[task] = [_enter(expert, text, device) for text in texts[task]]
+        theirs[task] = [_embedded(expert, ids, device) for ids in texts[task]]
         del expert
 
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(student.model.layers):
         sums: dict[str, Sums] = {}
         weights: dict[str, dict[str, Tensor]] = {}
         for task in tasks:
             expert_block = _layer(block, root / task, index)
-            sums[task] = _statistics(index, block, expert_block, own[task], theirs[task], settings, device)
+            sums[task] = _statistics(block, expert_block, own[task], theirs[task], angles[task], settings, device)
             weights[task] = {name: value.cpu() for name, value in expert_block.named_parameters()}
-        base_block = _layer(block, base, index)
+        base_block = _layer(block, root / "base", index)
         for group in GROUPS:
-            _solve(
-                block,
-                base_block,
-                group,
-                [sums[task][group] for task in tasks],
-                [weights[task] for task in tasks],
-                settings,
-            )
+            solve(block, base_block, group, [sums[task][group] for task in tasks], list(weights.values()), settings)
         del expert_block, base_block  # before the next layer's are read
         for task in tasks:
-            own[task] = [(_run(index, block, hidden, calls, device), calls) for hidden, calls in own[task]]
+            own[task] = [
+                run_block(block, hidden.to(device), each).cpu()
+                for hidden, each in zip(own[task], angles[task], strict=True)
+            ]
 
 
 def _statistics(
-    index: int,
     block: nn.Module,
     expert: nn.Module,
-    own: list[tuple[Tensor, BatchCalls]],
-    theirs: list[tuple[Tensor, BatchCalls]],
+    own: list[Tensor],
+    theirs: list[Tensor],
+    angles: list[Angles],
     settings: ff.Settings,
     device: torch.device,
 ) -> Sums:
     """S and C of each group, on the CPU; `theirs` goes on to the next layer."""
     sums: Sums = {}
-    leaders, alpha, tokens = [group[0] for group in GROUPS], settings.teacher_alpha, 0
-    for number, ((hidden, calls), (expert_hidden, expert_calls)) in enumerate(zip(own, theirs, strict=True)):
-        xs: dict[str, Tensor] = {}
-        xe: dict[str, Tensor] = {}
-        with ActivationHooks(block, leaders, xs.__setitem__):
-            _run(index, block, hidden, calls, device)
-        with ActivationHooks(expert, leaders, xe.__setitem__):
-            theirs[number] = _run(index, expert, expert_hidden, expert_calls, device), expert_calls
-        tokens += hidden.shape[1]
-        for group in GROUPS:
-            s, e = (x[group[0]].flatten(0, -2).float() for x in (xs, xe))
-            products = s.T @ s, s.T @ (alpha * e + (1 - alpha) * s)
-            if group in sums:
-                for total, product in zip(sums[group], products, strict=True):
-                    total += product
-            else:
-                sums[group] = products
+    for number, each in enumerate(angles):
+        xs, _ = capture(block, GROUPS, own[number].to(device), each)
+        xe, out = capture(expert, GROUPS, theirs[number].to(device), each)
+        theirs[number] = out.cpu()
+        add(sums, xs, xe, settings.teacher_alpha)
+    tokens = sum(hidden.shape[1] for hidden in own)
     return {group: (s.div_(tokens).cpu(), c.div_(tokens).cpu()) for group, (s, c) in sums.items()}
-
-
-def _solve(
-    block: nn.Module,
-    base: nn.Module,
-    group: tuple[str, ...],
-    sums: list[tuple[Tensor, Tensor]],
-    experts: list[dict[str, Tensor]],
-    settings: ff.Settings,
-) -> None:
-    names = [f"{name}.weight" for name in group]
-    device = block.get_parameter(names[0]).device
-    merged, origin = (torch.cat([m.get_parameter(name).float() for name in names]).to(device) for m in (block, base))
-    anchor = settings.anchor_rho * merged + (1 - settings.anchor_rho) * origin
-    ridge, eps = settings.ridge_lambda, settings.covariance_eps
-    left = (ridge + eps) * torch.eye(anchor.shape[1], device=device)
-    right = ridge * anchor.T
-    for (s, c), weights in zip(sums, experts, strict=True):
-        s, c = s.to(device), c.to(device)
-        norm = s.norm().clamp_min(eps)
-        left += s / norm
-        right += (c / norm) @ torch.cat([weights[name].float() for name in names]).to(device).T
-    solved = torch.linalg.solve(left, right).T
-    for name, rows in zip(names, solved.split([len(block.get_parameter(name)) for name in names]), strict=True):
-        block.get_parameter(name).copy_(rows)
 
 
 def _layer(like: nn.Module, folder: Path, index: int) -> nn.Module:
@@ -146,20 +98,22 @@ def _layer(like: nn.Module, folder: Path, index: int) -> nn.Module:
     return block
 
 
-def _enter(model: nn.Module, text: dict[str, Tensor], device: torch.device) -> tuple[Tensor, BatchCalls]:
-    hidden, calls = stage_inputs(find_structure(model, "model"), move(text, device))
-    return hidden.cpu(), move(calls, CPU)
+def _embedded(model: Any, ids: Tensor, device: torch.device) -> Tensor:
+    return model.model.embed_tokens(ids.to(device)).cpu()
 
 
-def _run(index: int, block: nn.Module, hidden: Tensor, calls: BatchCalls, device: torch.device) -> Tensor:
-    return move(calls, device).run(index, block, hidden.to(device)).cpu()
+def _angles(model: Any, ids: Tensor, device: torch.device) -> Angles:
+    like = torch.empty(0, dtype=torch.bfloat16, device=device)
+    return model.model.rotary_emb(like, torch.arange(ids.shape[1], device=device)[None])
 
 
-def _unpadded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    ids = batch["input_ids"][batch["attention_mask"].bool()][None]
+def _unpadded(batch: dict[str, Tensor]) -> Tensor:
+    ids = batch["input_ids"]
+    if "attention_mask" in batch:
+        ids = ids[batch["attention_mask"].bool()][None]
     if ids.shape[1] > CHUNK:
         raise SystemExit(f"found a text of {ids.shape[1]} tokens, expected at most {CHUNK}")
-    return {"input_ids": ids}
+    return ids
 
 
 if __name__ == "__main__":

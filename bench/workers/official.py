@@ -10,6 +10,7 @@ which the `torch.float32` that its solver names is read as float64. Needs a tran
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from bench.workers import Measured, options
 
@@ -33,11 +35,8 @@ class _As(ModuleType):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = options(__doc__, arguments)
-    sys.path.insert(0, str(args.checkout / "src"))
-    from featcal import featcal as official
-    from featcal import solver
-
+    args = options(__doc__, arguments, _official)
+    official, solver = _official(args)
     solver.torch = _As(args.dtype)
     tasks = sorted(path.stem for path in args.folder.glob("*.safetensors"))
     base, merged = _load(args.folder / "base", args.dtype), _load(args.folder / "merged", args.dtype)
@@ -56,9 +55,14 @@ def main(arguments: list[str] | None = None) -> None:
     measured.say()
 
 
-def _load(folder: Path, dtype: torch.dtype):
-    from transformers import CLIPVisionConfig, CLIPVisionModel
+def _official(args: argparse.Namespace) -> tuple[Any, Any]:
+    sys.path.insert(0, str(args.checkout.resolve() / "src"))
+    from featcal import featcal, solver
 
+    return featcal, solver
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
     model = CLIPVisionModel(CLIPVisionConfig.from_pretrained(folder)).eval()
     weights = load_file(folder / "model.safetensors")
     weights = {name if name.startswith("vision_model.") else f"vision_model.{name}": w for name, w in weights.items()}

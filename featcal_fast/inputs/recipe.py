@@ -120,7 +120,7 @@ class Recipe:
             return cls._from_mapping(recipe, Path.cwd())
         path = Path(recipe).expanduser()
         if not path.is_file():
-            raise RecipeError(f"{path} is not a file; expected a recipe in YAML (see the README)")
+            raise RecipeError(f"{path} is not a file; expected a recipe in YAML (docs/recipes.md)")
         try:
             values = yaml.safe_load(path.read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -41,7 +41,7 @@ def find_structure(model: nn.Module, label: str) -> Structure:
 
 
 def families_table() -> str:
-    """The families as a Markdown table, for the README."""
+    """The families as a Markdown table, for `docs/families.md`."""
     rows = [(family.name, family.models, family.note) for family in FAMILIES]
     lines = [f"| {' | '.join(row)} |" for row in (("Family", "Models", "Notes"), ("---",) * 3, *rows)]
     return "\n".join(lines) + "\n"

@@ -67,7 +67,7 @@ class Family:
 
     Attributes:
         name: what reports and errors call it.
-        models: well-known members, for the README.
+        models: well-known members, for the table of families.
         roots: dotted paths at which the transformer may sit in a model; "" is the model itself.
         marks: what must sit below the root, besides the blocks.
         stages: lists of blocks, in forward order.
@@ -79,7 +79,7 @@ class Family:
         last_layer: token weights of the last block, or None.
         keeps: name suffixes of weights inside of blocks that keep their merged values, with the reason.
         outside: prefixes of modules outside of blocks, with the reason that they keep their merged values.
-        note: for the README, what is particular to the family.
+        note: for the table, what is particular to the family.
     """
 
     name: str

@@ -10,12 +10,13 @@ import torch
 from featcal_kernels import blas, naive
 from featcal_kernels.configs import TABLE
 
-from bench.gpu import compiling, moments, process, tiles, timing
+from bench.gpu import compiling, moments, tiles, timing
 from bench.gpu.budget import Budget
 from bench.gpu.moments import Shape
-from bench.gpu.results import Results
 from bench.gpu.sections import run_section
 from bench.gpu.timing import Run
+from bench.harness import process
+from bench.harness.results import Results
 
 CPU = torch.device("cpu")
 GPU = Run(CPU, dry=False, arch=TABLE["sm_90"], peak=1.0)
@@ -35,9 +36,10 @@ def test_a_tile_that_spills_is_refused():
     pytest.importorskip("triton")
     target = compiling.Target("cuda", 90, 32, "sm_90", 132, 232_448)
     arch = TABLE["sm_90"]
-    wide = Shape(48, 32, 100, torch.bfloat16)
     found = compiling.Compiling(
-        target, {"half": [wide]}, {"half": {"bad": replace(arch.half, halves=False), "odd": replace(arch.half, m=96)}}
+        target,
+        {"half": [(48, 32, 100)]},
+        {"half": {"bad": replace(arch.half, halves=False), "odd": replace(arch.half, m=96)}},
     )
     usable, refused = found.usable("half", 120)
     assert not usable

@@ -1,0 +1,261 @@
+"""Every key, setting, option, variable, error and figure of the reference pages is the code's, and none is left out."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+import yaml
+from pages import ROOT, Page, codes
+
+import featcal_fast as ff
+from featcal_fast import cli, errors, settings
+from featcal_fast.checkpoints import STORAGES
+from featcal_fast.checkpoints.cached import BITS, BLOCKSIZES
+from featcal_fast.errors import FeatCalError
+from featcal_fast.inputs.preprocess import VOCABULARIES
+from featcal_fast.inputs.samples import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, TEXT_KINDS
+from featcal_fast.inputs.task_data import CHUNK_TOKENS
+from featcal_fast.layer.solve import MAX_CONDITION_FLOAT32, RAISES
+from featcal_fast.merging.merged import METHODS
+from featcal_fast.models import families_table
+from featcal_fast.reporting.report import GroupReport, LayerReport
+
+RECIPES, DATA, MEMORY, PYTHON, FAMILIES, METHOD = (
+    Page(ROOT / "docs" / f"{name}.md") for name in ("recipes", "data", "memory", "python", "families", "method")
+)
+CHOICES = {
+    "preset": settings.PRESETS,
+    "calibrate_bias": (True, False),
+    "calibrate_layernorm": (True, False),
+    "forward_dtype": settings.FORWARD_DTYPES,
+    "moment_dtype": settings.MOMENT_DTYPES,
+    "solve_dtype": settings.SOLVE_DTYPES,
+    "compile_blocks": (True, False, None),
+}
+# What the page says of a number: values within, and values beyond.
+RANGES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
+    "0 or more": ((0, 1e-9, 7), (-1e-9, "a")),
+    "above 0": ((1e-12, 7), (0, -1)),
+    "0 to 1": ((0, 0.5, 1), (-0.01, 1.01)),
+    "any number": ((-3, 0, 7), (float("inf"), "a")),
+    "pattern or list": (("a.*", ["a", "b"], None), (7, [], ["a", 1], "(")),
+}
+
+
+@pytest.mark.parametrize(
+    ("heading", "cls"), [("Keys", ff.Recipe), ("Experts", ff.ExpertRecipe), ("Merge", ff.MergeRecipe)]
+)
+def test_keys_of_a_recipe(heading: str, cls: type) -> None:
+    known = {item.name: item for item in fields(cls) if item.name != "root"}
+    rows = {codes(key)[0]: default for key, default, *_ in RECIPES.table(heading)}
+    assert rows.keys() == known.keys()
+    for name, said in rows.items():
+        if name != "settings":  # by its preset
+            assert said == _default(known[name]), name
+
+
+def _default(key: Field) -> str:
+    if key.default is MISSING:
+        return "required"
+    return "none" if key.default is None else f"`{key.default}`"
+
+
+def test_settings() -> None:
+    known = {item.name: item.default for item in fields(ff.Settings)}
+    rows = {codes(key)[0]: (default, values) for key, default, values, _ in RECIPES.table("Settings")}
+    assert rows.keys() == {"preset", *known}
+    assert codes(rows["preset"][0]) == ["default"]
+    assert ff.Settings.from_dict({}) == ff.Settings()
+    for name, default in known.items():
+        assert _value(rows[name][0]) == default, name
+
+
+@pytest.mark.parametrize("row", RECIPES.table("Settings"), ids=lambda row: row[0])
+def test_values_of_settings(row: list[str]) -> None:
+    name, values = codes(row[0])[0], row[2]
+    if name in CHOICES:
+        said = [yaml.safe_load(code) for code in codes(values)]
+        assert said == list(CHOICES[name])
+        assert ", ".join(f"`{code}`" for code in codes(values)) == values
+        good, bad = said, ["something else"]
+    else:
+        good, bad = RANGES[values]
+    for value in good:
+        ff.Settings.from_dict({name: value})
+    for value in bad:
+        with pytest.raises(FeatCalError, match=f"settings.{name}"):
+            ff.Settings.from_dict({name: value})
+
+
+def test_presets() -> None:
+    rows = {codes(row[0])[0]: row[1:4] for row in RECIPES.table("Presets")}
+    assert rows.keys() == ff.PRESETS.keys()
+    for name, preset in ff.PRESETS.items():
+        ridge, rho, alpha = (settings.number(yaml.safe_load(value)) for value in rows[name])
+        assert preset == ff.Settings(ridge_lambda=ridge, anchor_rho=rho, teacher_alpha=alpha)
+
+
+def test_choices_of_a_recipe() -> None:
+    (storage,) = (row[2] for row in RECIPES.table("Keys") if codes(row[0]) == ["expert_storage"])
+    assert tuple(codes(storage.partition(": ")[2])) == STORAGES
+    (method,) = (row[2] for row in RECIPES.table("Merge") if codes(row[0]) == ["method"])
+    assert codes(method) == list(METHODS)
+
+
+def test_options_of_the_commands() -> None:
+    group: Any = typer.main.get_command(cli.app)
+    taken: dict[str, set[str]] = {option: set() for parameter in group.params for option in parameter.opts}
+    for name, command in group.commands.items():
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                taken.setdefault(parameter.opts[0], set()).add(name)
+    assert {codes(row[0])[0]: set(codes(row[1])) for row in PYTHON.table("Options")} == taken
+
+
+def test_exit_codes(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(*arguments: str, by: Callable[[], Any] = lambda: None) -> int:
+        monkeypatch.setattr("featcal_fast.planning.planner.find_device", lambda *_, **__: by() or torch.device("cpu"))
+        monkeypatch.setattr(sys, "argv", ["featcal-fast", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return int(stop.value.code or 0)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        found = {
+            ended("plan", "recipe.yaml"),
+            ended("plan", "recipe.yaml", "--host-memory", "1MiB"),
+            ended("plan", "recipe.yaml", "--memory", "1MiB"),
+            ended("plan", "recipe.yaml", by=lambda: signal.raise_signal(signal.SIGINT)),
+            ended("plan", "recipe.yaml", by=lambda: signal.raise_signal(signal.SIGTERM)),
+        }
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found == {int(row[0]) for row in PYTHON.table("Exit codes")}
+
+
+def test_environment_variables() -> None:
+    files = [*(ROOT / "featcal_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    read = {name for file in files for name in variables(file.read_text())}
+    assert read == {codes(row[0])[0] for row in PYTHON.table("Environment variables")}
+
+
+def variables(text: str) -> set[str]:
+    """The environment variables that a module reads."""
+    tree, found, understood = ast.parse(text), set(), 0
+    for node in ast.walk(tree):
+        match node:
+            case (
+                ast.Call(func=ast.Attribute(value=ast.Attribute(attr="environ")), args=[ast.Constant(name), *_])
+                | ast.Subscript(value=ast.Attribute(attr="environ"), slice=ast.Constant(name))
+                | ast.Call(func=ast.Attribute(attr="getenv"), args=[ast.Constant(name), *_])
+            ):
+                found.add(name)
+                understood += 1
+    mentions = sum(
+        getattr(node, "attr", getattr(node, "id", getattr(node, "name", None))) in ("environ", "getenv")
+        for node in ast.walk(tree)
+    )
+    assert mentions == understood, "the environment is read in a way that this test does not understand"
+    return found
+
+
+def test_how_variables_are_found() -> None:
+    text = "import os\nos.environ.get('A', 1)\nos.environ['B']\nos.getenv('C')\n"
+    assert variables(text) == {"A", "B", "C"}
+    for hidden in ("os.environ.copy()", "os.environ[name]", "from os import environ"):
+        with pytest.raises(AssertionError, match="does not understand"):
+            variables(hidden)
+
+
+def test_errors() -> None:
+    classes = {name: cls for name, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, FeatCalError)}
+    assert {codes(row[0])[0] for row in PYTHON.table("Errors")} == classes.keys()
+
+
+def test_the_report() -> None:
+    said = [key for row in PYTHON.table("The report") for key in codes(row[0])]
+    written = json.loads(ff.Report(ff.Settings(), "a family", "cpu", {}).to_json())
+    expected = [*written, *(item.name for cls in (LayerReport, GroupReport) for item in fields(cls))]
+    assert sorted(said) == sorted(expected)
+
+
+def test_calls() -> None:
+    """Every function that is public, with arguments that it has."""
+    rows = [codes(row[0])[0] for row in PYTHON.table("Python and pipelines")]
+    public = {name for name in ff.__all__ if inspect.isfunction(getattr(ff, name))}
+    assert {re.match(r"ff\.([\w.]+)", row)[1] for row in rows} == public | {"reference.calibrate_model"}  # type: ignore[index]
+    for row in rows:
+        function: Any = ff
+        for part in row.partition("(")[0].split(".")[1:]:
+            function = getattr(function, part)
+        named = re.findall(r"\w+", row.partition("(")[2])
+        assert inspect.signature(function).parameters.keys() >= set(named), row
+
+
+def test_sources_of_data() -> None:
+    said = {suffix for row in DATA.table("Sources") for suffix in codes(row[0]) if suffix.startswith(".")}
+    files = {f".{suffix}" for suffix in re.findall(r"\.(\w+) file", SUPPORTED)}
+    assert len(files) == 2
+    assert said == files | IMAGE_SUFFIXES | TABLE_SUFFIXES
+    assert [tuple(codes(row[0])) for row in DATA.table("Texts")] == list(TEXT_KINDS)
+    text = DATA.path.read_text()
+    assert all(f"`{name}`" in text for name in VOCABULARIES)
+
+
+def test_items_of_a_plan(workspace: Path) -> None:
+    """Those that plans have are explained; and none that the planner does not know."""
+    said = {code for row in MEMORY.table("What is in memory") for code in codes(row[0])}
+    kept = {"expert_storage": "host", "settings": {"compile_blocks": True}}
+    recipe = yaml.safe_load((workspace / "recipe.yaml").read_text())
+    plans = [ff.plan({**recipe, **kept}), ff.plan(recipe, device="cuda", device_memory=2**34, scratch=workspace)]
+    assert said >= {item for plan in plans for items in (plan.host, plan.device_items, plan.disk) for item in items}
+    modules = [ast.parse(file.read_text()) for file in (ROOT / "featcal_fast" / "planning").glob("*.py")]
+    assert said <= {node.value for tree in modules for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+
+
+def test_figures_of_memory() -> None:
+    text = MEMORY.path.read_text()
+    assert f"{CHUNK_TOKENS['cuda']:,} tokens on a GPU and {CHUNK_TOKENS['cpu']:,} on a CPU" in text
+    rows = {codes(row[0])[0]: row[1:] for row in MEMORY.table("Experts in host memory")}
+    assert rows.keys() == set(STORAGES)
+    for name, size in BLOCKSIZES.items():
+        assert float(rows[name][0]) == pytest.approx(BITS[name] / 8 + 4 / size, abs=0.005)
+        assert f"blocks of {size} values" in rows[name][1]
+
+
+def test_figures_of_the_ladder() -> None:
+    text = METHOD.path.read_text()
+    assert f"at most {MAX_CONDITION_FLOAT32:,.0f}," in text
+    assert f"by {_power(RAISES[0])} of its mean, then tenfold, up to {_power(RAISES[-1])}." in text
+    assert all(after == pytest.approx(10 * before) for before, after in pairwise(RAISES))
+
+
+def test_families() -> None:
+    """`python -m bench.readme` puts the table there."""
+    inside = FAMILIES.path.read_text().partition("<!-- families -->\n")[2].partition("<!-- /families -->")[0]
+    assert inside == families_table()
+
+
+def _value(cell: str) -> Any:
+    (code,) = codes(cell)
+    value = yaml.safe_load(code)
+    number = settings.number(value)
+    return value if number is None else number
+
+
+def _power(value: float) -> str:
+    return f"{value:.0e}".replace("e-0", "e-")
