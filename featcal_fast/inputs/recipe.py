@@ -54,7 +54,7 @@ class Recipe:
         settings: the method's constants.
         samples: calibration samples a task; all, where a task has fewer.
         max_length: tokens a text is cut at.
-        batch_size: samples a forward pass; by default as many as have some 16,000 tokens on a GPU and 4,000 on a CPU,
+        batch_size: samples a forward pass; by default as many as have some 16,000 tokens on a GPU and 2,000 on a CPU,
             padding included, or fewer where memory is short.
         expert_storage: where experts' tensors stay after their first read: `disk`, that is nowhere; `host` memory as
             they are; or there compressed by bitsandbytes, `host-int8` or `host-nf4`, with the error that the report
