@@ -1,4 +1,7 @@
-"""featcal_fast: repair merged models by FeatCal feature calibration (arXiv 2605.13030), streamed layer by layer."""
+"""featcal_fast: repair merged models by FeatCal feature calibration (arXiv 2605.13030), streamed layer by layer.
+
+`calibrate.py` is the loop, `reference.py` the specification that it is held to; CONTRIBUTING.md shows the rooms below.
+"""
 
 from featcal_fast import reference
 from featcal_fast.calibrate import calibrate_model

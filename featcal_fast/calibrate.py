@@ -1,4 +1,4 @@
-"""The loop: forward order over layers, tasks and batches. Nobody else loops.
+"""The loop: forward order over layers, tasks and batches.
 
 for each layer:
     for each task:        run the expert's layer and the student's on the same batches,
@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from featcal_fast.errors import DataError
 from featcal_fast.forward.hooks import Activations
-from featcal_fast.layer.layout import Layout, find_layout
+from featcal_fast.layer.layout import find_layout
 from featcal_fast.layer.moments import TaskMoments
 from featcal_fast.layer.selection import check_settings
-from featcal_fast.layer.solve import Update, check_finite, relative_changes, solve_layer
+from featcal_fast.layer.solve import Update, check_finite, load_update, relative_changes, solve_layer
 from featcal_fast.layer.systems import Anchor, LayerSystem
-from featcal_fast.models.linear import oriented
 from featcal_fast.models.structure import Layer
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import GroupReport, LayerReport, Report
@@ -32,7 +29,8 @@ from featcal_fast.streaming.chunks import Chunk
 from featcal_fast.streaming.hidden_states import HOST, HiddenStates, Offload
 from featcal_fast.streaming.machine import find_device
 from featcal_fast.streaming.sources import ModuleSource, Source, check_same_architecture
-from featcal_fast.streaming.streams import Streams
+from featcal_fast.streaming.streams import Streams, check_tasks
+from featcal_fast.streaming.transfers import read_scalars
 
 Write = Callable[[int, dict[str, Tensor]], None]  # of a layer's new parameters, in its dtype, on the host
 
@@ -72,12 +70,12 @@ def calibrate_model(
     """
     device = find_device(device) if device is not None else next(merged.parameters()).device
     student = ModuleSource(merged, "merged model", device)
-    others = {task: ModuleSource(model, f"expert {task}", device) for task, model in experts.items()}
+    sources = {task: ModuleSource(model, f"expert {task}", device) for task, model in experts.items()}
     updates: list[dict[str, Tensor]] = []
     report = calibrate_source(
         student,
         ModuleSource(base, "base model", device),
-        others,
+        sources,
         batches,
         settings,
         device,
@@ -113,17 +111,16 @@ def calibrate_source(
     """
     started = time.perf_counter()
     structure = student.structure
-    _check_tasks(experts, batches)
+    check_tasks(experts, batches)
     check_same_architecture(student, {"base": base, **experts})
     check_settings(structure, settings)
     report = Report(settings, structure.family.name, str(device), dict.fromkeys(experts, 0))
     report.kept |= structure.outside
-    streams = Streams(student, base, experts, batches, settings, device, progress, offload, chunk)
-    with streams:
+    with Streams(student, base, experts, batches, settings, device, progress, offload, chunk) as streams:
         for layer in structure.layers:
             for task, count in streams.enter(layer).items():
                 report.tokens[task] += count
-            done, kept = calibrate_layer(layer, streams, settings, device, write)
+            done, kept = calibrate_layer(layer, streams, settings, write)
             report.layers.append(done)
             report.kept |= kept
             progress.layer(done)
@@ -133,7 +130,7 @@ def calibrate_source(
 
 
 def calibrate_layer(
-    layer: Layer, streams: Streams, settings: Settings, device: torch.device, write: Write
+    layer: Layer, streams: Streams, settings: Settings, write: Write
 ) -> tuple[LayerReport, dict[str, str]]:
     """One layer of the method (paper eq. 10 to 17; `docs/method.md`).
 
@@ -141,120 +138,105 @@ def calibrate_layer(
         layer: the one that `streams` has entered.
         streams: blocks and hidden states of all models.
         settings: the method's constants.
-        device: where to compute.
         write: takes the new parameters.
 
     Returns:
         What happened, and the linear weights that keep their merged values, each with the reason.
     """
-    began, number = time.perf_counter(), layer.number
+    began = time.perf_counter()
     student = streams.next_block()
     anchor = Anchor(student, streams.next_block(), settings.anchor_rho)
     layout = find_layout(student, layer, *streams.drift.sample(), settings)
-    system = LayerSystem(layout, anchor, settings, device, streams.counts)
-    moments = TaskMoments(layout, student, streams.counts, settings, device)
+    system = LayerSystem(layout, anchor, settings, streams.device, streams.counts)
+    moments = TaskMoments(layout, student, streams.counts, settings, streams.device)
 
     for task, expert in streams.experts(layer):
         moments.reset()
         for chunk in streams.chunks(task):
             with chunk:
-                states = streams.expert[task], streams.student[task]
-                accumulate(chunk, number, (expert, student), states, layout, moments)
+                states = streams.expert_states[task], streams.student_states[task]
+                accumulate(chunk, layer, (expert, student), states, moments)
         system.fold(moments, expert, task)
-        streams.drift.advance_expert(number, task, expert)
+        streams.drift.advance_expert(layer, task, expert)
         del expert  # before the next but one is read
 
     update = solve_layer(system, moments, streams.counts.tasks)
-    streams.drift.advance_merged(number, student)
+    streams.drift.advance_merged(layer, student)
     changes = relative_changes(layout, update, student)
-    leaving = streams.to_host(_load(student, update))
-    streams.drift.advance_calibrated(number, student)
+    parameters = streams.to_host(load_update(student, update))
+    streams.drift.advance_calibrated(layer, student)
     # Besides the solve, the one time that the host waits for the device within a layer.
-    (before, after), changed, sums = _read(streams.drift.distances(), changes, update.sums)
+    (before, after), changed, sums = read_scalars(streams.drift.distances(), changes, update.sums)
     check_finite(system.systems, sums)
     streams.advance_student(layer, student)
-    write(layer.index, leaving.synchronize())  # while a GPU advances
+    write(layer.index, parameters.synchronize())  # while a GPU advances
 
-    groups = _group_reports(layout, moments, update, changed)
+    groups = _group_reports(moments, update, changed)
     seconds = time.perf_counter() - began
     return LayerReport(layer.index, before, after, seconds, groups, list(moments.norms)), layout.kept
 
 
 def accumulate(
     chunk: Chunk,
-    number: int,
+    layer: Layer,
     blocks: tuple[nn.Module, nn.Module],
     states: tuple[HiddenStates, HiddenStates],
-    layout: Layout,
     moments: TaskMoments,
 ) -> None:
     """Run a chunk through a layer of the expert and of the student; moments grow.
 
-    Nothing is lost when memory runs out in the middle: the expert's hidden states advance last.
+    Nothing is lost when memory runs out in the middle: the expert's hidden states advance last. A function of its own,
+    so that no activations are left when the next chunk comes.
 
     Args:
         chunk: some samples of a batch.
-        number: the layer's, in its stage.
+        layer: where the blocks are in their models.
         blocks: the expert's and the student's.
         states: the expert's hidden states and the student's.
-        layout: of the layer.
         moments: of the task.
     """
-    activations, hidden = forward_expert(chunk, number, blocks[0], states[0], layout, moments)
-    forward_student(chunk, number, blocks[1], states[1], layout, moments, activations)
+    activations, hidden = forward_expert(chunk, layer, blocks[0], states[0], moments)
+    forward_student(chunk, layer, blocks[1], states[1], moments, activations)
     states[0].store(chunk.batch, chunk.rows, hidden)
 
 
 def forward_expert(
-    chunk: Chunk, number: int, block: nn.Module, states: HiddenStates, layout: Layout, moments: TaskMoments
+    chunk: Chunk, layer: Layer, block: nn.Module, states: HiddenStates, moments: TaskMoments
 ) -> tuple[tuple[Activations, Activations], Tensor]:
     """What the expert's linear modules are given, and make of it; and the hidden states after its layer."""
     inputs, outputs = Activations(), Activations()
-    leaders = [group.leader for group in layout.groups]
-    hidden = states.capture(chunk, number, block, leaders, inputs.__setitem__, moments.outputs, outputs.__setitem__)
+    hidden = states.capture(
+        chunk, layer, block, moments.groups, inputs.__setitem__, moments.outputs, outputs.__setitem__
+    )
     assert hidden is not None
     return (inputs, outputs), hidden
 
 
 def forward_student(
     chunk: Chunk,
-    number: int,
+    layer: Layer,
     block: nn.Module,
     states: HiddenStates,
-    layout: Layout,
     moments: TaskMoments,
     expert: tuple[Activations, Activations],
 ) -> None:
     """Run the student's layer up to its last captured input; moments grow."""
-    if layout.last is None:
+    last = moments.layout.last
+    if last is None:
         return
-    captured = dict.fromkeys([*(group.leader for group in layout.groups), *moments.norms, layout.last])
+    captured = dict.fromkeys([*moments.groups, *moments.norms, last])
     tokens = chunk.tokens
     states.capture(
         chunk,
-        number,
+        layer,
         block,
         captured,
         lambda name, x: moments.add(name, x, *expert, tokens, chunk.end),
-        stop_at=layout.last,
+        stop_at=last,
     )
 
 
-def _load(block: nn.Module, update: Update) -> dict[str, Tensor]:
-    """Put a layer's new parameters into `block`, all at once; they are returned as the block has them."""
-    views, own = oriented(block), dict(block.named_parameters())
-    for name, value in update.parameters.items():
-        views[name].copy_(value)
-    return {name: own[name] for name in update.parameters}
-
-
-def _read(*scalars: list[Tensor]) -> list[list[float]]:
-    """Lists of scalars, read from the device in one go."""
-    values = iter(torch.stack([each.double() for one in scalars for each in one]).tolist())
-    return [list(islice(values, len(one))) for one in scalars]
-
-
-def _group_reports(layout: Layout, moments: TaskMoments, update: Update, changes: list[float]) -> list[GroupReport]:
+def _group_reports(moments: TaskMoments, update: Update, changes: list[float]) -> list[GroupReport]:
     return [
         GroupReport(
             modules=list(group.modules),
@@ -264,13 +246,5 @@ def _group_reports(layout: Layout, moments: TaskMoments, update: Update, changes
             solver=update.solver[group.leader],
             change=change,
         )
-        for group, change in zip(layout.groups, changes, strict=True)
+        for group, change in zip(moments.layout.groups, changes, strict=True)
     ]
-
-
-def _check_tasks(experts: Mapping[str, Source], batches: Mapping[str, object]) -> None:
-    if not experts:
-        raise DataError("no experts: at least one is needed")
-    for task in experts.keys() ^ batches.keys():
-        there = "an expert but no batches" if task in experts else "batches but no expert"
-        raise DataError(f"task {task}: found {there}; experts and batches must name the same tasks")

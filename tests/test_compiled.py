@@ -1,4 +1,4 @@
-"""Compiled runner: the same results, compiled a few times whatever passes, and no harm where compiling fails.
+"""Compiled forwards: the same results, compiled a few times whatever passes, and no harm where compiling fails.
 
 Most tests put another backend in the C++ compiler's place: one that runs the graphs as they are, or looks at them.
 """

@@ -69,7 +69,7 @@ def whole(model: nn.Module, batch: pico.Batch) -> list[Tensor]:
 
 @pytest.mark.parametrize(("kind", "padding"), [*((k, "right") for k in KINDS), *((k, "left") for k in PADDED)])
 @torch.no_grad()
-def test_stepping_is_the_models_own_forward(kind: str, padding: str) -> None:
+def test_block_by_block_is_the_models_own_forward(kind: str, padding: str) -> None:
     model, batch = pico.job(kind, 1).merged, pico.batches_for(kind, 3, padding)[0]
     for ours, theirs in zip(stepped(model, batch), whole(model, batch), strict=True):
         assert (ours - theirs).abs().max() <= 1e-5

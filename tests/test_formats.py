@@ -266,10 +266,10 @@ def test_compressed_storage_is_the_expert_compressed_beforehand(storage: str, re
     merged = ff.merge({**recipe, **merge}, out=tmp_path / "merged-again")
     experts = {}
     for task, expert in recipe["experts"].items():
-        hosted = CachedExpert(Checkpoint(tmp_path / task, task), storage)
-        kept = hosted.read(hosted.tensors)
-        exact = hosted.read_exactly(hosted.tensors)
-        assert hosted.error == pytest.approx(_relative(kept, exact), rel=1e-4)
+        cached = CachedExpert(Checkpoint(tmp_path / task, task), storage)
+        kept = cached.read(cached.tensors)
+        exact = cached.read_exactly(cached.tensors)
+        assert cached.error == pytest.approx(_relative(kept, exact), rel=1e-4)
         (tmp_path / f"kept-{task}").mkdir()
         config = (tmp_path / task / "config.json").read_text()
         (tmp_path / f"kept-{task}" / "config.json").write_text(config)

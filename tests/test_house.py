@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,24 +46,36 @@ def modules(folder: Path) -> dict[str, ast.Module]:
 
 
 def imports(tree: ast.Module, package: str, known: set[str]) -> set[str]:
-    """The modules of `package` that one imports, wherever in it, also for types only."""
+    """The modules of `package` that one imports, wherever in it, for types only or named in a string too.
+
+    Whoever gets hold of the package itself may reach anything through it, and so imports what it exports: `__init__`.
+    """
     found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports are not followed here"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            if name.split(".")[0] != package:
-                continue
+    for name in named(tree):
+        if name.split(".")[0] == package:
             inner = name.partition(".")[2]
             while inner and inner not in known:
                 inner = inner.rpartition(".")[0]
             found.add(inner or "__init__")
     return found
+
+
+def named(tree: ast.Module) -> Iterator[str]:
+    """Dotted names of what is imported, and texts that may be such: for `import_module`, `sys.modules`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+                if alias.asname is None:  # `import a.b` gives the name `a`
+                    yield alias.name.split(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports are not followed here"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            if "." not in node.module:  # what it exports may hide a module of the same name
+                yield node.module
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
+            yield node.value
 
 
 def room(module: str) -> str:
@@ -105,11 +118,43 @@ def test_no_module_imports_itself_through_others(graph: dict[str, set[str]]) -> 
     assert circle(graph) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("from featcal_fast.streaming.chunks import Chunk", {"streaming.chunks"}),
+        ("from featcal_fast.streaming import chunks", {"streaming.chunks"}),
+        ("from featcal_fast.streaming import *", {"streaming"}),
+        ("def f():\n    from featcal_fast.streaming.chunks import Chunk", {"streaming.chunks"}),
+        ("if TYPE_CHECKING:\n    from featcal_fast.streaming.chunks import Chunk", {"streaming.chunks"}),
+        ("import featcal_fast.streaming.chunks as chunks", {"streaming.chunks"}),
+        ("import featcal_fast.errors; featcal_fast.streaming.chunks.Chunk", {"errors", "__init__"}),
+        ("import featcal_fast as ff", {"__init__"}),
+        ("from featcal_fast import Settings", {"__init__"}),
+        ("from featcal_fast import calibrate", {"__init__", "calibrate"}),
+        ("import_module('featcal_fast.streaming.chunks')", {"streaming.chunks"}),
+        ("sys.modules[f'featcal_fast.{name}']", {"__init__"}),
+        ("import torch, featcal_fastest; from torch import nn; 'featcal_fast', 'a.featcal_fast'", set()),
+    ],
+)
+def test_imports_are_found_however_they_are_made(text: str, expected: set[str]) -> None:
+    known = {"streaming", "streaming.chunks", "errors", "calibrate"}
+    assert imports(ast.parse(text), "featcal_fast", known) == expected
+
+
+def test_only_optional_libraries_are_imported_by_a_variable_name() -> None:
+    """Which no list of imports shows."""
+    ways = {"import_module", "importlib.import_module", "__import__", "exec", "eval"}
+    found = {
+        name
+        for name, tree in modules(PACKAGE).items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ways
+    }
+    assert found == {"inputs.samples"}
+
+
 def test_what_points_up_or_sideways_would_be_found() -> None:
-    known = {"layer.solve", "layer", "streaming.chunks", "streaming", "errors", "reference", "calibrate"}
-    tree = ast.parse("def f():\n    from featcal_fast.streaming.chunks import Chunk\n    import featcal_fast.layer")
-    graph = {"layer.solve": imports(tree, "featcal_fast", known), "reference": {"calibrate"}, "errors": set()}
-    assert graph["layer.solve"] == {"streaming.chunks", "layer"}
+    graph = {"layer.solve": {"streaming.chunks", "layer"}, "reference": {"calibrate"}, "errors": set()}
     assert wrong(graph) == ["layer.solve imports streaming.chunks", "reference imports calibrate"]
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c", "d"]
 
@@ -129,8 +174,11 @@ def test_no_function_is_longer_than_a_screen() -> None:
                     assert length <= LONGEST, f"{folder.name}.{name}: {node.name} has {length} lines"
 
 
-def test_contributing_shows_the_rooms_there_are() -> None:
-    """A newcomer's plan of the house names every room and every file beside them."""
+def test_contributing_shows_the_rooms_from_the_top_down() -> None:
+    """A newcomer's plan of the house names every room and every file beside them, in their order."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    for name in FLOOR.keys() - {"__main__", "__init__", "version"}:
-        assert re.search(rf"\b{name}(/|\.py|\b)", text), f"CONTRIBUTING.md says nothing of {name}"
+    rows = re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE)
+    shown = [name for row in rows for name in re.findall(r"`(\w+)(?:/|\.py)`", row)]
+    assert "`featcal_fast/reference.py`" in text
+    assert {*shown, "reference"} == FLOOR.keys() - {"__main__", "__init__", "version"}
+    assert [FLOOR[name] for name in shown] == sorted(FLOOR[name] for name in shown)

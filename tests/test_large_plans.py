@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import featcal_fast as ff
 from featcal_fast.models.meta import parameters_on_meta
-from featcal_fast.planning.plan import GIB
 
+GIB = 2**30
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 5e5}
 SIZES = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},

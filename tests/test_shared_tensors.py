@@ -33,7 +33,7 @@ def test_calls_come_back_whole(kind: str, padding: str) -> None:
     with torch.no_grad():
         for each in batches:
             hidden, calls = stage_inputs(structure, each)
-            kept.append((len(hidden), calls, calls.kept(shared, len(hidden))))
+            kept.append((len(hidden), calls, calls.sharing(shared, len(hidden))))
     for samples, calls, own in kept:
         for rows in (slice(0, samples), slice(0, 1), slice(1, samples)):
             expected = leaves(calls.part(rows, samples) if rows != slice(0, samples) else calls)
@@ -52,7 +52,7 @@ def test_no_batch_keeps_more_than_its_hidden_columns(kind: str) -> None:
         batch = pico.batches_for(kind, seed)[0]
         with torch.no_grad():
             hidden, calls = stage_inputs(structure, batch)
-        own = calls.kept(shared, len(hidden))
+        own = calls.sharing(shared, len(hidden))
         columns = batch["input_ids"].numel()
         for leaf in leaves(own):
             assert isinstance(leaf, SharedView)
@@ -66,7 +66,7 @@ def test_a_mask_of_another_form_is_kept_as_it_is() -> None:
     assert SharedTensors().share(mask, 3) is mask
 
 
-def test_patterns_grow_and_fill() -> None:
+def test_shared_tensors_grow_and_fill() -> None:
     shared, causal = SharedTensors(), torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
     lengths = torch.tensor([[2], [3]])
     short = causal[..., :4, :4] & (torch.arange(4) < lengths)[:, None, None]  # nobody shows the last column

@@ -69,7 +69,7 @@ def test_an_error_while_reading_is_raised_where_the_block_is_needed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_streams_on_disk_hold_the_same_states(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_states_on_disk_are_those_in_memory(tmp_path: Path, dtype: torch.dtype) -> None:
     model, cpu = pico.llama().to(dtype), torch.device("cpu")
     source, batches = ModuleSource(model, "model", cpu), pico.texts(3, seed=0)
     with torch.no_grad(), Transfers(cpu, "test") as transfers:
@@ -77,12 +77,12 @@ def test_streams_on_disk_hold_the_same_states(tmp_path: Path, dtype: torch.dtype
         memory, disk = (HiddenStates(source, "task", cpu, transfers, runner, where) for where in (cpu, tmp_path))
         memory.enter(0, batches)
         disk.enter(0, batches)
-        for index in range(2):
+        for layer in source.structure.layers:
             for batch in range(len(batches)):
                 rows = slice(0, memory.shape(batch)[0])
                 chunk = Chunk(batch, rows, Tokens(None, memory.shape(batch), cpu))
-                memory.advance(chunk, index, source.block(index))
-                disk.advance(chunk, index, source.block(index))
+                memory.advance(chunk, layer, source.block(layer.index))
+                disk.advance(chunk, layer, source.block(layer.index))
                 (a, _), (b, _) = memory.load(batch, rows), disk.load(batch, rows)
                 assert torch.equal(a, b)
                 assert b.dtype == dtype
@@ -94,37 +94,37 @@ def test_states_that_wait_elsewhere_are_those_that_were_stored(memory: str, tmp_
     """In whatever order and parts they are loaded and stored; what was fetched ahead is never stale."""
     rng = random.Random(0)
     with Transfers(CPU, "test") as transfers:
-        away = _Offloaded(CPU, transfers, _HostMemory() if memory == "host" else _ScratchFile(tmp_path, Traffic()))
+        states = _Offloaded(CPU, transfers, _HostMemory() if memory == "host" else _ScratchFile(tmp_path, Traffic()))
         sizes, expected = [4, 1, 6], {}
         for batch, size in enumerate(sizes):
             expected[batch] = torch.randn(size, 3, 2)
-            away.store(batch, slice(0, size), expected[batch], size)
+            states.store(batch, slice(0, size), expected[batch], size)
         for _ in range(200):
             batch = rng.randrange(3)
             size = sizes[batch]
-            assert torch.equal(away.load(batch, None), expected[batch])
+            assert torch.equal(states.load(batch, None), expected[batch])
             start = rng.randrange(size)
             rows = slice(start, rng.randrange(start, size) + 1)
-            assert torch.equal(away.load(batch, rows), expected[batch][rows])
+            assert torch.equal(states.load(batch, rows), expected[batch][rows])
             if rng.random() < 0.5:
                 dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16])  # some layers change it
                 new, parts = torch.randn(size, 3, 2).to(dtype), sorted({0, rng.randrange(size), size})
                 for first, end in pairwise(parts):
                     if rng.random() < 0.5 and dtype == expected[batch].dtype:
-                        assert torch.equal(away.load(batch, slice(first, size)), expected[batch][first:])
-                    away.store(batch, slice(first, end), new[first:end].clone(), size)
+                        assert torch.equal(states.load(batch, slice(first, size)), expected[batch][first:])
+                    states.store(batch, slice(first, end), new[first:end].clone(), size)
                 expected[batch] = new
 
 
 def test_states_that_wait_on_the_device_are_replaced_when_all_are_there() -> None:
     """A part may come twice: memory ran out after it was stored."""
-    here, old, new = _OnDevice(), torch.randn(6, 3, 2), torch.randn(6, 3, 2)
-    here.store(0, slice(0, 6), old, 6)
+    states, old, new = _OnDevice(), torch.randn(6, 3, 2), torch.randn(6, 3, 2)
+    states.store(0, slice(0, 6), old, 6)
     for part in (slice(0, 4), slice(0, 2), slice(2, 4)):
-        here.store(0, part, new[part], 6)
-        assert torch.equal(here.load(0, None), old)
-    here.store(0, slice(4, 6), new[4:], 6)
-    assert torch.equal(here.load(0, None), new)
+        states.store(0, part, new[part], 6)
+        assert torch.equal(states.load(0, None), old)
+    states.store(0, slice(4, 6), new[4:], 6)
+    assert torch.equal(states.load(0, None), new)
 
 
 def test_states_are_fetched_and_stored_while_a_chunk_is_computed() -> None:
@@ -138,24 +138,24 @@ def test_states_are_fetched_and_stored_while_a_chunk_is_computed() -> None:
             super().read(*args)
 
     with Transfers(CPU, "test") as transfers:
-        away = _Offloaded(CPU, transfers, Slow())
+        states = _Offloaded(CPU, transfers, Slow())
         for batch in range(10):
-            away.store(batch, slice(0, 2), torch.zeros(2, 3), 2)
+            states.store(batch, slice(0, 2), torch.zeros(2, 3), 2)
         started = time.perf_counter()
         for batch in range(10):
-            hidden = away.load(batch, slice(0, 2))
+            hidden = states.load(batch, slice(0, 2))
             time.sleep(0.05)
-            away.store(batch, slice(0, 2), hidden + 1, 2)
+            states.store(batch, slice(0, 2), hidden + 1, 2)
         assert time.perf_counter() - started < 1.15 * (10 * 0.05 + 0.2 + 0.02)  # 0.2: what was stored first
 
 
-def test_one_chunk_is_on_its_way_out_however_many_streams_there_are() -> None:
+def test_one_chunk_is_on_its_way_out_however_many_states_there_are() -> None:
     with Transfers(CPU, "test") as transfers:
-        streams, chunks = [_Offloaded(CPU, transfers, _HostMemory()) for _ in range(5)], []
-        for stream in streams:
+        offloaded, chunks = [_Offloaded(CPU, transfers, _HostMemory()) for _ in range(5)], []
+        for states in offloaded:
             hidden = torch.zeros(2, 3)
             chunks.append(weakref.ref(hidden))
-            stream.store(0, slice(0, 2), hidden, 2)
+            states.store(0, slice(0, 2), hidden, 2)
             del hidden
         time.sleep(0.1)  # the thread lets go of a job's tensor once it took the next one
         assert sum(chunk() is not None for chunk in chunks) <= 2

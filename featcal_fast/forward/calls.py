@@ -40,7 +40,7 @@ class BatchCalls:
 
         return BatchCalls(*_mapped((self.args, self.kwargs), cut, {}))
 
-    def kept(self, shared: SharedTensors, size: int) -> BatchCalls:
+    def sharing(self, shared: SharedTensors, size: int) -> BatchCalls:
         """The calls of a batch of `size` samples without what other batches' have, too; `move` makes them whole."""
         return BatchCalls(*_mapped((self.args, self.kwargs), lambda x: shared.share(x, size), {}))
 
@@ -99,7 +99,7 @@ def _record_stage(
     blocks, relays = structure.stage(stage), structure.family.relays
     calls, first = BatchCalls([], []), []
     relayed: list[Any] = [None] * relays
-    opening = first_block or blocks[0].forward
+    run_first = first_block or blocks[0].forward
 
     def returned(hidden: Tensor) -> Any:
         return hidden if bare and not relays else (hidden, *relayed)
@@ -110,7 +110,7 @@ def _record_stage(
         if number == 0:
             first.append(hidden)
             if relays:
-                relayed[:] = opening(*args, **kwargs)[1 : 1 + relays]
+                relayed[:] = run_first(*args, **kwargs)[1 : 1 + relays]
                 relayed.extend([None] * (relays - len(relayed)))
         elif hidden is not first[0]:
             raise _NotHandedOn
@@ -138,16 +138,16 @@ def move(value: Any, device: torch.device) -> Any:
     """`value` with its tensors on `device`, in tuples, lists, dicts and calls; what is shared stays shared."""
     ordered = device.type == "cuda"  # copies to a GPU stay in order by themselves; the host must wait for those from it
 
-    def there(x: Tensor | SharedView) -> Tensor:
+    def moved(x: Tensor | SharedView) -> Tensor:
         return (x.tensor() if isinstance(x, SharedView) else x).to(device, non_blocking=ordered)
 
-    return _mapped(value, there, {})
+    return _mapped(value, moved, {})
 
 
 def pinned(value: Any) -> Any:
     """`value`, its tensors in pinned host memory, where there is some: copies to a GPU then need not wait."""
 
-    def wait(x: Tensor | SharedView) -> Tensor | SharedView:
+    def pin(x: Tensor | SharedView) -> Tensor | SharedView:
         if isinstance(x, SharedView):
             return x
         try:
@@ -155,7 +155,7 @@ def pinned(value: Any) -> Any:
         except RuntimeError:  # no more of it; ordinary memory will do
             return x.to("cpu")
 
-    return _mapped(value, wait, {})
+    return _mapped(value, pin, {})
 
 
 def _mapped(value: Any, change: Callable[[Any], Any], seen: dict[int, Any]) -> Any:

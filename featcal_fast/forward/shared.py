@@ -12,22 +12,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-RECENT = 16  # shared that a tensor is compared with; a model's calls have fewer, unless they differ batch by batch
+RECENT = 16  # shared tensors that one is compared with; a model's calls have fewer, unless they differ batch by batch
 
 
 @dataclass(frozen=True)
 class SharedView:
-    """A tensor of a batch's calls as a corner of a pattern.
+    """A tensor of a batch's calls as a corner of a shared one.
 
     Attributes:
-        pattern: holds that corner.
+        shared: holds that corner.
         sizes: of the corner.
         shown: `[batch, columns]`, False where a sample has a column of `hidden` instead; None where the tensor is the
             corner itself, for all samples.
         hidden: a scalar.
     """
 
-    pattern: SharedTensor
+    shared: SharedTensor
     sizes: tuple[int, ...]
     shown: Tensor | None = None
     hidden: Tensor | None = None
@@ -43,7 +43,7 @@ class SharedView:
 
     def tensor(self) -> Tensor:
         """The tensor, with its bits."""
-        corner = self.pattern.values[tuple(map(slice, self.sizes))]
+        corner = self.shared.values[tuple(map(slice, self.sizes))]
         if self.shown is None or self.hidden is None:
             return corner.contiguous()
         return torch.where(_as_columns(self.shown, corner), corner, self.hidden)
@@ -83,7 +83,7 @@ class SharedTensor:
 
 
 class SharedTensors:
-    """The shared of one model's calls."""
+    """The tensors that one model's calls share."""
 
     def __init__(self) -> None:
         self._recent: list[SharedTensor] = []
@@ -95,7 +95,7 @@ class SharedTensors:
             return tensor
         if len(tensor) == 1 or tensor.ndim == 1 or len(tensor) != samples:
             everywhere = torch.ones(tensor.shape[-1], dtype=torch.bool, device=tensor.device)
-            return SharedView(self._pattern(tensor, everywhere), tuple(tensor.shape))
+            return SharedView(self._absorb(tensor, everywhere), tuple(tensor.shape))
         if tensor.ndim == 2:
             return tensor
         hidden = tensor.new_zeros(()) if tensor.dtype == torch.bool else tensor.min()
@@ -105,18 +105,19 @@ class SharedTensors:
         values = tensor.movedim(-1, 1)[sample, columns].movedim(0, -1)[None]
         if not torch.equal(torch.where(_as_columns(shown, values), values, hidden), tensor):
             return tensor
-        return SharedView(self._pattern(values, shown.any(0)), tuple(values.shape), shown, hidden)
+        return SharedView(self._absorb(values, shown.any(0)), tuple(values.shape), shown, hidden)
 
-    def _pattern(self, values: Tensor, known: Tensor) -> SharedTensor:
-        for pattern in self._recent:
-            before = pattern.values.nbytes
-            if pattern.absorb(values, known):
-                self.nbytes += pattern.values.nbytes - before
-                return pattern
-        pattern = SharedTensor(values, known)
-        self.nbytes += pattern.values.nbytes
-        self._recent = [pattern, *self._recent[: RECENT - 1]]
-        return pattern
+    def _absorb(self, values: Tensor, known: Tensor) -> SharedTensor:
+        """The shared tensor that has room for `values`, or a new one."""
+        for shared in self._recent:
+            before = shared.values.nbytes
+            if shared.absorb(values, known):
+                self.nbytes += shared.values.nbytes - before
+                return shared
+        shared = SharedTensor(values, known)
+        self.nbytes += shared.values.nbytes
+        self._recent = [shared, *self._recent[: RECENT - 1]]
+        return shared
 
 
 def _as_columns(shown: Tensor, values: Tensor) -> Tensor:

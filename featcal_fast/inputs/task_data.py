@@ -75,9 +75,9 @@ class TaskData:
             if batches < 1:  # less than one batch as it was
                 example, batches = {name: value[:samples] for name, value in example.items()}, 1.0
         if batch_size is not None:
-            here = len(next(iter(example.values())))
+            size = len(next(iter(example.values())))
             example = {name: value[:batch_size] for name, value in example.items()}
-            share = here / min(here, batch_size)
+            share = size / min(size, batch_size)
             batches, entering = batches * share, entering * share
         if max_length is not None and "input_ids" in example:
             example = {name: value[:, :max_length] for name, value in example.items()}

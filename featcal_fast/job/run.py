@@ -12,7 +12,7 @@ from torch import Tensor
 from featcal_fast.calibrate import calibrate_source
 from featcal_fast.checkpoints import CheckpointWriter
 from featcal_fast.errors import RecipeError
-from featcal_fast.inputs.data import load_data
+from featcal_fast.inputs.load import load_data
 from featcal_fast.inputs.models import RecipeModels, output_folder
 from featcal_fast.inputs.recipe import Recipe, RecipeLike
 from featcal_fast.planning.planner import choose_offload

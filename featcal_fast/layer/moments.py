@@ -54,16 +54,16 @@ class InputMoments:
 
     output_space = False  # whether the expert's outputs are wanted
 
-    @property
-    def space(self) -> str:
-        """Where the right-hand side is accumulated: for a report."""
-        return "output" if self.output_space else "input"
-
     def __init__(self, group: InputGroup, needs_means: bool, device: torch.device) -> None:
         self.group, self.needs_means = group, needs_means
         self.sum_student = torch.zeros(group.in_features, dtype=torch.float64, device=device)
         self.sum_expert = torch.zeros_like(self.sum_student)
         self.n = 0.0
+
+    @property
+    def space(self) -> str:
+        """Where the right-hand side is accumulated: for a report."""
+        return "output" if self.output_space else "input"
 
     def reset(self) -> None:
         self.sum_student.zero_()

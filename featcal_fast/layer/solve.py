@@ -247,6 +247,14 @@ def solve_layernorm(sums: NormSums, gamma: Tensor, beta: Tensor, settings: Setti
     return ((a22 * r1 - a12 * r2) / det).float(), ((a11 * r2 - a12 * r1) / det).float()
 
 
+def load_update(block: nn.Module, update: Update) -> dict[str, Tensor]:
+    """Put a layer's new parameters into `block`, all at once; they are returned as the block has them."""
+    views, own = oriented(block), dict(block.named_parameters())
+    for name, value in update.parameters.items():
+        views[name].copy_(value)
+    return {name: own[name] for name in update.parameters}
+
+
 def relative_changes(layout: Layout, update: Update, merged: nn.Module) -> list[Tensor]:
     """`||W' - W_merged||_F / ||W_merged||_F` of each group: scalars on the device."""
     before, changes = oriented(merged), []

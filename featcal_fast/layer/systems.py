@@ -52,11 +52,10 @@ class Anchor:
         base = self.base[name][..., part].to(merged.device)
         return torch.lerp(base.float(), merged.float(), self.rho).contiguous()
 
-    def subtract_from_(self, weight: Tensor, name: str, part: slice) -> Tensor:
-        """`weight - W_a` of some columns, in place of `weight`."""
+    def subtract_from_(self, weight: Tensor, name: str, part: slice) -> None:
+        """`weight -= W_a` of some columns."""
         for block in column_blocks(weight.shape[1]):
             weight[:, block] -= self.columns(name, slice(part.start + block.start, part.start + block.stop))
-        return weight
 
 
 def fold_precision(merged: Tensor, settings: Settings) -> str:

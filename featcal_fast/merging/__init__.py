@@ -1,1 +1,1 @@
-"""Upstream mergers that stream."""
+"""Merges of base and experts made on the fly, one tensor at a time; a method a file."""

@@ -1,4 +1,4 @@
-"""The families that can be calibrated; adding one is adding a `Family` here."""
+"""Families of models as data: where their blocks are; adding one is adding a `Family` here."""
 
 from __future__ import annotations
 

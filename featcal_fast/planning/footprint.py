@@ -22,7 +22,7 @@ from featcal_fast.layer.solve import solve_dtype
 from featcal_fast.layer.systems import Anchor, LayerSystem, fold_columns
 from featcal_fast.layer.tokens import TokenCounts, Tokens
 from featcal_fast.models.structure import Layer
-from featcal_fast.planning.meta import META, Meter
+from featcal_fast.planning.meter import META, Meter
 from featcal_fast.settings import Settings
 from featcal_fast.streaming.chunks import Chunk
 from featcal_fast.streaming.hidden_states import HiddenStates
@@ -98,12 +98,12 @@ class Footprint:
 class _MetaHiddenStates:
     """Stands in for `HiddenStates`: one batch, on the meta device."""
 
-    def __init__(self, states: StageInputs, runner: BlockRunner) -> None:
-        self.states, self._runner = states, runner
+    def __init__(self, inputs: StageInputs, runner: BlockRunner) -> None:
+        self._inputs, self._runner = inputs, runner
 
-    def capture(self, _chunk: Chunk, number: int, block: nn.Module, *captured: Any, **options: Any) -> Tensor | None:
-        hidden, calls = self.states.hidden, self.states.calls
-        return self._runner.capture(calls, number, block, hidden, *captured, **options)
+    def capture(self, _chunk: Chunk, layer: Layer, block: nn.Module, *captured: Any, **options: Any) -> Tensor | None:
+        hidden, calls = self._inputs.hidden, self._inputs.calls
+        return self._runner.capture(calls, layer.number, block, hidden, *captured, **options)
 
 
 @torch.no_grad()
@@ -127,30 +127,30 @@ def measure_layer(
         device: where they will run.
     """
     # The config is shared, not copied: blocks only read it.
-    block, teacher = (
+    student_block, expert_block = (
         copy.deepcopy(each.structure.blocks[layer.index], {id(each.model.config): each.model.config}).to(META)
         for each in (student, expert)
     )
     runner = BlockRunner(should_compile(settings, device))
-    own, others = (cast(HiddenStates, _MetaHiddenStates(each, runner)) for each in states)
+    student_states, expert_states = (cast(HiddenStates, _MetaHiddenStates(each, runner)) for each in states)
     tokens = states[0].tokens
-    chunk, number = Chunk(0, slice(0, tokens.shape[0]), tokens), layer.number
+    chunk = Chunk(0, slice(0, tokens.shape[0]), tokens)
     present = [(each.hidden, each.calls.args, each.calls.kwargs) for each in states]
-    with Meter(present, block.state_dict(), teacher.state_dict()) as meter:
-        layout = find_layout(block, layer, states[0].hidden, states[0].calls, tokens, settings)
+    with Meter(present, student_block.state_dict(), expert_block.state_dict()) as meter:
+        layout = find_layout(student_block, layer, states[0].hidden, states[0].calls, tokens, settings)
         start = meter.live
-        system = LayerSystem(layout, Anchor(block, block, settings.anchor_rho), settings, META, counts)
+        system = LayerSystem(layout, Anchor(student_block, student_block, settings.anchor_rho), settings, META, counts)
         system_bytes = meter.live - start
-        moments = TaskMoments(layout, block, counts, settings, META)
+        moments = TaskMoments(layout, student_block, counts, settings, META)
         scratch = meter.live - start - system_bytes
         full = meter.live
         meter.lap()
-        seen, out = forward_expert(chunk, number, teacher, others, layout, moments)
+        activations, hidden = forward_expert(chunk, layer, expert_block, expert_states, moments)
         expert_peak, expert_flops = meter.lap()
-        forward_student(chunk, number, block, own, layout, moments, seen)
-        del seen, out
+        forward_student(chunk, layer, student_block, student_states, moments, activations)
+        del activations, hidden
         student_peak, both = meter.lap()
-        system.fold(moments, teacher, "task")
+        system.fold(moments, expert_block, "task")
         fold_peak, fold = meter.lap()
         fold_peak += _larger_weights(moments, device)
         moment_flops = _moment_flops(moments, tokens)
@@ -174,21 +174,21 @@ def _larger_weights(moments: TaskMoments, device: torch.device) -> int:
     sizes = [0]
     for each in moments.groups.values():
         if isinstance(each, GroupMoments):
-            width, here = each.group.in_features, fold_columns(each, META)
-            sizes.append(4 * max(each.group.out_features) * (min(width, fold_columns(each, device)) - min(width, here)))
+            width, column = each.group.in_features, 4 * max(each.group.out_features)
+            planned, measured = (min(width, fold_columns(each, where)) for where in (device, META))
+            sizes.append(column * (planned - measured))
     return max(sizes)
 
 
 def _moment_flops(moments: TaskMoments, tokens: Tokens) -> float:
     """A triangle of S in blocks of rows, and T, a token."""
     total = 0.0
-    for group in moments.groups.values():
-        if not isinstance(group, GroupMoments):
-            continue
-        of = tokens.memory if group.group.memory and tokens.memory is not None else tokens
-        size = group.group.in_features
-        rows = sum((size - start) * min(BLOCK, size - start) for start in range(0, size, BLOCK))
-        total += 2.0 * of.count * (rows + group.t.numel())
+    for each in moments.groups.values():
+        if isinstance(each, GroupMoments):
+            seen = tokens.memory if each.group.memory and tokens.memory is not None else tokens
+            size = each.group.in_features
+            triangle = sum((size - start) * min(BLOCK, size - start) for start in range(0, size, BLOCK))
+            total += 2.0 * seen.count * (triangle + each.t.numel())
     return total
 
 

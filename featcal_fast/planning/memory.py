@@ -52,45 +52,44 @@ def count_memory(
         device: where it would compute.
         offload: where hidden states wait between layers.
     """
-    on_device = device.type != "cpu"
-    here: Counter[str] = Counter()  # on the device, or on the host where that computes
+    device_items: Counter[str] = Counter()  # or the host's, where that computes
     host: Counter[str] = Counter()
     _count_data(plan, models, data, host)
-    entering = _count_hidden_states(plan, data, stages, device, offload, here, host)
+    entering = _count_hidden_states(plan, data, stages, device, offload, device_items, host)
     reading = max(
         unpacking_bytes(meta_checkpoint(source).source, block_reads(source))
         for source in (models.student, *models.experts.values())
     )
-    moments = [*stages.turns, *_layers(plan, models, reading)]
+    turns = [*stages.turns, *_layers(plan, models, reading)]
     rest = models.tensors_that_stay(plan.layers)
     tensors = models.models.merged.tensors
     largest = max((tensors[name].nbytes for name in rest), default=0) + unpacking_bytes(models.models.merged, rest)
-    if not on_device:
-        host.update(here)
-        host.update(max([*moments, Counter({"tensors that stay": largest})], key=_total))
+    if device.type == "cpu":
+        host.update(device_items)
+        host.update(max([*turns, Counter({"tensors that stay": largest})], key=_total))
     else:
-        here["a batch"] = round(entering)
-        here["operands of the kernels"] = PANEL_BYTES + WORKSPACE_BYTES
+        device_items["a batch"] = round(entering)
+        device_items["operands of the kernels"] = PANEL_BYTES + WORKSPACE_BYTES
         arriving = max(models.largest_pinned(layer.index) for layer in plan.layers)
         arriving += reading + max(models.largest_block(layer.index) for layer in plan.layers)
         if isinstance(offload, Path):
             arriving += 2 * pinned_bytes(round(entering))
-        # What is read and unpacked is so on the host, whatever the moment.
-        read = [sum(each.pop(name, 0) for name in ("reading", "calibration data of a task")) for each in moments]
+        # What is read and unpacked is so on the host, in whatever turn.
+        read = [sum(each.pop(name, 0) for name in ("reading", "calibration data of a task")) for each in turns]
         host["what is on its way"] = max(largest, arriving, *read)
-        plan.device_items = {name: size for name, size in (here + max(moments, key=_total)).items() if size}
+        plan.device_items = {name: size for name, size in (device_items + max(turns, key=_total)).items() if size}
     plan.host = {name: size for name, size in host.items() if size}
 
 
 def _count_data(plan: Plan, models: PlannedModels, data: Mapping[str, TaskData], host: Counter[str]) -> None:
     """Libraries, data and experts, which stay on the host."""
     recipe = models.recipe
-    there = round(sum(each.nbytes for each in data.values() if each.loaded))
-    host["interpreter and libraries"] = resident_bytes() - there + RUNTIME
+    loaded = round(sum(each.nbytes for each in data.values() if each.loaded))
+    host["interpreter and libraries"] = resident_bytes() - loaded + RUNTIME
     host["compiler"] = COMPILER if should_compile(recipe.settings, torch.device(plan.device)) else 0
     host["freed blocks kept for use"] = MALLOC_CACHE_BYTES
-    stays = len(models.student.structure.paths) > 1  # an encoder-decoder's inputs are needed again
-    host["calibration data"] = round(sum(each.nbytes for each in data.values() if stays or not each.lazy))
+    kept = len(models.student.structure.paths) > 1  # an encoder-decoder's inputs are needed again
+    host["calibration data"] = round(sum(each.nbytes for each in data.values() if kept or not each.lazy))
     if recipe.expert_storage != "disk":
         host["experts kept"] = sum(
             cached_bytes(source.tensors[name], recipe.expert_storage)
@@ -105,27 +104,26 @@ def _count_hidden_states(
     stages: Stages,
     device: torch.device,
     offload: Offload,
-    here: Counter[str],
+    device_items: Counter[str],
     host: Counter[str],
 ) -> float:
     """Hidden states and what blocks are called with; bytes of the largest batch of hidden states."""
-    stay = here if offload == device else host
+    between = device_items if offload == device else host  # layers
     room = pinned_bytes if device.type != "cpu" and offload == HOST else int
-    hidden = calls = alike = probe = entering = passing = 0.0
-    for states, shared in zip(stages.states, stages.shared, strict=True):
+    hidden = calls = probe = entering = passing = 0.0
+    for states in stages.states:
         every = [(data[task], state) for task, pair in states.items() for state in pair]
         hidden = max(hidden, sum(each.batches * room(state.hidden.nbytes) for each, state in every))
         calls = max(calls, sum(each.batches * state.kept_bytes for each, state in every))
-        alike = max(alike, shared)
         entering = max(entering, *(each.entering * state.hidden.nbytes for each, state in every))
         passing = max(passing, *(state.call_bytes for _, state in every))
-        probe = max(probe, 1.5 * sum(_of_a_probe(state) for _, state in every))  # student's twice, expert's once
-    stay["masks of batches"] = round(calls)
-    here["masks and positions"] = round(alike + passing)
+        probe = max(probe, 1.5 * sum(_probe_bytes(state) for _, state in every))  # student's twice, expert's once
+    between["masks of batches"] = round(calls)
+    device_items["masks and positions"] = round(max(stages.shared) + passing)
     host["drift probe"] = round(probe)
-    (plan.disk if isinstance(offload, Path) else stay)["hidden states"] = round(hidden)
+    (plan.disk if isinstance(offload, Path) else between)["hidden states"] = round(hidden)
     # The expert's and the student's next, and one that leaves.
-    here["hidden states on their way"] = 0 if offload == device else round(3 * entering)
+    device_items["hidden states on their way"] = 0 if offload == device else round(3 * entering)
     return entering
 
 
@@ -151,6 +149,6 @@ def _total(items: Mapping[str, int]) -> int:
     return sum(items.values())
 
 
-def _of_a_probe(state: StageInputs) -> float:
+def _probe_bytes(state: StageInputs) -> float:
     rows = state.hidden.shape[0]
     return min(PROBE_SAMPLES, rows) / rows * (state.hidden.nbytes + state.kept_bytes)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from featcal_fast.checkpoints import (
     BitsAndBytesCheckpoint,
     CachedExpert,
     LoraExpert,
+    TensorInfo,
     TensorSource,
     cached_bytes,
     canonical,
@@ -20,10 +24,49 @@ from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.layer.selection import check_settings
 from featcal_fast.merging.merged import MergedCheckpoint
-from featcal_fast.planning.meta import MetaCheckpoint
 from featcal_fast.planning.plan import LayerPlan
 from featcal_fast.streaming.hidden_states import HOST
 from featcal_fast.streaming.sources import CheckpointSource, check_same_architecture
+
+
+class MetaCheckpoint:
+    """A source whose tensors have a form but no memory, and whose reads are only noted."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self.source, self.label = source, source.label
+        self.reads: list[str] = []
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return self.source.tensors
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        return self.source.names
+
+    @property
+    def config(self) -> Any:
+        return self.source.config
+
+    @property
+    def bytes_read(self) -> int:
+        return self.source.stored_bytes(self.reads)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Zeros, one value for all of a tensor."""
+        infos = {name: self.tensors[name] for name in names}
+        self.reads += infos
+        return {name: torch.zeros((), dtype=info.dtype).expand(info.shape) for name, info in infos.items()}
+
+    def stored_bytes(self, names: Iterable[str]) -> int:
+        return self.source.stored_bytes(names)
+
+    def side_files(self) -> list[Path]:
+        return self.source.side_files()
 
 
 class PlannedModels:

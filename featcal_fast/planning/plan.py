@@ -14,7 +14,6 @@ from featcal_fast.layer.layout import Layout
 if TYPE_CHECKING:  # only terminals need it, and bench.gpu runs without
     from rich.table import Table
 
-GIB = 2**30
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 

@@ -1,4 +1,4 @@
-"""How a plan is made: the engine's own first forward and layers, on tensors without storage (see `footprint.py`)."""
+"""How a plan is made: the engine's own first forward and layers, on tensors without storage (see `footprint`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from featcal_fast.inputs.data import load_data
+from featcal_fast.inputs.load import load_data
 from featcal_fast.inputs.models import RecipeModels, output_folder
 from featcal_fast.inputs.recipe import Recipe, RecipeLike
 from featcal_fast.inputs.task_data import TaskData
@@ -19,7 +19,7 @@ from featcal_fast.planning.memory import count_memory
 from featcal_fast.planning.models import PlannedModels
 from featcal_fast.planning.plan import LayerPlan, Plan, folded
 from featcal_fast.planning.remedies import problems
-from featcal_fast.planning.stages import States, enter_stages, form_of
+from featcal_fast.planning.stages import States, enter_stages, shapes_of
 from featcal_fast.streaming.hidden_states import HOST, Offload, check_scratch
 from featcal_fast.streaming.machine import available_device_bytes, available_host_bytes, find_device, resident_bytes
 
@@ -75,10 +75,10 @@ def choose_offload(
     """
     if scratch is not None:
         check_scratch(Path(scratch))
-        targets: list[Offload] = [Path(scratch)]
+        choices: list[Offload] = [Path(scratch)]
     else:
-        targets = [device, HOST] if device.type == "cuda" else [HOST]
-    planners = [Planner(recipe, models, device, offload) for offload in targets]
+        choices = [device, HOST] if device.type == "cuda" else [HOST]
+    planners = [Planner(recipe, models, device, offload) for offload in choices]
     halves = 1
     while True:
         sizes = {task: each.resized(batch_size=max(1, each.batch_size // halves)) for task, each in data.items()}
@@ -102,13 +102,11 @@ class Planner:
         offload: where hidden states wait between layers.
     """
 
-    def __init__(self, recipe: Recipe, models: RecipeModels, device: torch.device, offload: Offload = HOST) -> None:
+    def __init__(self, recipe: Recipe, models: RecipeModels, device: torch.device, offload: Offload) -> None:
         self.recipe, self.device, self.offload = recipe, device, offload
         self.models = PlannedModels(recipe, models)
 
-    def plan(
-        self, data: Mapping[str, TaskData], device_memory: int | None = None, host_memory: int | None = None
-    ) -> Plan:
+    def plan(self, data: Mapping[str, TaskData], device_memory: int | None, host_memory: int | None) -> Plan:
         """The plan for data of this size, and what there is; without a word on whether it fits."""
         plan = self.measure(data)
         held = resident_bytes()
@@ -132,8 +130,8 @@ class Planner:
         )
         seen: dict[Any, Footprint] = {}
         for layer in self.models.layers:
-            here = TokenCounts.of(counts[layer.stage])
-            plan.layers.append(self._layer(layer, data, stages.states[layer.stage], here, seen))
+            states, stage_counts = stages.states[layer.stage], TokenCounts.of(counts[layer.stage])
+            plan.layers.append(self._layer(layer, data, states, stage_counts, seen))
         plan.kept = folded(self.models.kept(plan.layers))
         plan.bytes_read = self.models.bytes_read(plan.layers)
         plan.bytes_written = {"calibrated model": self.models.models.nbytes}
@@ -156,9 +154,9 @@ class Planner:
         for task, expert in self.models.experts.items():
             calls = states[task][0].calls
             key = (
-                form_of(self.models.student.structure.blocks[layer.index].state_dict()),
-                form_of(expert.structure.blocks[layer.index].state_dict()),
-                form_of([states[task][0].hidden, calls.args[layer.number], calls.kwargs[layer.number]]),
+                shapes_of(self.models.student.structure.blocks[layer.index].state_dict()),
+                shapes_of(expert.structure.blocks[layer.index].state_dict()),
+                shapes_of([states[task][0].hidden, calls.args[layer.number], calls.kwargs[layer.number]]),
                 (layer.token_weights, layer.stage, layer.path if chosen else None),
             )
             if key not in seen:

@@ -13,8 +13,13 @@ from torch.utils._pytree import tree_leaves
 from featcal_fast.errors import DataError, FeatCalError
 from featcal_fast.inputs.task_data import TaskData
 from featcal_fast.planning.footprint import StageInputs
-from featcal_fast.planning.meta import MetaCheckpoint
-from featcal_fast.planning.models import PlannedModels, block_bytes, meta_checkpoint, unpacking_bytes
+from featcal_fast.planning.models import (
+    MetaCheckpoint,
+    PlannedModels,
+    block_bytes,
+    meta_checkpoint,
+    unpacking_bytes,
+)
 from featcal_fast.streaming.sources import CheckpointSource
 
 States = dict[str, tuple[StageInputs, StageInputs]]  # the student's and the expert's, by task
@@ -53,23 +58,23 @@ def enter_stages(planned: PlannedModels, data: Mapping[str, TaskData]) -> Stages
             own = meta_checkpoint(expert)
             before = len(own.reads)
             previous = states[-2][task] if stage else (None, None)
-            form = form_of(data[task].example)
-            if stage or "attention_mask" in data[task].example or form not in entered:  # images are all alike
-                entered[form] = _enter(planned.student, task, data[task], stage, previous[0])
-            states[-1][task] = entered[form], _enter(expert, task, data[task], stage, previous[1])
+            shapes = shapes_of(data[task].example)
+            if stage or "attention_mask" in data[task].example or shapes not in entered:  # images are all alike
+                entered[shapes] = _enter(planned.student, task, data[task], stage, previous[0])
+            states[-1][task] = entered[shapes], _enter(expert, task, data[task], stage, previous[1])
             shared[-1] += expert.shared.nbytes
             expert.release_stage_inputs()
             batch = data[task].entering * max(state.hidden.nbytes + state.call_bytes for state in states[-1][task])
-            there = {
+            items = {
                 "a batch": round(4 * batch),
                 "calibration data of a task": round(data[task].nbytes) if data[task].lazy else 0,
                 "the next block": block_bytes(planned.student, first),
             }
             # The student's embeddings are read before the expert's, both beside the stage's first block.
             held, read = _loaded(student, start), unpacking_bytes(student.source, student.reads[start:])
-            turns.append(Counter({**there, "embeddings": held, "reading": beside + read}))
+            turns.append(Counter({**items, "embeddings": held, "reading": beside + read}))
             held, read = held + _loaded(own, before), unpacking_bytes(own.source, own.reads[before:])
-            turns.append(Counter({**there, "embeddings": held, "reading": beside + read}))
+            turns.append(Counter({**items, "embeddings": held, "reading": beside + read}))
         shared[-1] += planned.student.shared.nbytes
         planned.student.release_stage_inputs()
     return stages
@@ -90,11 +95,11 @@ def _loaded(source: MetaCheckpoint, start: int) -> int:
     return sum(source.tensors[name].nbytes for name in source.reads[start:])
 
 
-def form_of(value: Any) -> Any:
-    """Shapes and types of whatever holds tensors, to be compared."""
+def shapes_of(value: Any) -> Any:
+    """Shapes and dtypes of whatever holds tensors, to be compared."""
     if isinstance(value, Mapping):
         names = tuple(value)
-        return names, form_of(list(value.values()))
+        return names, shapes_of(list(value.values()))
     return tuple(
         (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else str(leaf) for leaf in tree_leaves(value)
     )

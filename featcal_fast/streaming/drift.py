@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from featcal_fast.forward.calls import BatchCalls
 from featcal_fast.layer.tokens import Tokens
+from featcal_fast.models.structure import Layer
 from featcal_fast.streaming.chunks import Chunks
 from featcal_fast.streaming.hidden_states import HiddenStates
 from featcal_fast.streaming.sources import Source
@@ -59,27 +60,27 @@ class DriftProbe:
         task, first = next(iter(self._merged)), slice(0, 1)
         return *self._merged[task].load(0, first), self._tokens[task].part(first)
 
-    def advance_expert(self, number: int, task: str, block: nn.Module) -> None:
-        """The expert's samples pass its block, of this number in its stage."""
-        self._advance({task: self._expert[task]}, number, block)
+    def advance_expert(self, layer: Layer, task: str, block: nn.Module) -> None:
+        """The expert's samples pass its block."""
+        self._advance({task: self._expert[task]}, layer, block)
 
-    def advance_merged(self, number: int, block: nn.Module) -> None:
+    def advance_merged(self, layer: Layer, block: nn.Module) -> None:
         """The merged model's samples pass its block as it was."""
-        self._advance(self._merged, number, block)
+        self._advance(self._merged, layer, block)
 
-    def advance_calibrated(self, number: int, block: nn.Module) -> None:
+    def advance_calibrated(self, layer: Layer, block: nn.Module) -> None:
         """The calibrated model's samples pass its block as it is now."""
-        self._advance(self._calibrated, number, block)
+        self._advance(self._calibrated, layer, block)
 
     def distances(self) -> list[Tensor]:
         """Drift before and after, once all three models have passed the layer: scalars on the device."""
         return [self._distance(self._merged), self._distance(self._calibrated)]
 
-    def _advance(self, states: Mapping[str, HiddenStates], number: int, block: nn.Module) -> None:
+    def _advance(self, states: Mapping[str, HiddenStates], layer: Layer, block: nn.Module) -> None:
         for task, each in states.items():
             for chunk in self._chunks.of(0, self._tokens[task]):
                 with chunk:
-                    each.advance(chunk, number, block)
+                    each.advance(chunk, layer, block)
 
     def _distance(self, states: Mapping[str, HiddenStates]) -> Tensor:
         distances = []

@@ -20,6 +20,7 @@ from featcal_fast.errors import DataError, FeatCalError, OutputError
 from featcal_fast.forward.calls import BatchCalls, move, pinned
 from featcal_fast.forward.hooks import OnActivation
 from featcal_fast.forward.runner import BlockRunner
+from featcal_fast.models.structure import Layer
 from featcal_fast.streaming.chunks import Chunk
 from featcal_fast.streaming.sources import Source
 from featcal_fast.streaming.transfers import Transfer, Transfers, empty_pinned
@@ -75,7 +76,7 @@ class HiddenStates:
             OutputError: the disk that scratch files are on is full.
         """
         before = self._states
-        self._states = self._new_place()
+        self._states = self._empty()
         self._calls, self._shapes = [], []
         for number, batch in enumerate(batches):
             previous = None if before is None else before.load(number, None)
@@ -93,14 +94,11 @@ class HiddenStates:
             self._states.store(number, slice(0, len(hidden)), hidden, len(hidden))
             self._calls.append(pinned(calls) if self.device.type == "cuda" and self._offload != self.device else calls)
 
-    def _new_place(self) -> _OnDevice | _Offloaded:
+    def _empty(self) -> _OnDevice | _Offloaded:
         if self._offload == self.device:
             return _OnDevice()
         memory = _ScratchFile(self._offload, self.traffic) if isinstance(self._offload, Path) else _HostMemory()
         return _Offloaded(self.device, self._transfers, memory)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
 
     def shape(self, batch: int) -> tuple[int, int]:
         """`(batch, tokens)` of a batch's hidden states."""
@@ -125,7 +123,7 @@ class HiddenStates:
     def capture(
         self,
         chunk: Chunk,
-        number: int,
+        layer: Layer,
         block: nn.Module,
         inputs: Iterable[str],
         on_input: OnActivation,
@@ -133,18 +131,18 @@ class HiddenStates:
         on_output: OnActivation | None = None,
         stop_at: str | None = None,
     ) -> Tensor | None:
-        """Run a chunk through `block`, of this number in its stage, and hand over activations; see `BlockRunner`."""
+        """Run a chunk through a layer's `block`, and hand over activations as `BlockRunner.capture` does."""
         hidden, calls = self.load(chunk.batch, chunk.rows)
-        return self._runner.capture(calls, number, block, hidden, inputs, on_input, outputs, on_output, stop_at)
+        return self._runner.capture(calls, layer.number, block, hidden, inputs, on_input, outputs, on_output, stop_at)
 
-    def advance(self, chunk: Chunk, number: int, block: nn.Module) -> None:
-        """Run a chunk through `block`, of this number in its stage, and keep the result."""
+    def advance(self, chunk: Chunk, layer: Layer, block: nn.Module) -> None:
+        """Run a chunk through a layer's `block`, and keep the result."""
         hidden, calls = self.load(chunk.batch, chunk.rows)
-        self.store(chunk.batch, chunk.rows, self._runner.run(calls, number, block, hidden))
+        self.store(chunk.batch, chunk.rows, self._runner.run(calls, layer.number, block, hidden))
 
 
 class _OnDevice:
-    """Batches where blocks run. What is loaded is a view, so a batch's new states never take the old ones' offload."""
+    """Batches where blocks run. What is loaded is a view, so a batch's new states never overwrite the old ones."""
 
     def __init__(self) -> None:
         self._states: dict[int, Tensor] = {}

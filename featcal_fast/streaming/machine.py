@@ -47,15 +47,6 @@ def resident_bytes() -> int:
         return 0
 
 
-def peak_resident_bytes() -> int:
-    """The most host memory that this process ever held; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, ValueError, StopIteration):
-        return 0
-
-
 def available_host_bytes() -> int:
     """Host memory that can be had without swapping, besides what this process holds."""
     try:

@@ -1,4 +1,4 @@
-"""Which block comes next, already on its way: one block ahead of the computation."""
+"""Blocks read and copied one ahead of the computation."""
 
 from __future__ import annotations
 
@@ -54,20 +54,20 @@ class BlockPrefetcher:
         elif next(source.structure.blocks[index].parameters()).is_cuda:  # nothing to read: copied when its turn comes
             self._coming = lambda: source.block(index).to(self._device)
         else:
-            places = {
+            targets = {
                 name: torch.empty_like(tensor, device=self._device)
                 for name, tensor in _tensors(source.structure.blocks[index]).items()
             }
-            self._coming = self._transfers.submit(partial(_read_to, places, source, index)).result
+            self._coming = self._transfers.submit(partial(_read_to, targets, source, index)).result
 
 
-def _read_to(places: dict[str, Tensor], source: Source, index: int) -> nn.Module:
+def _read_to(targets: dict[str, Tensor], source: Source, index: int) -> nn.Module:
     block = source.block(index)
     for name, tensor in _tensors(block).items():
-        place = places[name]
-        pinned = empty_pinned(tuple(tensor.shape), tensor.dtype, place.device).copy_(tensor)
-        place.copy_(pinned, non_blocking=True)
-        tensor.data = place
+        target = targets[name]
+        pinned = empty_pinned(tuple(tensor.shape), tensor.dtype, target.device).copy_(tensor)
+        target.copy_(pinned, non_blocking=True)
+        tensor.data = target
     return block
 
 

@@ -27,15 +27,15 @@ class Source(Protocol):
 
     label: str
     structure: Structure  # parameters may be on the meta device
-    shared: SharedTensors  # of the calls that `stage_inputs` made since it last ended
+    shared: SharedTensors  # of the calls that `stage_inputs` made since `release_stage_inputs`
 
     def stage_inputs(
-        self, batch: Mapping[str, Tensor], stage: int = 0, previous: Tensor | None = None
+        self, batch: Mapping[str, Tensor], stage: int, previous: Tensor | None
     ) -> tuple[Tensor, BatchCalls]:
         """The hidden states that enter a stage, `[batch, tokens, width]`, and its blocks' calls, on the device.
 
         Of the calls, `shared` keeps what batches share. `previous` are the hidden states that leave the last block
-        of the stage before it.
+        of the stage before it; None in the first.
         """
         ...
 
@@ -63,12 +63,12 @@ class ModuleSource:
                     )
 
     def stage_inputs(
-        self, batch: Mapping[str, Tensor], stage: int = 0, previous: Tensor | None = None
+        self, batch: Mapping[str, Tensor], stage: int, previous: Tensor | None
     ) -> tuple[Tensor, BatchCalls]:
         home = next(self.model.parameters()).device
         with RECORDING, _eval_mode(self.model):
             hidden, calls = stage_inputs(self.structure, move(dict(batch), home), stage, move(previous, home))
-        return move(hidden, self.device), move(calls, self.device).kept(self.shared, len(hidden))
+        return move(hidden, self.device), move(calls, self.device).sharing(self.shared, len(hidden))
 
     def release_stage_inputs(self) -> None:
         self.shared = SharedTensors()
@@ -119,7 +119,7 @@ class CheckpointSource:
         return self._stored.tensors(canonical(f"{self.structure.layers[index].path}.{name}"))
 
     def stage_inputs(
-        self, batch: Mapping[str, Tensor], stage: int = 0, previous: Tensor | None = None
+        self, batch: Mapping[str, Tensor], stage: int, previous: Tensor | None
     ) -> tuple[Tensor, BatchCalls]:
         if self.structure.family.relays and stage not in self._first_blocks:
             first = next(layer.index for layer in self.structure.layers if layer.stage == stage)
@@ -128,7 +128,7 @@ class CheckpointSource:
             hidden, calls = stage_inputs(
                 self.structure, move(dict(batch), self.device), stage, previous, self._first_blocks.get(stage)
             )
-        return hidden, calls.kept(self.shared, len(hidden))
+        return hidden, calls.sharing(self.shared, len(hidden))
 
     def release_stage_inputs(self) -> None:
         self.shared = SharedTensors()

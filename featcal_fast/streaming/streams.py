@@ -1,4 +1,4 @@
-"""All that streams past the loop: blocks, hidden states, chunks of batches; and their order, which is the memory."""
+"""All that streams past the loop: blocks, hidden states and chunks of batches, no more at a time than a layer needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from featcal_fast.reporting.progress import Progress
 from featcal_fast.settings import Settings
 from featcal_fast.streaming.chunks import Chunk, Chunks, explain_out_of_memory
 from featcal_fast.streaming.drift import DriftProbe
-from featcal_fast.streaming.hidden_states import HOST, HiddenStates, Offload
+from featcal_fast.streaming.hidden_states import HiddenStates, Offload
 from featcal_fast.streaming.malloc import caching_malloc, trim_malloc
 from featcal_fast.streaming.prefetch import BlockPrefetcher
 from featcal_fast.streaming.sources import Source
@@ -31,7 +31,7 @@ SCRATCH = "hidden states"  # in a report of what was read and written
 
 
 class Streams:
-    """The models and the data of a run, of which no more is in memory than a layer needs.
+    """The models and the data of a run.
 
     Used as a context: within it blocks are prefetched, float32 products are not rounded, and an error of the device's
     memory says what to do.
@@ -48,10 +48,11 @@ class Streams:
         chunk: tokens that pass a layer at a time; None for a batch's.
 
     Attributes:
-        student: the merged model's hidden states, by task.
-        expert: each task's expert's.
+        device: where to compute.
+        student_states: the merged model's hidden states, by task.
+        expert_states: those of each task's expert.
         drift: what follows a few samples through all models.
-        counts: tokens that count, in this stage.
+        counts: tokens that count, in the stage that was entered.
     """
 
     counts: TokenCounts
@@ -65,17 +66,18 @@ class Streams:
         settings: Settings,
         device: torch.device,
         progress: Progress,
-        offload: Offload = HOST,
-        chunk: int | None = None,
+        offload: Offload,
+        chunk: int | None,
     ) -> None:
+        self.device = device
         self._source, self._experts, self._batches = student, experts, batches
-        self._device, self._progress, self._offload = device, progress, offload
+        self._progress, self._offload = progress, offload
         self._transfers = Transfers(device, "hidden-states")
         self._chunks = Chunks(device, chunk, settings.forward_dtype)
         runner = BlockRunner(should_compile(settings, device))
         states = partial(HiddenStates, device=device, transfers=self._transfers, runner=runner)
-        self.student = {task: states(student, task, offload=offload) for task in experts}
-        self.expert = {task: states(expert, task, offload=offload) for task, expert in experts.items()}
+        self.student_states = {task: states(student, task, offload=offload) for task in experts}
+        self.expert_states = {task: states(expert, task, offload=offload) for task, expert in experts.items()}
         self.drift = DriftProbe(student, experts, device, self._chunks, states)
         self._layers = student.structure.layers
         models = (student, base, *experts.values())
@@ -89,7 +91,7 @@ class Streams:
             stack.enter_context(closing(self._progress))
             stack.enter_context(self._transfers)
             stack.enter_context(self._blocks)
-            stack.enter_context(explain_out_of_memory(self._device))
+            stack.enter_context(explain_out_of_memory(self.device))
             stack.enter_context(ieee_float32())
             self._contexts = stack.pop_all()
         return self
@@ -111,7 +113,7 @@ class Streams:
         structure = self._source.structure
         for task, expert in self._experts.items():
             batches = self._inputs[task] if layer.stage else _checked(task, self._batches[task], structure)
-            for states in (self.student[task], self.expert[task]):
+            for states in (self.student_states[task], self.expert_states[task]):
                 states.enter(layer.stage, batches)
                 trim_malloc()
             self._tokens[task] = self._tokens_of(task, batches, layer)
@@ -137,7 +139,7 @@ class Streams:
         """
         for task in self._experts:
             self._progress.task(layer.index, task)
-            block = [self._blocks.next()]
+            block = [self._blocks.next()]  # taken out below: a local of this frame would live as long as the task
             with caching_malloc() as self._trim:
                 yield task, block.pop()
 
@@ -153,11 +155,11 @@ class Streams:
         if layer is self._layers[-1]:
             return
         with caching_malloc() as trim:
-            for task, states in self.student.items():
+            for task, states in self.student_states.items():
                 for batch, tokens in enumerate(self._tokens[task]):
                     for chunk in self._chunks.of(batch, tokens):
                         with chunk:
-                            states.advance(chunk, layer.number, block)
+                            states.advance(chunk, layer, block)
                     trim()
 
     def to_host(self, parameters: dict[str, Tensor]) -> Transfer[dict[str, Tensor]]:
@@ -176,7 +178,7 @@ class Streams:
         """Bytes that were read from scratch files and written to them, where hidden states wait there."""
         if not isinstance(self._offload, Path):
             return {}, {}
-        each = [states.traffic for states in (*self.student.values(), *self.expert.values())]
+        each = [states.traffic for states in (*self.student_states.values(), *self.expert_states.values())]
         return {SCRATCH: sum(one.read for one in each)}, {SCRATCH: sum(one.written for one in each)}
 
     def _tokens_of(self, task: str, batches: Sequence[Batch], layer: Layer) -> list[Tokens]:
@@ -186,11 +188,24 @@ class Streams:
         found: list[Tokens] = []
         for i, batch in enumerate(batches):
             try:
-                shape = self.student[task].shape(i)
-                found.append(Tokens(mask(batch), shape, self._device, before[i] if before else None))
+                shape = self.student_states[task].shape(i)
+                found.append(Tokens(mask(batch), shape, self.device, before[i] if before else None))
             except DataError as error:
                 raise DataError(f"task {task}, batch {i}: {error}") from None
         return found
+
+
+def check_tasks(experts: Mapping[str, Source], batches: Mapping[str, object]) -> None:
+    """Every expert must have batches, and all batches an expert.
+
+    Raises:
+        DataError: names a task that has only one of the two, or there is none.
+    """
+    if not experts:
+        raise DataError("no experts: at least one is needed")
+    for task in experts.keys() ^ batches.keys():
+        there = "an expert but no batches" if task in experts else "batches but no expert"
+        raise DataError(f"task {task}: found {there}; experts and batches must name the same tasks")
 
 
 def _checked(task: str, batches: Iterable[Batch], structure: Structure) -> Sequence[Batch]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Generic, TypeVar
 
 import torch
@@ -95,6 +96,12 @@ class Transfers:
         except Exception as error:
             self._error = error
             raise
+
+
+def read_scalars(*scalars: list[Tensor]) -> list[list[float]]:
+    """Lists of scalars, read from the device in one go."""
+    values = iter(torch.stack([each.double() for one in scalars for each in one]).tolist())
+    return [list(islice(values, len(one))) for one in scalars]
 
 
 def empty_pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

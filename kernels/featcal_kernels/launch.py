@@ -184,7 +184,7 @@ class _Launcher:
 
     arch: Arch
     tile: Tile
-    half: bool  # 16-bit operands
+    half: bool
     table: Tensor
     splits: int
     workspace: Tensor | None

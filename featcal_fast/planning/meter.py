@@ -1,11 +1,9 @@
-"""Models and computations without storage: what they would read, allocate and compute is counted."""
+"""Computations without storage: the bytes that they would allocate and their operations are counted."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,49 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from featcal_fast.checkpoints import TensorInfo, TensorSource
-
 META = torch.device("meta")
-
-
-class MetaCheckpoint:
-    """A source whose tensors have a form but no memory, and whose reads are only noted."""
-
-    def __init__(self, source: TensorSource) -> None:
-        self.source, self.label = source, source.label
-        self.reads: list[str] = []
-
-    @property
-    def path(self) -> Path:
-        return self.source.path
-
-    @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        return self.source.tensors
-
-    @property
-    def names(self) -> Mapping[str, str]:
-        return self.source.names
-
-    @property
-    def config(self) -> Any:
-        return self.source.config
-
-    @property
-    def bytes_read(self) -> int:
-        return self.source.stored_bytes(self.reads)
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Zeros, one value for all of a tensor."""
-        infos = {name: self.tensors[name] for name in names}
-        self.reads += infos
-        return {name: torch.zeros((), dtype=info.dtype).expand(info.shape) for name, info in infos.items()}
-
-    def stored_bytes(self, names: Iterable[str]) -> int:
-        return self.source.stored_bytes(names)
-
-    def side_files(self) -> list[Path]:
-        return self.source.side_files()
 
 
 class Meter:
