@@ -118,9 +118,9 @@ def plan(
         typer.Option(help="TFLOP/s, for a rough estimate of the time. Default: the last run's here."),
     ] = None,
 ) -> None:
-    """Say what RECIPE.yaml will need (memory, disk, bytes read, arithmetic) and which weights will change; nothing is run.
+    """Say what RECIPE.yaml will need (memory, disk, bytes read, arithmetic) and which weights will change.
 
-    Exit code 1 when the recipe cannot work or will not fit.
+    Nothing is run. Exit code 1 when the recipe cannot work or will not fit.
 
     \b
     Example:
