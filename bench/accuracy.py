@@ -5,18 +5,16 @@
 For every seed: a base and four experts, trained as the demo trains them; five merges; each repaired by FeatCal with the
 demo's settings, by Surgery and by ProbSurgery, which are all given the same unlabelled images (the n of a smaller
 number are among those of a larger). AdaMerging, a merger, has all 256 in every row. Accuracies are of held-out images,
-which no method sees; what was chosen here was chosen on the validation part. The table has the shape of the paper's.
-Seconds are wall clock.
+which no method sees; what was chosen here was chosen on the validation part (`--choose`). The table has the shape of
+the paper's. Seconds are wall clock. Trained models are kept under `--folder`, and reused.
 """
 
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from copy import deepcopy
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,60 +35,43 @@ from bench.mergers import MERGERS, AdaMerging, Pool, Ties, Wudi, class_scores, w
 from featcal_fast import demo
 
 PLAIN, FEATCAL, EXPERTS, STUDIED = "plain", "FeatCal", "experts", "task arithmetic"
-SAMPLES, OTHERS_SAMPLES = [8, 16, 32, 64, 128, 256], [8, 64, 256]
+SEEDS, SAMPLES, OTHERS_SAMPLES = 5, [8, 16, 32, 64, 128, 256], [8, 64, 256]
 RECIPE = yaml.safe_load(demo.RECIPE)
 SETTINGS = ff.Settings.from_dict(RECIPE["settings"])  # one for all mergers: chosen by the demo on task arithmetic
 Row = dict[str, Any]  # seed, merger, repair, samples (None for a plain merge), seconds, accuracy by task
-Cells = dict[tuple[str, str, int | None], list[float]]  # mean accuracy, seed by seed
+Cell = tuple[str, str, int | None]  # merger, repair, samples
 
 
 def main() -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--samples", type=int, nargs="+", default=SAMPLES, help="calibration images a task, up to 256")
-    parser.add_argument(
-        "--others-samples", type=int, nargs="+", default=OTHERS_SAMPLES, help="those for mergers but task arithmetic"
-    )
-    parser.add_argument("--mergers", nargs="+", choices=MERGERS, default=list(MERGERS))
-    parser.add_argument("--part", choices=("held-out", "validation"), default="held-out")
-    parser.add_argument("--models", type=Path, help="keep trained models here, and reuse them")
-    parser.add_argument("--out", type=Path, default=RESULTS / "accuracy-digits.json")
+    parser = command_line(__doc__, "--folder")
+    parser.add_argument("--choose", action="store_true", help="on the validation part instead, to compare settings")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    others = [n for n in args.samples if n in args.others_samples]
-    samples = {merger: sorted(args.samples if merger == STUDIED else others) for merger in args.mergers}
-    results = run(args.seeds, samples, args.part, args.models, demo.Config(), surgery.Training())
-    write_whole(args.out, results)
-    print(show(results))
-    if STUDIED in args.mergers:
-        draw(results, args.out.with_suffix(".png"))
-        print(f"Wrote {args.out.with_suffix('.png')}")
-    print(f"Wrote {args.out}")
+    samples = {merger: SAMPLES if merger == STUDIED else OTHERS_SAMPLES for merger in MERGERS}
+    part = "validation" if args.choose else "held-out"
+    results = run(SEEDS, samples, part, args.folder / "digits", demo.Config(), surgery.Training())
+    path = RESULTS / f"{'settings' if args.choose else 'accuracy'}-digits.json"
+    write_whole(path, results)
+    draw(results, path.with_suffix(".png"))
+    print(f"{show(results)}\nWrote {path} and {path.with_suffix('.png')}")
 
 
 def run(
-    seeds: int,
-    samples: dict[str, list[int]],
-    part: str,
-    models: Path | None,
-    config: demo.Config,
-    training: surgery.Training,
+    seeds: int, samples: dict[str, list[int]], part: str, folder: Path, config: demo.Config, training: surgery.Training
 ) -> dict[str, Any]:
     """Every accuracy, and the settings, versions and seconds that belong to them; `samples` is by merger."""
     digits, rows = demo.Digits(), []
     seconds = {"training": 0.0, "total": 0.0}
-    with tempfile.TemporaryDirectory() as temporary:
-        for seed in range(seeds):
-            folder = (models or Path(temporary)) / f"seed-{seed}"
-            seconds["training"] += sum(
-                demo.make_models(folder, replace(config, seed=seed), digits, Console(quiet=True)).values()
-            )
-            started = time.perf_counter()
-            rows += [{"seed": seed, **row} for row in run_seed(folder, seed, samples, digits, part, training)]
-            seconds["total"] += time.perf_counter() - started
-            print(f"seed {seed}: {time.perf_counter() - started:.0f} s, training excluded", flush=True)
+    for seed in range(seeds):
+        models = folder / f"seed-{seed}"
+        trained = demo.make_models(models, replace(config, seed=seed), digits, Console(quiet=True))
+        seconds["training"] += sum(trained.values())
+        started = time.perf_counter()
+        rows += [{"seed": seed, **row} for row in run_seed(models, seed, samples, digits, part, training)]
+        seconds["total"] += time.perf_counter() - started
+        print(f"seed {seed}: {time.perf_counter() - started:.0f} s, training excluded", flush=True)
     seconds["total"] += seconds["training"]
-    results = {
+    return {
         "part": part,
         "samples": sorted({n for counts in samples.values() for n in counts}),
         "seeds": seeds,
@@ -106,8 +87,8 @@ def run(
         "machine": machine(),
         "seconds": seconds,
         "rows": rows,
+        "summary": summary(rows),
     }
-    return results | {"summary": summary(rows), "findings": findings(rows)}
 
 
 def run_seed(
@@ -182,22 +163,25 @@ def features(model: nn.Module, images: dict[str, Tensor]) -> Tensor:
 # Results
 
 
-def cells(rows: list[Row]) -> Cells:
-    """Mean accuracy over the tasks, seed by seed."""
-    found: Cells = {}
+def grouped(rows: list[Row]) -> dict[Cell, list[Row]]:
+    """By merger, repair and samples, seed by seed."""
+    groups: dict[Cell, list[Row]] = {}
     for row in rows:
-        key = row["merger"], row["repair"], row["samples"]
-        found.setdefault(key, []).append(statistics.fmean(row["accuracy"].values()))
-    return found
+        groups.setdefault((row["merger"], row["repair"], row["samples"]), []).append(row)
+    return groups
+
+
+def means(rows: list[Row]) -> dict[Cell, list[float]]:
+    """Mean accuracy over the tasks, seed by seed."""
+    return {
+        cell: [statistics.fmean(row["accuracy"].values()) for row in group] for cell, group in grouped(rows).items()
+    }
 
 
 def summary(rows: list[Row]) -> list[dict[str, Any]]:
     """Mean and standard deviation over the seeds, of the mean over tasks and of each task; mean seconds."""
-    groups: dict[tuple[str, str, int | None], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["merger"], row["repair"], row["samples"]), []).append(row)
     lines = []
-    for (merger, repair, samples), group in groups.items():
+    for (merger, repair, samples), group in grouped(rows).items():
         accuracy = {task: spread([row["accuracy"][task] for row in group]) for task in group[0]["accuracy"]}
         accuracy["mean"] = spread([statistics.fmean(row["accuracy"].values()) for row in group])
         took = statistics.fmean(row["seconds"] for row in group)
@@ -207,59 +191,22 @@ def summary(rows: list[Row]) -> list[dict[str, Any]]:
     return lines
 
 
-def findings(rows: list[Row]) -> list[dict[str, Any]]:
-    """Which of the paper's three statements hold here, with the figures."""
-    found = cells(rows)
-    mergers = list(dict.fromkeys(row["merger"] for row in rows if row["merger"] != EXPERTS))
-    samples = {m: sorted({n for merger, _, n in found if merger == m and n}) for m in mergers}
-    if STUDIED not in mergers or not samples[STUDIED]:
-        return []
-
-    def gains(merger: str, over: str) -> dict[int, list[float]]:
-        """FeatCal's lead over another repair or none, by samples, seed by seed."""
-        other = {n: found[merger, over, None if over == PLAIN else n] for n in samples[merger]}
-        return {n: [a - b for a, b in zip(found[merger, FEATCAL, n], other[n], strict=True)] for n in other}
-
-    def always(statement: str, gained: dict[int, list[float]], before: str = "") -> dict[str, Any]:
-        figures = (
-            f"{n}: {statistics.fmean(g):+.1f} ({sum(x > 0 for x in g)} of {len(g)} seeds)" for n, g in gained.items()
-        )
-        return {
-            "statement": f"{statement} at every number of samples",
-            "holds": all(statistics.fmean(g) > 0 for g in gained.values()),
-            "figures": before + ", ".join(figures),
-        }
-
-    studied = {n: statistics.fmean(gain) for n, gain in gains(STUDIED, PLAIN).items()}
-    first, *_ = values = list(studied.values())
-    plain_accuracy = {merger: statistics.fmean(found[merger, PLAIN, None]) for merger in mergers}
-    stronger = [merger for merger in mergers if plain_accuracy[merger] > plain_accuracy[STUDIED]]
-    return [
-        {
-            "statement": "(1a) FeatCal's gain on task arithmetic grows with every step in samples",
-            "holds": all(a < b for a, b in pairwise(values)),
-            "figures": ", ".join(f"{n}: {gain:+.1f}" for n, gain in studied.items()),
-        },
-        {
-            "statement": f"(1b) at {samples[STUDIED][0]} samples it is already at least half of the largest gain",
-            "holds": first > 0 and first >= max(values) / 2,
-            "figures": f"{first:+.1f} of {max(values):+.1f}",
-        },
-        *(always(f"(2) FeatCal beats {rival} on task arithmetic", gains(STUDIED, rival)) for rival in surgery.MODULES),
-        *(
-            always(
-                f"(3) FeatCal still gains on {merger}, which is stronger than task arithmetic,",
-                gains(merger, PLAIN),
-                f"plain {plain_accuracy[merger]:.1f}; ",
-            )
-            for merger in stronger
-        ),
-    ]
+def leads(rows: list[Row]) -> list[str]:
+    """What FeatCal gains on each merger, and beside each other repair, by samples: the paper's claims, in points."""
+    found, lines = means(rows), {}
+    for (merger, repair, samples), values in found.items():
+        if repair == FEATCAL:
+            for other in (PLAIN, *surgery.MODULES):
+                theirs = found[merger, other, None if other == PLAIN else samples]
+                lead = [a - b for a, b in zip(values, theirs, strict=True)]
+                text = f"{samples}: {statistics.fmean(lead):+.1f} ({sum(x > 0 for x in lead)} of {len(lead)} seeds)"
+                lines.setdefault(f"{FEATCAL} over {other} on {merger}", []).append(text)
+    return [f"{name}: {', '.join(figures)}" for name, figures in lines.items()]
 
 
 def show(results: dict[str, Any]) -> str:
-    """The table, and what holds."""
-    found = cells(results["rows"])
+    """The table, and what FeatCal gains."""
+    found = means(results["rows"])
     rows = [
         {"images a task": merger if repair == PLAIN else f"  + {repair}"}
         | {
@@ -270,17 +217,13 @@ def show(results: dict[str, Any]) -> str:
         for merger, repair in dict.fromkeys((merger, repair) for merger, repair, _ in found)
     ]
     title = f"Accuracy on {results['part']} digits, %, mean of tasks ± standard deviation over {results['seeds']} seeds"
-    notes = [
-        f"{'holds' if line['holds'] else 'DOES NOT HOLD'}: {line['statement']}\n    {line['figures']}"
-        for line in results["findings"]
-    ]
     seconds = "{total:.0f} s, of which training {training:.0f} s".format(**results["seconds"])
-    return table(title, rows, [*notes, seconds])
+    return table(title, rows, [*leads(results["rows"]), seconds])
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Task arithmetic: accuracy against calibration images."""
-    found = cells(results["rows"])
+    found = means(results["rows"])
     samples = sorted({n for merger, _, n in found if merger == STUDIED and n})
     looks = {
         "each task's own expert": ((EXPERTS, PLAIN), {"color": "0.35", "linestyle": "--"}),

@@ -43,7 +43,7 @@ from bench.workloads import T5, TEXT, VISION, Workload, chosen, known, write
 
 OURS, LOWER, PLAIN = "featcal_fast", "featcal_fast bfloat16", "featcal_fast without Triton"
 MEASURES = ("seconds", "peak_gib", "peak_device_gib", "tflop")
-OPTIONS = ("--device", "--runs", "--samples", "--tasks", "--layers", "--toy", "--folder", "--fresh", "--check")
+OPTIONS = ("--device", "--runs", "--samples", "--tasks", "--layers", "--toy", "--folder", "--fresh")
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,8 @@ class Comparison:
 
     @classmethod
     def of(cls, name: str, args: argparse.Namespace) -> Comparison:
-        work, on_gpu = chosen(name, args), args.device.startswith("cuda")
-        changed = [f"{getattr(args, number)}-{number}" for number in ("tasks", "layers") if getattr(args, number)]
-        samples = [str(args.samples)] if args.samples else []
-        label = "-".join([*["toy"] * args.toy, name, *samples, *changed, *["gpu"] * on_gpu])
+        (label, work), on_gpu = chosen(name, args), args.device.startswith("cuda")
+        label = label.replace("-samples", "") + "-gpu" * on_gpu
         ways = {OURS: Way("ours", ("--merged",))}
         if work.dtype == "float32":
             ways[LOWER] = Way("ours", ("--merged", "--settings", '{"forward_dtype": "bfloat16"}'))
@@ -95,9 +93,6 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--judge official needs --official CHECKOUT")
     wanted = [Comparison.of(name, args) for name in args.workloads]
     versions = check({way: how for each in wanted for way, how in {**each.ways, **each.judges}.items()}, args.device)
-    if args.check:
-        print(table("All can run", [{"way": way, **found} for way, found in versions.items()]))
-        return
     for each in wanted:
         report = compare(each, args, versions)
         path = results_folder(args) / f"compare-{each.label}.json"
@@ -134,8 +129,9 @@ def compare(job: Comparison, args: argparse.Namespace, versions: dict[str, dict[
         "device": args.device,
         "versions": versions,
         "runs": runs,
-        "median": {way: _over(statistics.median, found) for way, found in runs.items()},
-        "spread": {way: _over(lambda values: max(values) - min(values), found) for way, found in runs.items()},
+        "median": {
+            way: {key: statistics.median(run[key] for run in found) for key in found[0]} for way, found in runs.items()
+        },
         "tflop": tflop,
         "judge": job.judge,
         "difference": {
@@ -179,10 +175,6 @@ def difference(found: Path, judge: Path, merged: Path) -> dict[str, float]:
 
 def _file(path: Path) -> Path:
     return path / "model.safetensors" if path.is_dir() else path
-
-
-def _over(summary: Any, runs: list[dict[str, float]]) -> dict[str, float]:
-    return {key: summary([run[key] for run in runs]) for key in runs[0]}
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from bench.harness.plots import plain, plot
-from bench.harness.results import RESULTS, machine, write_whole
-from bench.harness.runs import check, command_line, kept_runs, take_turns
+from bench.harness.results import machine, write_whole
+from bench.harness.runs import check, command_line, kept_runs, results_folder, take_turns
 from bench.harness.tables import table
 from bench.jobs import OURS, run_job
 from bench.workloads import VISION, Workload, write
@@ -38,12 +38,10 @@ AXES = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = command_line(__doc__, "--device", "--threads", "--runs", "--folder", "--fresh")
-    parser.add_argument("--sizes", type=int, default=4, help="of each axis, the smallest first")
-    parser.add_argument("--out", type=Path, help="by default bench/results/cost-<device>.json")
+    parser = command_line(__doc__, "--device", "--threads", "--runs", "--toy", "--folder", "--fresh")
     args = parser.parse_args(arguments)
     check({"featcal_fast": OURS}, args.device)
-    out = args.out or RESULTS / f"cost-{torch.device(args.device).type}.json"
+    out = results_folder(args) / f"cost-{torch.device(args.device).type}.json"
 
     def run(axis: str, size: int) -> dict[str, Any]:
         folder = args.folder / f"cost-{axis}-{size}"
@@ -52,13 +50,15 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{axis} {size}: {found['seconds_in_layers']} s, {found['peak_host_gib']} GiB", flush=True)
         return found
 
-    jobs = {(axis, size): partial(run, axis, size) for axis, sizes in AXES.items() for size in sizes[: args.sizes]}
-    named = {f"{axis} {size}": run for (axis, size), run in jobs.items()}
-    runs = take_turns(named, kept_runs(args.folder / "cost-runs.json", args), args.runs)
-    points: dict[str, list[dict[str, Any]]] = {axis: [] for axis in AXES}
-    for axis, size in jobs:
-        best = min(runs[f"{axis} {size}"], key=lambda run: run["seconds_in_layers"])
-        points[axis].append({"size": size, **best})
+    axes = {axis: sizes[: 2 if args.toy else None] for axis, sizes in AXES.items()}
+    jobs = {f"{axis} {size}": partial(run, axis, size) for axis, sizes in axes.items() for size in sizes}
+    runs = take_turns(jobs, kept_runs(args.folder / "cost-runs.json", args), args.runs)
+    points = {
+        axis: [
+            {"size": size, **min(runs[f"{axis} {size}"], key=lambda run: run["seconds_in_layers"])} for size in sizes
+        ]
+        for axis, sizes in axes.items()
+    }
     results = {"machine": machine(args.threads), "points": points, "exponents": exponents(points)}
     write_whole(out, results)
     draw(results, out.with_suffix(".png"))

@@ -30,8 +30,7 @@ from bench.harness.runs import Way, check, command_line, kept_runs, results_fold
 from bench.workloads import chosen, known, write
 
 OURS = Way("ours")
-NUMBERS = ("samples", "tasks", "layers")
-OPTIONS = ("--device", "--threads", *(f"--{number}" for number in NUMBERS), "--toy", "--folder", "--fresh")
+OPTIONS = ("--device", "--threads", "--samples", "--tasks", "--layers", "--toy", "--folder", "--fresh")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -43,17 +42,12 @@ def main(arguments: list[str] | None = None) -> None:
     path = results_folder(args) / f"jobs-{torch.device(args.device).type}.json"
     scratch = ("--scratch", args.scratch) if args.scratch else ()
     for name in args.jobs:
-        work = chosen(name, args)
-        changed = [f"{getattr(args, number)}-{number}" for number in NUMBERS if getattr(args, number)]
-        label = "-".join([*["toy"] * args.toy, name, *changed])
+        label, work = chosen(name, args)
         folder, key = args.folder / label, f"{label}-scratch" if scratch else label
         write(work, folder)
         kept = kept_runs(args.folder / f"{key}-job.json", args, work=asdict(work))
         run = partial(run_job, folder, args.device, "--plan", *scratch, threads=args.threads)
         found = take_turns({key: run}, kept)[key][0]
-        for kind in ("host", "device"):
-            if peak := found[f"peak_{kind}_gib"]:
-                found[f"plan_{kind}_error"] = round(found["plan"][kind] / peak - 1, 3)
         described = {key: value for key, value in asdict(work).items() if key not in ("config", "toy")}
         results = json.loads(path.read_text()) if path.exists() else {}
         write_whole(path, {**results, key: {**described, **found, "machine": machine(args.threads)}})

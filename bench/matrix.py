@@ -1,9 +1,8 @@
 """The family, engine and job tests on several versions of transformers, each in an environment of its own.
 
     python -m bench.matrix                               # 5.0, 5.8, 5.17 and the newest
-    python -m bench.matrix --versions 5.3.0 newest
 
-Environments are made once, under `--folder`, and reused; `newest` is upgraded every time. Prints a table and writes
+Environments are made once, under `--folder`, and reused; the newest is upgraded every time. Prints a table and writes
 `bench/results/matrix.json`. Exits with 1 where a test failed.
 """
 
@@ -12,7 +11,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,32 +21,27 @@ from bench.harness.runs import command_line
 from bench.harness.tables import table
 from bench.harness.tests import run_tests
 
-VERSIONS = ("5.0.0", "5.8.0", "5.17.0", "newest")
+VERSIONS = ("5.0.0", "5.8.0", "5.17.0", "newest")  # what pip finds
 TESTS = ("tests/test_families.py", "tests/test_engine.py", "tests/test_job.py")
-REQUIREMENTS = ("numpy", "pyyaml", "typer", "rich", "pillow", "pytest")
+REQUIREMENTS = ("torch", "numpy", "pyyaml", "typer", "rich", "pillow", "pytest")
 
 
 def main() -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("--versions", nargs="+", default=VERSIONS, help="of transformers; `newest` is what pip finds")
-    parser.add_argument("--torch", default="torch", help="requirement for torch, for example torch==2.13.0")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "featcal-matrix")
-    args = parser.parse_args()
+    args = command_line(__doc__, "--folder").parse_args()
     rows = []
-    for version in args.versions:
-        rows.append(run(version, environment(version, args.folder / version, args.torch)))
+    for version in VERSIONS:
+        rows.append(run(version, environment(version, args.folder / f"transformers-{version}")))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         write_whole(RESULTS / "matrix.json", rows)
     print(table("Tests by version", [{**row, "failed": len(row["failed"])} for row in rows]))
     sys.exit(any(row["failed"] for row in rows))
 
 
-def environment(version: str, folder: Path, torch: str) -> Path:
+def environment(version: str, folder: Path) -> Path:
     """The Python of an environment with this version of transformers."""
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        _install(python, torch)
         _install(python, "transformers" if version == "newest" else f"transformers=={version}", *REQUIREMENTS)
         (folder / "complete").touch()
     elif version == "newest":

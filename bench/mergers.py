@@ -120,7 +120,7 @@ class Wudi:
 
 
 def wudi(pool: Pool, options: Wudi = Wudi()) -> State:
-    """Data-free descent on `wudi_objective` for every linear weight (Cheng et al., arXiv 2503.08099).
+    """Data-free descent for every linear weight (Cheng et al., arXiv 2503.08099).
 
     Other parameters move by the mean of their task vectors.
     """
@@ -134,20 +134,11 @@ def wudi(pool: Pool, options: Wudi = Wudi()) -> State:
     return merged
 
 
-def wudi_objective(merged: Tensor, vectors: Tensor) -> Tensor:
-    """`sum_t ||(merged - tau_t) tau_t^T||_F^2 / ||tau_t||_F^2`.
-
-    `vectors` are `[tasks, ..., out, in]`, `merged` is `[..., out, in]`.
-    """
-    interference = (merged - vectors) @ vectors.mT
-    return (interference.square().sum((-2, -1)) / vectors.square().sum((-2, -1))).sum(0)
-
-
 def wudi_vector(vectors: Tensor, options: Wudi = Wudi()) -> Tensor:
-    """Adam on `wudi_objective`, from the task vectors' sum.
+    """Adam on `sum_t ||(merged - tau_t) tau_t^T||_F^2 / ||tau_t||_F^2`, from the task vectors' sum.
 
-    Its gradient is `2 (merged G - R)` with `G = sum tau_t^T tau_t / ||tau_t||^2` and `R = sum tau_t tau_t^T tau_t /
-    ||tau_t||^2`, which are the same in every step.
+    `vectors` are `[tasks, ..., out, in]`. The gradient is `2 (merged G - R)` with `G = sum tau_t^T tau_t / ||tau_t||^2`
+    and `R = sum tau_t tau_t^T tau_t / ||tau_t||^2`, which are the same in every step.
     """
     grams = vectors.mT @ vectors / vectors.square().sum((-2, -1), keepdim=True)
     gram, target = grams.sum(0), (vectors @ grams).sum(0)

@@ -3,7 +3,7 @@
     python -m bench.overlap                 # writes bench/results/overlap-cpu.json
 
 The job is run as it is, which gives the time that computing takes. Then every read of a tensor is made to wait, so that
-all reads together take `--factor` times that, and the job is run again. Each run is a process of its own.
+all reads together take twice that, and the job is run again. Each run is a process of its own.
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ JOB = Workload(VISION, {**B32, "num_hidden_layers": 8}, tasks=4, samples=48, toy
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = command_line(__doc__, "--device", "--threads", "--toy", "--folder", "--fresh")
-    parser.add_argument("--factor", type=float, default=2.0, help="times the computation that reading shall take")
-    args = parser.parse_args(arguments)
+    args = command_line(__doc__, "--device", "--threads", "--toy", "--folder", "--fresh").parse_args(arguments)
     check({"featcal_fast": OURS}, args.device)
     folder = args.folder / ("toy-overlap" if args.toy else "overlap")
     write(JOB.small if args.toy else JOB, folder)
-    kept = kept_runs(args.folder / f"{folder.name}-runs.json", args, factor=args.factor)
+    kept = kept_runs(args.folder / f"{folder.name}-runs.json", args)
     run = partial(run_job, folder, args.device, threads=args.threads)
     usual = take_turns({"as it is": run}, kept, runs=2)["as it is"][1]  # the first one warms the disk's cache
-    compute, rate = usual["seconds"], usual["gib_read"] * 2**30 / (args.factor * usual["seconds"])
+    compute, rate = usual["seconds"], usual["gib_read"] * 2**30 / (2 * usual["seconds"])
     slowed = {"slowed down": partial(run, "--read-rate", str(rate))}
     (slow,) = take_turns(slowed, kept)["slowed down"]
     reading, total = slow["seconds_reading"], slow["seconds"]

@@ -76,6 +76,7 @@ LLAMA_TOY |= {"head_dim": 16, "num_key_value_heads": 2, "vocab_size": 1000}
 QUERIES_AND_VALUES = ("q", "v", "q_proj", "v_proj", "query", "value")  # T5's names, Llama's and CLIP's, BERT's
 
 SHARDS = "2GB"
+NUMBERS = ("samples", "tasks", "layers")  # that a command line may change
 VISION, TEXT, T5 = "CLIPVisionModel", "LlamaForCausalLM", "T5ForConditionalGeneration"
 WORKLOADS = {
     "clip-small": Workload(VISION, SMALL, 3, toy=CLIP_TOY),
@@ -87,18 +88,9 @@ WORKLOADS = {
     ),
     "llama-small": Workload(TEXT, LLAMA_SMALL, 3, "llm", samples=32, tokens=256, dtype="bfloat16", toy=LLAMA_TOY),
     "llama-1b": Workload(TEXT, LLAMA_1B, 3, "llm", samples=256, tokens=256, dtype="bfloat16", toy=LLAMA_TOY),
-    "llama-8b-two-layers": Workload(
-        TEXT,
-        {**LLAMA_8B, "num_hidden_layers": 2},
-        2,
-        "llm",
-        samples=256,
-        tokens=512,
-        dtype="bfloat16",
-        padded=False,  # so that what a plan takes for the longest is what there is
-        toy=LLAMA_TOY,
+    "llama-8b": Workload(
+        TEXT, LLAMA_8B, 5, "llm", samples=256, tokens=512, dtype="bfloat16", padded=False, toy=LLAMA_TOY
     ),
-    "llama-8b": Workload(TEXT, LLAMA_8B, 5, "llm", samples=256, tokens=512, dtype="bfloat16", toy=LLAMA_TOY),
 }
 
 
@@ -109,13 +101,15 @@ def known(name: str) -> str:
     return name
 
 
-def chosen(name: str, args: argparse.Namespace) -> Workload:
-    """A workload, with the numbers that a command line has instead of its own."""
+def chosen(name: str, args: argparse.Namespace) -> tuple[str, Workload]:
+    """A workload, with the numbers that a command line has instead of its own, and what it is called then."""
     work = WORKLOADS[name].small if args.toy else WORKLOADS[name]
     if args.layers:
         keys = [key for key in ("num_hidden_layers", "num_layers", "num_decoder_layers") if key in work.config]
         work = replace(work, config={**work.config, **dict.fromkeys(keys, args.layers)})
-    return replace(work, samples=args.samples or work.samples, tasks=args.tasks or work.tasks)
+    changed = [f"{value}-{number}" for number in NUMBERS if (value := getattr(args, number))]
+    label = "-".join([*["toy"] * args.toy, name, *changed])
+    return label, replace(work, samples=args.samples or work.samples, tasks=args.tasks or work.tasks)
 
 
 @torch.no_grad()

@@ -76,13 +76,13 @@ def test_tests_are_counted(dry: SimpleNamespace):
     (row,) = dry.found["sections"]["checks"]["rows"].values()
     assert row["passed"] > 10
     assert row["failed"] == 0
-    assert f"Tests: 0 failed, {row['passed']} passed" in dry.text
+    assert ["0", str(row["passed"]), "0"] in [line.split() for line in dry.text.splitlines()]
 
 
 def test_tiles_are_compiled_for_a_gpu_that_is_not_there(dry: SimpleNamespace):
     pytest.importorskip("triton")
     found = {row["kind"]: row for row in dry.found["sections"]["tiles"]["rows"].values()}
-    assert set(found) == {"half", "split", "paths"}
+    assert set(found) == {"half", "split"}
     assert not found["half"]["refused"]
     assert "The row for the table: Arch(half=Tile(" in dry.text
 
@@ -93,10 +93,10 @@ def test_sums_are_right(dry: SimpleNamespace):
     assert all(row["ms"]["taken"] > 0 and row["error"] < 1e-6 for row in found)
 
 
-def test_systems_are_solved_right(dry: SimpleNamespace):
+def test_systems_are_solved_in_every_way(dry: SimpleNamespace):
     (row,) = dry.found["sections"]["solve"]["rows"].values()
-    assert set(row["error"]) == {"LU", "library", "blocks 32"}
-    assert max(row["error"].values()) < 1e-5
+    ways = {f"{part} {way}" for part in ("potrf", "trsm") for way in ("library", "blocks 32")}
+    assert set(row["ms"]) == ways | {"potrf batched", "LU"}
 
 
 def test_jobs_are_planned_and_run(dry: SimpleNamespace):
@@ -117,7 +117,7 @@ def test_the_last_table_fits_a_terminal(dry: SimpleNamespace):
     assert lines[0].split() == ["found", "goal"]
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 80
-    assert {line.split()[0] for line in lines[1:]} >= {"checks", "peak", "layer", "solve", "moments", "jobs", "drift"}
+    assert {line.split()[0] for line in lines[1:]} >= {"checks", "layer", "moments", "jobs"}
 
 
 def test_the_readme_shows_it(dry: SimpleNamespace):
@@ -130,9 +130,11 @@ def test_the_readme_shows_it(dry: SimpleNamespace):
 def test_what_was_measured_is_not_measured_again(dry: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(checks, "run_tests", lambda *_: 1 / 0)
     monkeypatch.setattr(moments, "measure_shape", lambda *_: 1 / 0)
-    status, _ = run("--out", str(dry.out), "--sections", "checks,tiles,layer,solve,fold,moments,jobs")
+    status, _ = run("--out", str(dry.out))
     assert status == 0
-    assert json.loads(dry.out.read_text())["sections"] == dry.found["sections"]
+    again = json.loads(dry.out.read_text())["sections"]
+    assert {**again, "peak": {}} == {**dry.found["sections"], "peak": {}}
+    assert again["peak"]["rows"]["bfloat16 product"] == dry.found["sections"]["peak"]["rows"]["bfloat16 product"]
 
 
 def test_rows_of_other_versions_do_not_stay(tmp_path: Path):
@@ -157,10 +159,10 @@ def test_a_budget_ends_a_section_and_the_next_run_goes_on(tmp_path: Path, monkey
     out, measure_shape, measured = tmp_path / "result.json", moments.measure_shape, []
     clock = [0.0]
 
-    def slow(shape: moments.Shape, run) -> dict:
+    def slow(shape: moments.Shape, *how) -> dict:
         clock[0] += 7.0
         measured.append(str(shape))
-        return measure_shape(shape, run)
+        return measure_shape(shape, *how)
 
     monkeypatch.setattr(moments, "measure_shape", slow)
     monkeypatch.setattr(command.budget.time, "monotonic", lambda: clock[0])
@@ -189,11 +191,11 @@ from bench.gpu import __main__ as command, moments
 from bench.harness import results
 results.code_hash = lambda sources: "0"
 measure, calls = moments.measure_shape, []
-def third_kills(shape, run):
-    calls.append(shape)
+def third_kills(*given):
+    calls.append(given)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return measure(shape, run)
+    return measure(*given)
 moments.measure_shape = third_kills
 command.main(["--dry-run", "--sections", "moments", "--out", {str(out)!r}])
 """
@@ -218,7 +220,7 @@ def test_a_new_process_goes_on_when_the_device_is_lost(tmp_path: Path, monkeypat
     monkeypatch.setattr(command.os, "execv", execv)
     arguments = ["--sections", "fold,moments", "--out", str(tmp_path / "result.json"), "--budget", "1000s"]
     with pytest.raises(SystemExit):
-        run(*arguments, "--retry")
+        run(*arguments, "--fresh")
     ((python, *again, left),) = started
     assert python == sys.executable
     assert again == ["-m", "bench.gpu", "--dry-run", *arguments, "--budget"]
@@ -252,11 +254,11 @@ def test_a_failed_test_stops_what_is_timed_on_top_of_it(tmp_path: Path, monkeypa
     assert "FAILED" in text
     assert text.index("FAILED") < text.index("Folding a task")
     assert "test_moments: assert (1 + 1) == 3" in text
-    assert "Tests: 1 failed, 1 passed, 0 skipped" in text
+    assert ["1", "1", "0"] in [line.split() for line in text.splitlines()]
     assert text.count("moments: all: left out: not timed: ") == 1
     assert not rows(out, "moments")
     assert rows(out, "fold")
-    status, _ = run("--sections", "moments", "--despite-failures", "--out", str(out))
+    status, _ = run("--sections", "moments", "--out", str(out))
     assert status == 1, "the test still fails"
     assert rows(out, "moments")
 

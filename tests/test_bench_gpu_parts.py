@@ -76,7 +76,7 @@ def test_code_is_told_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def section(*rows: Row) -> Section:
-    return Section("some", 1.0, lambda run, results: iter(rows), lambda rows, run, results: "")
+    return Section("some", 1.0, lambda run, results: iter(rows), "Some", lambda rows, peak: [])
 
 
 def unlimited() -> Budget:
@@ -95,7 +95,7 @@ def raises(error: Exception) -> Callable[[float], dict]:
 
 def test_rows_that_fail_take_a_line_each_and_the_next_goes_on(capsys: pytest.CaptureFixture[str]):
     results = Results(None, {})
-    found = run_section(
+    measured, _ = run_section(
         section(
             Row("broken", raises(ValueError("one\ntwo"))),
             Row("memory", raises(torch.OutOfMemoryError("much\nmore"))),
@@ -109,7 +109,7 @@ def test_rows_that_fail_take_a_line_each_and_the_next_goes_on(capsys: pytest.Cap
     )
     assert results.of("some") == {"fine": {"ms": 1}}
     assert results.failed["some"] == {"broken": "ValueError: one"}
-    assert found.measured == 1
+    assert measured == 1
     assert capsys.readouterr().out.splitlines() == [
         "some: broken: failed: ValueError: one",
         "some: memory: left out: ran out of device memory",
@@ -118,35 +118,31 @@ def test_rows_that_fail_take_a_line_each_and_the_next_goes_on(capsys: pytest.Cap
     ]
 
 
-def test_what_failed_is_tried_again_on_request_only():
+def test_what_failed_is_not_tried_again():
     results, calls = Results(None, {}), []
 
     def broken(left: float) -> dict:
         calls.append(left)
         raise ValueError
 
-    for retry, count in ((False, 1), (False, 1), (True, 2)):
-        run_section(section(Row("broken", broken)), DRY, results, unlimited(), retry)
-        assert len(calls) == count
+    for _ in range(2):
+        run_section(section(Row("broken", broken)), DRY, results, unlimited())
+    assert len(calls) == 1
 
 
-def test_a_row_is_not_begun_without_memory_or_time_for_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**30, 8 * 2**30))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+def test_a_row_is_not_begun_without_time_for_it():
     results, budget = Results(None, {}), Budget(10.0, lambda: 0.0)
     budget.share_out({"some": 1.0})
     budget.begin("some")
-    rows = Row("wide", raises(AssertionError()), 1.0, 4 * 2**30), Row("long", raises(AssertionError()), 11.0)
-    found = run_section(section(*rows), Run(torch.device("cuda"), False), results, budget)
-    assert found.late == {"long": "takes about 11 s, more than was left"}
-    assert capsys.readouterr().out == "some: wide: left out: takes about 4.0 GiB of device memory, 3.0 are free\n"
-    assert set(results.left_out["some"]) == {"wide", "long"}
+    row = Row("long", raises(AssertionError()), 11.0)
+    assert run_section(section(row), replace(DRY, dry=False), results, budget) == (
+        0,
+        {"long": "takes about 11 s, more than was left"},
+    )
+    assert set(results.left_out["some"]) == {"long"}
 
 
 def test_a_lost_device_ends_a_section_with_the_row_that_lost_it_on_record(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 1))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: raises(RuntimeError("CUDA error"))(0))
     results = Results(None, {})
@@ -168,7 +164,7 @@ def test_sections_keep_no_tensors():
     try:
         before = set(map(id, _tensors()))
         for each in chosen:
-            assert run_section(each, DRY, results, unlimited()).measured
+            assert run_section(each, DRY, results, unlimited())[0]
         after = [x.shape for x in _tensors() if id(x) not in before]
     finally:
         gc.enable()
@@ -286,8 +282,8 @@ def fake_gpu() -> dict[str, dict]:
         str(shape): {
             "dtype": str(shape.dtype).removeprefix("torch."),
             **{"d": shape.d, "m": shape.m, "n": shape.n},
+            "flops": shape.flops,
             "ms": {"taken": shape.flops * 1e-9 / 680, "torch": shape.flops * 1e-9 / 600},
-            "TFLOP/s": 680.0,
             "error": 1e-5,
         }
         for shape in moments.shapes(dry=False)
@@ -304,13 +300,12 @@ def fake_gpu() -> dict[str, dict]:
             "llama-8b": {"seconds": 119.0, "peak_device_gib": 8.5},
             "llama-1b": {"seconds": 9.0},
         },
-        "drift": {"product": {"ratio": 1.0}, "layer": {"ratio": 0.98}},
     }
 
 
 def test_goals():
     found = {(each.section, each.what): each for each in goals.figures(fake_gpu(), 800.0)}
-    met = {what: each.met for (section, what), each in found.items() if each.goal}
+    met = {what: each.met for (_, what), each in found.items()}
     assert met == {
         "tests: 200 passed, 12 skipped": True,
         "600 ms, of the ideal": True,
@@ -319,7 +314,7 @@ def test_goals():
         "of a Llama-8B layer at 16k, of the peak": True,
         "cuBLAS's time by ours, the least": True,
         "float32: largest error": True,
-        "clip-b32, official: by ours": False,
+        "clip-b32, official, by ours": False,
         "llama-8b: seconds": True,
         "llama-8b: GPU GiB": False,
     }
@@ -341,7 +336,7 @@ def test_the_readme_has_a_table_of_a_gpu():
     text = readme.gpu_tables({"environment": environment, "sections": sections})
     assert text.startswith("**NVIDIA H200** (driver, power limit, clock 570.1, 700 W, 1980 MHz; torch 2.13). Its peak")
     assert "| bfloat16 | 4096 | 4096 | 16384 |" in text
-    assert "| 2048 |" not in text, "16k tokens only"
+    assert "| 65536 |" not in text, "16k tokens only"
     assert "share of ideal" in text
 
 

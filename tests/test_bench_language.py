@@ -89,7 +89,7 @@ def test_parts_of_the_words_are_disjoint(task: str) -> None:
 
 
 def test_encode() -> None:
-    batch = t5.encode(["<abc", "^10"], ["cba", "01"])
+    batch = t5.encode([("<abc", "cba"), ("^10", "01")])
     assert [decode(row) for row in batch["input_ids"]] == ["<abc", "^10"]
     assert [decode(row) for row in batch["labels"]] == ["cba", "01"]
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 1, 0]]
@@ -98,10 +98,13 @@ def test_encode() -> None:
 
 def test_exact_match_is_that_of_greedy_decoding() -> None:
     """A model that has learnt four pairs by heart, and is then asked for these and others."""
-    model, known = t5.new_model(t5.Config(32, 8, 64, layers=1, heads=2)), [("<ab", "ba"), (">b", "c"), ("-09", "90")]
-    study.train(model, lambda: t5.encode(*zip(*known, strict=True)), 60, 1e-2)
+    known = [("<ab", "ba"), (">b", "c"), ("-09", "90")]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = t5.T5(t5.Config(32, 8, 64, layers=1, heads=2)).new_model()
+    study.train(model, lambda _: t5.encode(known), 60, 1e-2)
     asked = [*known, ("<cd", "dc"), ("^21", "12")]
-    batch = t5.encode(*zip(*asked, strict=True))
+    batch = t5.encode(asked)
     said = [decode(row) for row in t5.answered(model, batch)["labels"]]
     right = [answer == target for answer, (_, target) in zip(said, asked, strict=True)]
     assert sum(right) >= 3
@@ -114,7 +117,7 @@ def test_exact_match_is_that_of_greedy_decoding() -> None:
 def test_experts_answers_end_once() -> None:
     ids = torch.tensor([[t5.PAD, 5, t5.END, t5.PAD, t5.PAD], [t5.PAD, 5, 6, 7, t5.END]])
     expert = SimpleNamespace(generate=lambda **_: ids)
-    answers = t5.answered(expert, t5.encode(["<a", "<b"], ["a", "b"]))["labels"]
+    answers = t5.answered(expert, t5.encode([("<a", "a"), ("<b", "b")]))["labels"]
     assert answers.tolist() == [[5, t5.END, -100, -100], [5, 6, 7, t5.END]]
 
 
@@ -142,6 +145,6 @@ def test_run(small: study.Study) -> None:
         assert found["base"]["mean"]["std"] == 0
         tasks = [found["FeatCal 4"][task]["mean"] for task in small.tasks]
         assert found["FeatCal 4"]["mean"]["mean"] == pytest.approx(sum(tasks) / 4)
-        shown = study.show(results, metric, small)
+        shown = study.show(results, small)
         assert "FeatCal 4" in shown
         assert f"{found['FeatCal 4']['mean']['mean']:.1f}" in shown

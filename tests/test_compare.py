@@ -133,21 +133,21 @@ def test_a_job_is_planned_and_run_once(here: list[str], tmp_path: Path) -> None:
 
 
 def test_a_slow_disk_is_as_slow_as_was_asked(here: list[str], tmp_path: Path) -> None:
-    overlap.main(["--toy", "--device", "cpu", "--folder", str(tmp_path), "--factor", "3"])
+    overlap.main(["--toy", "--device", "cpu", "--folder", str(tmp_path)])
     found = json.loads((tmp_path / "overlap-cpu.json").read_text())
-    assert found["read_seconds"] > 2 * found["compute_seconds"]
+    assert found["read_seconds"] > 1.5 * found["compute_seconds"]
     assert found["total_seconds"] >= found["read_seconds"]
 
 
 def test_cost(here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "AXES", {"samples": [4, 8], "width": [64, 128]})
     monkeypatch.setattr(cost, "START", replace(cost.START, samples=8))
-    cost.main(["--device", "cpu", "--runs", "2", "--folder", str(tmp_path), "--out", str(tmp_path / "cost.json")])
+    cost.main(["--device", "cpu", "--runs", "2", "--toy", "--folder", str(tmp_path)])
     assert len(here) == 8
-    found = json.loads((tmp_path / "cost.json").read_text())
+    found = json.loads((tmp_path / "cost-cpu.json").read_text())
     assert [point["size"] for point in found["points"]["width"]] == [64, 128]
     assert set(found["exponents"]) == {"samples", "width"}
-    assert (tmp_path / "cost.png").stat().st_size > 1000
+    assert (tmp_path / "cost-cpu.png").stat().st_size > 1000
 
 
 def test_a_workload_is_the_same_each_time(tmp_path: Path) -> None:

@@ -69,12 +69,12 @@ def stopped(results: Results) -> dict[str, str]:
     }
 
 
-def show(rows: Rows, run: Run, results: Results) -> str:
-    lines = [f"FAILED {name}: {error}" for name, error in failures(results).items()]
-    for row in rows.values():
-        counts = ", ".join(f"{row[name]} {name}" for name in ("failed", "passed", "skipped"))
-        lines.append(f"Tests: {counts}" + (f"; {row['unfinished']}" if row["unfinished"] else ""))
-    return "\n".join(lines)
+def lines(rows: Rows, peak: float) -> list[dict[str, Any]]:
+    return [{name: row[name] for name in ("failed", "passed", "skipped", "unfinished")} for row in rows.values()]
 
 
-CHECKS = Section("checks", 0.35, rows, show)
+def notes(rows: Rows, peak: float) -> list[str]:
+    return [f"FAILED {name}: {each['error']}" for row in rows.values() for name, each in row["failures"].items()]
+
+
+CHECKS = Section("checks", 0.35, rows, "Tests", lines, notes)

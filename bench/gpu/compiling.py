@@ -64,7 +64,7 @@ class Compiling:
     ) -> None:
         self.candidates = candidates
         self._pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2))
-        self._futures: dict[tuple[str, str], Future[dict[str, Any]]] = {}
+        self._futures: dict[tuple[str, str], Future[dict[str, str]]] = {}
         for kind, tiles in candidates.items():
             for name, tile in tiles.items():
                 job = {"target": asdict(target), "kind": kind, "tile": asdict(tile)}
@@ -94,23 +94,24 @@ class Compiling:
         process.end_all()
 
 
-class _AbsentDevice:
+@dataclass(frozen=True)
+class AbsentDevice:
     """A driver that only names its target: enough to compile what is launched."""
 
-    def __init__(self, target: Any) -> None:
-        self._target = target
+    target: Any
+    number: int = 0
 
     def get_current_target(self) -> Any:
-        return self._target
+        return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.number
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
 
 
-def compile_tile(job: dict[str, Any]) -> dict[str, Any]:
+def compile_tile(job: dict[str, Any]) -> dict[str, str]:
     """Compile what an op on each shape launches with this tile; says what stands against using it."""
     from featcal_kernels import launch
     from triton.backends.compiler import GPUTarget
@@ -126,16 +127,16 @@ def compile_tile(job: dict[str, Any]) -> dict[str, Any]:
     def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
 
-    driver._active = _AbsentDevice(GPUTarget(target.backend, target.arch, target.warp_size))
+    driver._active = AbsentDevice(GPUTarget(target.backend, target.arch, target.warp_size))
     launch._slots = lambda device: target.slots
     JITFunction.run = compile_only
     dtype = torch.float32 if job["kind"] == "split" else torch.bfloat16
     for d, m, n in job["shapes"]:
         x, y = torch.empty(n, d, dtype=dtype), torch.empty(n, m, dtype=dtype)
         launch.moments_(torch.empty(d, d), torch.empty(m, d), x, y, arch=arch, path="triton")
-    registers, spilled, shared = (max(each) for each in zip(*map(_needs, compiled), strict=True))
+    _, spilled, shared = (max(each) for each in zip(*map(needs, compiled), strict=True))
     refused = f"spills {spilled}" if spilled else f"takes {shared} bytes of shared memory of {target.shared}"
-    return {"registers": registers, "refused": refused if spilled or shared > target.shared else ""}
+    return {"refused": refused if spilled or shared > target.shared else ""}
 
 
 def with_tile(arch: Arch, kind: str, tile: Tile) -> Arch:
@@ -143,8 +144,8 @@ def with_tile(arch: Arch, kind: str, tile: Tile) -> Arch:
     return replace(arch, split=tile) if kind == "split" else replace(arch, half=tile, small=None)
 
 
-def _needs(compiled: Any) -> tuple[int, int, int]:
-    """Registers, what is spilled, bytes of shared memory."""
+def needs(compiled: Any) -> tuple[int, int, int]:
+    """Of a compiled kernel: registers, bytes of stack a thread or registers spilled, bytes of shared memory."""
     shared = compiled.metadata.shared
     if "amdgcn" in compiled.asm:
         code = compiled.asm["amdgcn"]
@@ -162,7 +163,8 @@ def _needs(compiled: Any) -> tuple[int, int, int]:
 
 def _number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
-    return int(found[1]) if found else 0
+    assert found, f"no {pattern} in the compiler's output"
+    return int(found[1])
 
 
 if __name__ == "__main__":

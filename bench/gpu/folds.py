@@ -11,14 +11,13 @@ from featcal_kernels import add_scaled_, addmm_, frobenius, pack, symmetrize_
 from bench.gpu.sections import Row, Section
 from bench.gpu.timing import Run, measure
 from bench.harness.results import Results, Rows
-from bench.harness.tables import table
 
 SIZES = ((4096, 6144), (4096, 28672), (14336, 4096))  # columns, rows of the weights
 
 
 def rows(run: Run, results: Results) -> Iterator[Row]:
     for d, m in ((48, 32),) if run.dry else SIZES:
-        yield Row(f"{d} {m}", lambda left, size=(d, m): _measure(*size, run), 3.0, 4 * (6 * d * d + 7 * d * m))
+        yield Row(f"{d} {m}", lambda left, size=(d, m): _measure(*size, run), 3.0)
 
 
 def _measure(d: int, m: int, run: Run) -> dict[str, Any]:
@@ -50,14 +49,17 @@ def _measure(d: int, m: int, run: Run) -> dict[str, Any]:
     return {"d": d, "m": m, "ops": found}
 
 
-def show(rows: Rows, run: Run, results: Results) -> str:
-    lines = [
+def lines(rows: Rows, peak: float) -> list[dict[str, Any]]:
+    return [
         {"op": name, "d": row["d"], "m": row["m"], **op, "torch/ours": op["torch ms"] / op["ms"]}
         for row in rows.values()
         for name, op in row["ops"].items()
     ]
-    notes = ["rate: FLOPs of the plain product (of float16 parts on matrix units 3 or 2), or bytes that must move."]
-    return table("Folding a task: sums [d, d], weights [m, d]", lines, notes)
 
 
-FOLD = Section("fold", 0.04, rows, show, needs_kernels=True)
+def notes(rows: Rows, peak: float) -> list[str]:
+    return ["rate: FLOPs of the plain product (of float16 parts on matrix units 3 or 2), or bytes that must move."]
+
+
+TITLE = "Folding a task: sums [d, d], weights [m, d]"
+FOLD = Section("fold", 0.04, rows, TITLE, lines, notes, needs_kernels=True)

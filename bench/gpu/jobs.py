@@ -8,17 +8,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import featcal_fast as ff
 from bench.gpu.sections import LeftOut, Row, Section
 from bench.gpu.timing import Run
 from bench.harness import process
 from bench.harness.results import Results, Rows
-from bench.harness.tables import table
 from bench.jobs import run_job
 from bench.workloads import VISION, WORKLOADS, Workload, model_bytes, write
 from featcal_fast.streaming.machine import available_host_bytes
@@ -26,26 +25,13 @@ from featcal_fast.streaming.machine import available_host_bytes
 MEMORY_BACKED = Path("/dev/shm")
 
 
-@dataclass(frozen=True)
-class Job:
-    """One row.
-
-    Attributes:
-        name: of the row.
-        work: what is calibrated.
-        linked: one expert stands for all, see `write`.
-        seconds: about what it takes, with writing.
-    """
+class Job(NamedTuple):
+    """A row's name, what is calibrated, whether one expert stands for all (see `write`), about what it takes."""
 
     name: str
     work: Workload
     linked: bool
     seconds: float
-
-    @property
-    def official(self) -> bool:
-        """Whether the official demo's code can run it."""
-        return self.work.model == VISION
 
     @property
     def disk_bytes(self) -> int:
@@ -57,12 +43,12 @@ class Job:
 
 def jobs(dry: bool) -> list[Job]:
     found = [
-        Job("llama-8b", replace(WORKLOADS["llama-8b"], padded=False), True, 160.0),
+        Job("llama-8b", WORKLOADS["llama-8b"], True, 160.0),
         Job("clip-b32", WORKLOADS["clip-b32"], False, 60.0),
-        Job("llama-1b", replace(WORKLOADS["llama-1b"], padded=False), True, 40.0),
+        Job("llama-1b", WORKLOADS["llama-1b"], True, 40.0),
     ]
     if dry:
-        return [replace(job, work=replace(job.work.small, tasks=2), seconds=5.0) for job in found[:2]]
+        return [job._replace(work=replace(job.work.small, tasks=2), seconds=5.0) for job in found[:2]]
     return found
 
 
@@ -70,7 +56,7 @@ def rows(run: Run, results: Results) -> Iterator[Row]:
     for job in jobs(run.dry):
         with _written(job, run) as folder:
             yield Row(job.name, partial(_ours, job, folder, run), job.seconds)
-            if job.official and run.official is not None:
+            if job.work.model == VISION and run.official is not None:
                 yield Row(f"{job.name}, official", partial(_official, folder, run), 4 * job.seconds)
 
 
@@ -108,13 +94,11 @@ def _place(job: Job, run: Run) -> Path:
 
 
 def _ours(job: Job, folder: Callable[[], Path], run: Run, left: float) -> dict[str, Any]:
-    end, started = time.monotonic() + left, time.perf_counter()
-    path = folder()
-    written = time.perf_counter() - started
+    end, path = time.monotonic() + left, folder()
     threads = 1 if run.dry else os.cpu_count() or 1
     row = run_job(path, str(run.device), "--plan", threads=threads, timeout=end - time.monotonic())
     sizes = {name: getattr(job.work, name) for name in ("tasks", "samples", "tokens")}
-    return {**sizes, "seconds to write": round(written, 1), "folder": str(path.parent.parent), **row}
+    return {**sizes, "folder": str(path.parent.parent), **row}
 
 
 def _official(folder: Callable[[], Path], run: Run, left: float) -> dict[str, Any]:
@@ -127,27 +111,26 @@ def _official(folder: Callable[[], Path], run: Run, left: float) -> dict[str, An
     return process.last_json(command, end - time.monotonic())
 
 
-def show(rows: Rows, run: Run, results: Results) -> str:
-    notes = [f"{name}, seconds: {phases(row)}." for name, row in rows.items() if "seconds_by_phase" in row]
-    return table("Whole jobs, folders to a folder", lines(rows), notes)
-
-
-def phases(row: dict[str, Any]) -> str:
-    """Where its seconds went."""
-    found = row["seconds_by_phase"]
-    rest = row["seconds"] - sum(found.values())
-    return ", ".join(f"{name} {value:.3g}" for name, value in [*found.items(), ("the rest", rest)])
-
-
-def lines(rows: Rows) -> list[dict[str, Any]]:
+def lines(rows: Rows, peak: float) -> list[dict[str, Any]]:
     found = []
     for name, row in rows.items():
         plan = row.get("plan", {})
         line = {"job": name, "tasks": row.get("tasks"), "samples": row.get("samples"), "seconds": row["seconds"]}
         line |= {"GPU GiB": row.get("peak_device_gib"), "planned": plan.get("device")}
         line |= {"host GiB": row.get("peak_host_gib", row.get("peak_gib")), "planned host": plan.get("host")}
-        found.append(line | {"GiB read": row.get("gib_read"), "Wh": row.get("gpu_watt_hours")})
+        found.append(line | {"GiB read": row.get("gib_read")})
     return found
 
 
-JOBS = Section("jobs", 0.36, rows, show)
+def notes(rows: Rows, peak: float) -> list[str]:
+    """Where each job's seconds went."""
+    phases = {name: row["seconds_by_phase"] for name, row in rows.items() if "seconds_by_phase" in row}
+    rest = {name: rows[name]["seconds"] - sum(found.values()) for name, found in phases.items()}
+    return [
+        f"{name}, seconds: {', '.join(f'{phase} {value:.3g}' for phase, value in found.items())}, "
+        f"the rest {rest[name]:.3g}."
+        for name, found in phases.items()
+    ]
+
+
+JOBS = Section("jobs", 0.36, rows, "Whole jobs, folders to a folder", lines, notes)

@@ -28,9 +28,8 @@ import torch
 import featcal_fast as ff
 from bench import baselines
 from bench.gpu.sections import Row, Section
-from bench.gpu.timing import Run, extra_bytes
+from bench.gpu.timing import Run
 from bench.harness.results import Results, Rows
-from bench.harness.tables import table
 from bench.phases import Clock, clocked
 from featcal_fast.forward import compiled as forwards
 from featcal_fast.reporting.progress import Progress
@@ -40,7 +39,6 @@ ENGINE, COMPILED = "engine, blocks as they are", "engine, blocks compiled"
 OFFICIAL, FUSIONEVAL = "official, as published", "FusionEval, as published"
 PHASES = ("forward", "moments", "fold", "solve", "advance")
 ONE_TASK = ("forward", "moments", "advance")  # phases of a reference schedule that each task has
-GIB = 2**30
 SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 TOY = {"hidden_size": 64, "intermediate_size": 224, "num_attention_heads": 4, "num_key_value_heads": 1}
 SETTINGS = ff.Settings(ridge_lambda=0.1, anchor_rho=1.5, teacher_alpha=0.25)
@@ -74,14 +72,14 @@ def rows(run: Run, results: Results) -> Iterator[Row]:
     def work() -> Workload:
         return Workload(run)
 
-    def row(name: str, measure: Callable[[Workload], dict[str, Any]], seconds: float, gib: float) -> Row:
-        return Row(name, lambda left: measure(work()), seconds, gib * GIB * (not run.dry))
+    def row(name: str, measure: Callable[[Workload], dict[str, Any]], seconds: float) -> Row:
+        return Row(name, lambda left: measure(work()), seconds)
 
-    yield row(ENGINE, partial(engine, run=run), 12.0, 16)
-    yield row(COMPILED, partial(engine, run=run, compiled=True), 60.0, 16)
-    yield row(OFFICIAL, partial(baseline, groups=baselines.ALONE, dtype=torch.float32), 15.0, 26)
-    yield row(FUSIONEVAL, partial(baseline, groups=baselines.GROUPS, chunk=256), 12.0, 26)
-    yield row("official, bfloat16 forward", partial(baseline, groups=baselines.ALONE), 12.0, 26)
+    yield row(ENGINE, partial(engine, run=run), 12.0)
+    yield row(COMPILED, partial(engine, run=run, compiled=True), 60.0)
+    yield row(OFFICIAL, partial(baseline, groups=baselines.ALONE, dtype=torch.float32), 15.0)
+    yield row(FUSIONEVAL, partial(baseline, groups=baselines.GROUPS, chunk=256), 12.0)
+    yield row("official, bfloat16 forward", partial(baseline, groups=baselines.ALONE), 12.0)
 
 
 class FirstLayer(Progress):
@@ -107,7 +105,7 @@ class FirstLayer(Progress):
 
 
 def engine(work: Workload, run: Run, compiled: bool = False) -> dict[str, Any]:
-    """The engine's phases, what each needs to compute, and what it all takes of the device's memory."""
+    """The engine's phases, and what each needs to compute."""
     settings = replace(SETTINGS, compile_blocks=compiled)
     experts = {f"task{i}": work.expert for i in range(work.tasks)}
     batches = {task: [{"input_ids": ids} for ids in work.ids] for task in experts}
@@ -121,13 +119,12 @@ def engine(work: Workload, run: Run, compiled: bool = False) -> dict[str, Any]:
             ff.calibrate_model(merged, **others, settings=settings, progress=found[-1])
 
     with really_compiling(run) if compiled else nullcontext():
-        calibrate()  # warms up
-        extra = extra_bytes(calibrate) if work.device.type == "cuda" else calibrate()
+        for _ in range(2):  # the first warms up
+            calibrate()
     last = found[-1]
     assert last.report is not None
-    row = {"tasks": work.tasks, "tokens": work.tokens, "flops": flops(work, last.report)}
-    row["ms"] = {phase: seconds * 1e3 for phase, seconds in last.seconds.items()}
-    return row | ({"device GiB": extra / GIB} if extra else {})
+    ms = {phase: seconds * 1e3 for phase, seconds in last.seconds.items()}
+    return {"tasks": work.tasks, "tokens": work.tokens, "flops": flops(work, last.report), "ms": ms}
 
 
 @contextmanager
@@ -230,14 +227,7 @@ def notes(rows: Rows, peak: float) -> list[str]:
     ]
     if row := ours(rows):
         found.insert(0, f"{row['tasks']} tasks of {row['tokens']} tokens.")
-        if "device GiB" in row:
-            found.append(f"Device memory that the engine takes beside models in memory: {row['device GiB']:.2f} GiB.")
     return found
 
 
-def show(rows: Rows, run: Run, results: Results) -> str:
-    title = "One Llama-3.1-8B-shaped layer, milliseconds"
-    return table(title, lines(rows, run.peak), notes(rows, run.peak))
-
-
-LAYER = Section("layer", 0.18, rows, show)
+LAYER = Section("layer", 0.18, rows, "One Llama-3.1-8B-shaped layer, milliseconds", lines, notes)

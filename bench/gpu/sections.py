@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import gc
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from bench.gpu.budget import Budget
 from bench.gpu.timing import Run
 from bench.harness.process import TookTooLong
 from bench.harness.results import Results, Rows
+from bench.harness.tables import table
 
 
 class LeftOut(Exception):
@@ -32,14 +33,12 @@ class Row:
         key: names it in its section.
         measure: does it; told the seconds that are left for it.
         seconds: about how long it takes; it is not begun with less time left than that.
-        device_bytes: about what it allocates on the device, at most.
         again: measure it though it was measured before.
     """
 
     key: str
     measure: Callable[[float], dict[str, Any]]
     seconds: float = 0.5
-    device_bytes: float = 0
     again: bool = False
 
 
@@ -51,53 +50,51 @@ class Section:
         name: of the section.
         share: of a budget, beside the other sections'.
         rows: what to measure, made as it is needed: the tensors that rows share live as long as the iterator.
-        show: what was measured, for a terminal.
+        title: of the table of what was measured.
+        lines: of that table, given the rows and TFLOP/s at the peak.
+        notes: below it.
         needs_kernels: there is nothing to measure without them.
     """
 
     name: str
     share: float
     rows: Callable[[Run, Results], Iterator[Row]]
-    show: Callable[[Rows, Run, Results], str]
+    title: str
+    lines: Callable[[Rows, float], list[dict[str, Any]]]
+    notes: Callable[[Rows, float], Sequence[str]] = lambda rows, peak: ()
     needs_kernels: bool = False
 
-
-@dataclass
-class Outcome:
-    """How a section went.
-
-    Attributes:
-        measured: rows that were measured now.
-        late: those that there was no time for, and why.
-    """
-
-    measured: int = 0
-    late: dict[str, str] = field(default_factory=dict)
+    def show(self, rows: Rows, peak: float) -> str:
+        """For a terminal."""
+        return table(self.title, self.lines(rows, peak), self.notes(rows, peak))
 
 
-def run_section(section: Section, run: Run, results: Results, budget: Budget, retry: bool = False) -> Outcome:
+def run_section(section: Section, run: Run, results: Results, budget: Budget) -> tuple[int, dict[str, str]]:
     """Measure what of a section was not measured before.
+
+    Returns:
+        How many rows were measured now; which there was no time for, and why.
 
     Raises:
         DeviceLost: the last row that failed, which is recorded, took the device with it.
     """
-    outcome, left, failed = Outcome(), {}, dict(results.failed.get(section.name, {}))
+    measured, late, left = 0, {}, {}
+    failed = dict(results.failed.get(section.name, {}))
     for row in section.rows(run, results):
         if row.key in results.of(section.name) and not row.again:
             continue
-        if row.key in failed and not retry:
-            say(section.name, row.key, f"failed before: {failed[row.key]} (--retry tries again)")
+        if row.key in failed:
+            say(section.name, row.key, f"failed before: {failed[row.key]} (--fresh measures all again)")
             continue
-        if late := _late(row, run, budget):
-            outcome.late[row.key] = late
+        if why := _late(row, run, budget):
+            late[row.key] = why
             continue
-        if short := _short(row, run):
-            left[row.key] = short
-            continue
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()  # for rows that are processes of their own
         try:
             found = row.measure(budget.left)
             results.add(section.name, row.key, found)
-            outcome.measured += 1
+            measured += 1
             continue
         except Exception as error:  # whatever it is, the next row may do
             why, nothing_wrong = _why(error)
@@ -110,8 +107,8 @@ def run_section(section: Section, run: Run, results: Results, budget: Budget, re
         if _lost(run):
             raise DeviceLost(row.key)
     say_left_out(section.name, left)
-    results.leave_out(section.name, left | outcome.late)
-    return outcome
+    results.leave_out(section.name, left | late)
+    return measured, late
 
 
 def say_left_out(section: str, left: dict[str, str]) -> None:
@@ -133,17 +130,6 @@ def _late(row: Row, run: Run, budget: Budget) -> str:
     if run.dry or row.seconds <= budget.left:
         return ""
     return f"takes about {row.seconds:.0f} s, more than was left"
-
-
-def _short(row: Row, run: Run) -> str:
-    """Why there is too little device memory."""
-    if run.device.type == "cpu":
-        return ""
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info(run.device)[0]
-    if row.device_bytes <= free:
-        return ""
-    return f"takes about {row.device_bytes / 2**30:.1f} GiB of device memory, {free / 2**30:.1f} are free"
 
 
 def _why(error: Exception) -> tuple[str, bool]:

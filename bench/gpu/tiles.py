@@ -1,9 +1,9 @@
-"""Tile shapes and paths, timed in turns; the row for `featcal_kernels.configs.TABLE` that they give."""
+"""Tile shapes, timed in turns; the row for `featcal_kernels.configs.TABLE` that they and the sums' paths give."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from math import exp, inf, log
@@ -12,13 +12,38 @@ from typing import Any
 import torch
 from featcal_kernels import gram_cross_
 from featcal_kernels.configs import TABLE, Arch, Tile
+from torch import Tensor
 
 from bench.gpu.compiling import Compiling, Target, with_tile
-from bench.gpu.moments import Shape, other_way
 from bench.gpu.sections import LeftOut, Row, Section
 from bench.gpu.timing import Run, measure, refusal
 from bench.harness.results import Results, Rows
-from bench.harness.tables import table
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One Gram matrix `[d, d]` and one cross moment `[m, d]` of `n` tokens."""
+
+    d: int
+    m: int
+    n: int
+    dtype: torch.dtype
+
+    @property
+    def flops(self) -> float:
+        """Of the triangle and the rectangle, on matrix units: float32 features are split in two, for three products."""
+        return self.n * self.d * (self.d + 1 + 2 * self.m) * (3 if self.dtype == torch.float32 else 1)
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {self.d} {self.m} {self.n}"
+
+    def features(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        x = torch.randn(self.n, self.d, device=device, dtype=self.dtype)
+        return x, torch.randn(self.n, self.m, device=device, dtype=self.dtype)
+
+    def sums(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        return torch.zeros(self.d, self.d, device=device), torch.zeros(self.m, self.d, device=device)
+
 
 COUNTS = {"half": 8, "split": 4, "small": 2}
 TOLERANCE = 1.01  # a candidate replaces the table's only if it is faster by more
@@ -28,13 +53,6 @@ KINDS = {  # the shapes that a kind is timed on
     "split": [Shape(d, d, 16384, torch.float32) for d in (4096, 1024)],
     "small": [Shape(768, 768, 4096, torch.bfloat16), Shape(1024, 1024, 4096, torch.bfloat16), LARGE],
 }
-PATH_SHAPES = [
-    Shape(d, m, n * 1024, torch.bfloat16)
-    for n in (16, 2, 64)
-    for d in (4096, 1024, 2048, 768, 14336, 512, 3072, 8192)
-    for m in (min(d, 4096), 0)
-    if m or n == 16
-]
 DRY_SHAPE = Shape(48, 32, 100, torch.bfloat16)
 
 
@@ -76,6 +94,11 @@ def neighbours(arch: Arch, kind: str) -> dict[str, Tile]:
     return found
 
 
+def other_way(tile: Tile) -> dict[str, Any]:
+    """What makes a tile for split operands multiply their parts in runs instead of all in one step, or the reverse."""
+    return {"triple": not tile.triple, "stages": tile.stages + 1 if tile.triple else 2}
+
+
 def _operand_bytes(tile: Tile) -> int:
     """Of the steps that are on their way, at least; AMD's wait in registers for one of them."""
     return 2 * (1 + tile.triple) * tile.k * (tile.m + tile.n) * (tile.stages - bool(tile.options))
@@ -89,7 +112,7 @@ def name_of(tile: Tile) -> str:
 
 def start(run: Run, results: Results) -> Compiling | None:
     """Begin to compile what is not timed yet: it takes processors, not the GPU."""
-    arch, kinds = _arch(run), _kinds(run)
+    arch, kinds = arch_at_hand(run), _kinds(run)
     missing = [kind for kind, shapes in kinds.items() if any(_key(kind, s) not in results.of("tiles") for s in shapes)]
     target = Target("cuda", 90, 32, "sm_90", 132, 232_448) if run.dry else Target.here(run.device, arch)
     chosen = {kind: candidates(arch, kind, target.shared) for kind in missing}
@@ -99,7 +122,8 @@ def start(run: Run, results: Results) -> Compiling | None:
     return Compiling(target, sizes, chosen) if missing else None
 
 
-def _arch(run: Run) -> Arch:
+def arch_at_hand(run: Run) -> Arch:
+    """The device's row of the table; in a dry run, one to go through the motions with."""
     arch = TABLE["sm_90"] if run.dry else run.arch
     assert arch is not None
     return arch
@@ -117,14 +141,10 @@ def _key(kind: str, shape: Shape) -> str:
 
 
 def rows(run: Run, results: Results) -> Iterator[Row]:
-    arch = _arch(run)
+    arch = arch_at_hand(run)
     for kind, shapes in _kinds(run).items():
         for shape in shapes:
-            need = 2 * shape.bytes + shape.n * (shape.d + shape.m) * 4
-            yield Row(_key(kind, shape), partial(_time_tiles, kind, shape, arch, run), 3.0, need)
-    tuned = best_row(arch, results.of("tiles"))
-    for shape in [DRY_SHAPE] if run.dry else PATH_SHAPES:
-        yield Row(_key("paths", shape), partial(_time_paths, shape, tuned, run), 1.0, 2 * shape.bytes)
+            yield Row(_key(kind, shape), partial(_time_tiles, kind, shape, arch, run), 3.0)
 
 
 def _time_tiles(kind: str, shape: Shape, arch: Arch, run: Run, left: float) -> dict[str, Any]:
@@ -135,33 +155,19 @@ def _time_tiles(kind: str, shape: Shape, arch: Arch, run: Run, left: float) -> d
         raise LeftOut("; ".join(f"{name}: {why}" for name, why in refused.items()))
     s, h = shape.sums(run.device)
     x, y = shape.features(run.device)
-    calls = {name: _call(s, h, x, y, with_tile(arch, kind, tile), "triton", run) for name, tile in usable.items()}
+
+    def call(tile: Tile) -> object:
+        if run.dry:
+            return gram_cross_(s, h, x, y)
+        from featcal_kernels import launch
+
+        return launch.moments_(s, h, x, y, arch=with_tile(arch, kind, tile), path="triton")
+
+    calls = {name: partial(call, tile) for name, tile in usable.items()}
     found = {name: refusal(call) for name, call in calls.items()}
     refused |= {name: why for name, why in found.items() if why}
     ms = measure({name: call for name, call in calls.items() if not found[name]}, run, 0.1 * len(calls))
     return {"kind": kind, "d": shape.d, "m": shape.m, "n": shape.n, "ms": ms, "refused": refused}
-
-
-def _time_paths(shape: Shape, arch: Arch, run: Run, left: float) -> dict[str, Any]:
-    paths = ["triton"]
-    if not run.dry:
-        from featcal_kernels import blas, launch
-
-        paths = list(launch.PATHS)
-        if not blas.available(run.device):
-            raise LeftOut("this torch has no 16-bit product that is added to float32: there is one path")
-    s, h = shape.sums(run.device)
-    x, y = shape.features(run.device)
-    ms = measure({path: _call(s, h, x, y, arch, path, run) for path in paths}, run, 0.2)
-    return {"kind": "paths", "d": shape.d, "m": shape.m, "n": shape.n, "flops": shape.flops, "ms": ms}
-
-
-def _call(s, h, x, y, arch: Arch, path: str, run: Run) -> Callable[[], object]:
-    if run.dry:
-        return lambda: gram_cross_(s, h, x, y)
-    from featcal_kernels import launch
-
-    return lambda: launch.moments_(s, h, x, y if y.numel() else None, arch=arch, path=path)
 
 
 def best(found: Sequence[dict[str, Any]]) -> str:
@@ -178,8 +184,8 @@ def mean_ms(found: Sequence[dict[str, Any]], name: str) -> float:
     return exp(sum(map(log, values)) / len(values))
 
 
-def best_row(arch: Arch, rows: Rows) -> Arch:
-    """The table's row with what was fastest, as far as it was timed."""
+def best_row(arch: Arch, rows: Rows, moments: Rows | None = None) -> Arch:
+    """The table's row with what was fastest: tiles, and cuBLAS's part by the sums, as far as they were timed."""
     timed = {kind: [row for row in rows.values() if row["kind"] == kind] for kind in COUNTS}
     for kind, found in timed.items():
         if found and getattr(arch, kind) is not None:
@@ -189,7 +195,7 @@ def best_row(arch: Arch, rows: Rows) -> Arch:
         small, half = (row["ms"][best(timed[row["kind"]])] for row in large if row)
         step = small / half * (arch.small.m * arch.small.n) / (arch.half.m * arch.half.n)
         arch = replace(arch, small=replace(arch.small, step=round(step, 2)))
-    paths = [row for row in rows.values() if row["kind"] == "paths" and "squares" in row["ms"]]
+    paths = [row for row in (moments or {}).values() if "squares" in row["ms"]]
     if both := [row for row in paths if row["m"]]:
         flops, columns = crossovers(both)
         arch = replace(arch, blas_flops=float(round(flops, -8)), blas_columns=columns)
@@ -215,20 +221,18 @@ def crossovers(rows: Sequence[dict[str, Any]]) -> tuple[float, int | None]:
     return least[0], None if least[1] == inf else int(least[1])
 
 
-def show(rows: Rows, run: Run, results: Results) -> str:
-    parts = []
-    for kind in dict.fromkeys(row["kind"] for row in rows.values()):
-        found = [row for row in rows.values() if row["kind"] == kind]
-        names = dict.fromkeys(name for row in found for name in row["ms"])
-        if kind == "paths":
-            lines = [{"d": row["d"], "m": row["m"], "n": row["n"], **row["ms"]} for row in found]
-        else:
-            lines = [{"tile": name} | {f"d={row['d']}": row["ms"].get(name) for row in found} for name in names]
-        refused = {name: why for row in found for name, why in row.get("refused", {}).items()}
-        parts.append(table(f"{kind}, ms", lines, [f"left out: {name}: {why}" for name, why in refused.items()]))
-    row = best_row(_arch(run), rows)
-    results.note("arch", asdict(row))
-    return "\n".join([*parts, f"The row for the table: {row}"])
+def lines(rows: Rows, peak: float) -> list[dict[str, Any]]:
+    """A tile a line."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows.values():
+        for name, ms in row["ms"].items():
+            found.setdefault((row["kind"], name), {})[f"d={row['d']}"] = ms
+    return [{"tile": f"{kind} {name}", **ms} for (kind, name), ms in found.items()]
 
 
-TILES = Section("tiles", 0.10, rows, show, needs_kernels=True)
+def notes(rows: Rows, peak: float) -> list[str]:
+    refused = {f"{row['kind']} {name}": why for row in rows.values() for name, why in row["refused"].items()}
+    return [f"left out: {name}: {why}" for name, why in refused.items()]
+
+
+TILES = Section("tiles", 0.08, rows, "Tiles for sums, ms", lines, notes, needs_kernels=True)

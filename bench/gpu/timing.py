@@ -1,4 +1,4 @@
-"""What the sections share: the device at hand, a clock, and measures of memory and error."""
+"""What the sections share: the device at hand, a clock, and a measure of error."""
 
 from __future__ import annotations
 
@@ -79,15 +79,6 @@ def refusal(call: Callable[[], object]) -> str:
     except Exception as error:  # the compiler has many ways to refuse a tile
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:100]}"
     return ""
-
-
-def extra_bytes(*calls: Callable[[], object]) -> int:
-    """What calls take of a GPU's memory beyond what is there, the most of them."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    for call in calls:
-        call()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def apart(found: Tensor, exact: Tensor) -> float:

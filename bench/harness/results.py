@@ -44,14 +44,12 @@ class Results:
         self.rows: dict[str, Rows] = {}
         self.failed: dict[str, dict[str, str]] = {}
         self.left_out: dict[str, dict[str, str]] = {}
-        self.extra: dict[str, Any] = {}
         if path is not None and path.exists():
             try:
                 before = json.loads(path.read_text())
                 if not fresh and {**before["environment"], "time": environment["time"]} == environment:
                     self.rows = {name: part["rows"] for name, part in before["sections"].items()}
                     self.failed = {name: part["failed"] for name, part in before["sections"].items()}
-                    self.extra = before["extra"]
                     return
             except (ValueError, KeyError, TypeError):  # not by this code
                 pass
@@ -70,11 +68,6 @@ class Results:
         self.left_out[section] = left
         self._write()
 
-    def note(self, name: str, value: Any) -> None:
-        """What is no row: kept beside them."""
-        self.extra[name] = value
-        self._write()
-
     def of(self, section: str) -> Rows:
         return self.rows.get(section, {})
 
@@ -83,7 +76,7 @@ class Results:
             name: {part: getattr(self, part).get(name, {}) for part in ("rows", "failed", "left_out")}
             for name in dict.fromkeys([*self.rows, *self.failed, *self.left_out])
         }
-        return {"environment": self.environment, "extra": self.extra, "sections": sections}
+        return {"environment": self.environment, "sections": sections}
 
     def _write(self) -> None:
         if self.path is not None:

@@ -30,7 +30,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "for models and finished runs",
     },
     "--fresh": {"action": "store_true", "help": "measure again what the folder has"},
-    "--check": {"action": "store_true", "help": "only start every worker once: imports, versions, device"},
     "--official": {"type": Path, "help": "checkout of github egangu/featcal"},
     "--official-python": {"default": sys.executable, "help": "a Python with transformers 5.5 or older"},
 }
@@ -48,7 +47,7 @@ def command_line(doc: str | None, *names: str, **other: Any) -> argparse.Argumen
 
 def results_folder(args: argparse.Namespace) -> Path:
     """Where a command's figures go."""
-    return args.folder if getattr(args, "toy", False) else RESULTS
+    return args.folder if args.toy else RESULTS
 
 
 @dataclass(frozen=True)

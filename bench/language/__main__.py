@@ -8,7 +8,7 @@ from bench import language
 from bench.harness.results import RESULTS, write_whole
 from bench.harness.runs import command_line
 from bench.language.llama import Llama
-from bench.language.study import Study, choose, run, show
+from bench.language.study import Study, run, show
 from bench.language.t5 import T5
 
 STUDIES: dict[str, type[Study]] = {study.name: study for study in (Llama, T5)}
@@ -21,8 +21,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     study = STUDIES[args.study]()
-    results = choose(study) if args.choose else run(study)
-    print("\n".join(show(results, metric, study) for metric in study.metrics))
+    results = run(study, args.choose)
+    print(show(results, study))
     path = RESULTS / f"{'settings' if args.choose else 'accuracy'}-{study.name}.json"
     write_whole(path, results)
     print(f"Wrote {path}")

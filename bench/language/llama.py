@@ -11,18 +11,16 @@ import sys
 import sysconfig
 import unicodedata
 from collections.abc import Mapping
-from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import featcal_fast as ff
-from bench.language.study import PARTS, Batch, Study, part_of, stream, train, values
+from bench.language.study import PARTS, Batch, Study, part_of, stream, values
 
 BITS = "bits per byte"
 # Left out of the source files: tests, packages installed later, and files that hold the texts of another domain.
@@ -59,6 +57,7 @@ class Llama(Study):
     seeds: tuple[int, ...] = Study.seeds
     name = "llama"
     title = "byte-level Llama, bits per byte (lower is better)"
+    calibrated_on = "unlabelled windows of bytes from the training part"
     tasks = "code", "topics", "names", "sums"
     metrics = {BITS: 3}  # noqa: RUF012
     settings, grid = ff.Settings(1e-2, 2.0, 0.3), GRID  # the best of it on the validation part (`--choose`)
@@ -73,35 +72,32 @@ class Llama(Study):
             for domain, parts in read_texts().items()
         }
 
-    def about(self) -> dict[str, Any]:
-        sizes = {domain: {part: len(text) for part, text in parts.items()} for domain, parts in self.texts.items()}
-        parameters = sum(parameter.numel() for parameter in new_model(self.config).parameters())
-        return {
-            "model": {**asdict(self.config), "parameters": parameters},
-            "base": "trained on the four domains in equal parts; one for all seeds",
-            "calibration": f"unlabelled windows of {self.config.window} bytes from the training part",
-            "bytes": sizes,
-        }
+    def new_model(self) -> nn.Module:
+        from transformers import LlamaConfig, LlamaForCausalLM
 
-    def make_base(self) -> nn.Module:
-        model, random = new_model(self.config), stream(0, "base")
-        turn = iter(range(self.config.base_steps))
-        parts = [self.texts[domain]["training"] for domain in self.tasks]
-        train(
-            model,
-            lambda: self._batch(parts[next(turn) % len(parts)], random),
-            self.config.base_steps,
-            self.config.base_learning_rate,
+        shape = LlamaConfig(
+            vocab_size=256,
+            hidden_size=self.config.hidden_size,
+            intermediate_size=self.config.intermediate_size,
+            num_hidden_layers=self.config.layers,
+            num_attention_heads=self.config.heads,
+            num_key_value_heads=self.config.heads,
+            max_position_embeddings=self.config.window,
+            bos_token_id=None,
+            eos_token_id=None,
         )
-        return model
+        return LlamaForCausalLM(shape)
 
-    def make_expert(self, base: nn.Module, task: str, seed: int) -> nn.Module:
-        model, text, random = deepcopy(base), self.texts[task]["training"], stream(seed, f"expert {task}")
-        train(model, lambda: self._batch(text, random), self.config.expert_steps, self.config.expert_learning_rate)
-        return model
+    def base_batch(self, step: int, random: torch.Generator) -> Batch:
+        """The four domains in turn."""
+        return self.batch(self.tasks[step % len(self.tasks)], random)
 
-    def calibration(self, task: str, count: int, seed: int) -> list[Batch]:
-        ids = self._draw(self.texts[task]["training"], count, stream(seed, f"calibration {task}"))
+    def batch(self, task: str, random: torch.Generator) -> Batch:
+        ids = self._draw(task, self.config.batch_size, random)
+        return {"input_ids": ids, "labels": ids}
+
+    def calibration(self, task: str, count: int, random: torch.Generator) -> list[Batch]:
+        ids = self._draw(task, count, random)
         return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(32)]
 
     def measure(self, model: nn.Module, task: str, part: str) -> dict[str, float]:
@@ -109,12 +105,8 @@ class Llama(Study):
         starts = torch.linspace(0, len(text) - width, self.config.windows).long()
         return {BITS: bits_per_byte(model, _windows(text, starts, width))}
 
-    def _batch(self, text: Tensor, random: torch.Generator) -> Batch:
-        ids = self._draw(text, self.config.batch_size, random)
-        return {"input_ids": ids, "labels": ids}
-
-    def _draw(self, text: Tensor, count: int, random: torch.Generator) -> Tensor:
-        width = self.config.window
+    def _draw(self, task: str, count: int, random: torch.Generator) -> Tensor:
+        text, width = self.texts[task]["training"], self.config.window
         return _windows(text, torch.randint(len(text) - width + 1, (count,), generator=random), width)
 
 
@@ -126,26 +118,6 @@ def bits_per_byte(model: nn.Module, windows: Tensor) -> float:
         logits = model(input_ids=ids).logits[:, :-1]
         total += float(F.cross_entropy(logits.flatten(0, 1).double(), ids[:, 1:].flatten(), reduction="sum"))
     return total / math.log(2) / windows[:, 1:].numel()
-
-
-def new_model(config: Config) -> nn.Module:
-    """With random weights, always the same."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = LlamaConfig(
-        vocab_size=256,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.heads,
-        max_position_embeddings=config.window,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        return LlamaForCausalLM(shape)
 
 
 def _windows(text: Tensor, starts: Tensor, width: int) -> Tensor:

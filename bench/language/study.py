@@ -7,8 +7,10 @@ compared on the validation part with a seed of their own, and the held-out part 
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
@@ -23,9 +25,11 @@ from bench.mergers import Pool, task_arithmetic, with_state
 
 Batch = dict[str, Tensor]
 Scores = dict[str, dict[str, float]]  # by metric, then task
-CHOSEN_WITH = (8, 128)  # samples a task, when settings are compared
+Repair = tuple[Mapping[str, list[Batch]], ff.Settings]  # batches by task, and settings
+CHOSEN_WITH, CHOSEN_SEED = (8, 128), 100  # samples a task, and the seed, when settings are compared
 EXPERTS, BASE = "own expert", "base"
 PARTS = ("held-out", "validation", "training")
+SCALING = 0.3  # of task arithmetic
 
 
 class Study:
@@ -33,33 +37,37 @@ class Study:
 
     name: str
     title: str
+    calibrated_on: str  # in words
     tasks: tuple[str, ...]
     metrics: dict[str, int]  # digits to print, by metric
     counts: tuple[int, ...]  # calibration samples a task
     seeds: tuple[int, ...] = (0, 1, 2)
-    scaling = 0.3  # of task arithmetic
+    config: Any  # of the model and its training
     settings: ff.Settings
     grid: dict[str, ff.Settings]  # compared on the validation part
 
-    def about(self) -> dict[str, Any]:
-        """Sizes, training and data, for the JSON."""
+    def new_model(self) -> nn.Module:
+        """With random weights."""
         raise NotImplementedError
 
-    def make_base(self) -> nn.Module:
+    def base_batch(self, step: int, random: torch.Generator) -> Batch:
+        """What the base is trained on."""
         raise NotImplementedError
 
-    def make_expert(self, base: nn.Module, task: str, seed: int) -> nn.Module:
+    def batch(self, task: str, random: torch.Generator) -> Batch:
+        """What an expert is trained on."""
         raise NotImplementedError
 
-    def calibration(self, task: str, count: int, seed: int) -> list[Batch]:
+    def calibration(self, task: str, count: int, random: torch.Generator) -> list[Batch]:
         """Samples of the training part."""
         raise NotImplementedError
 
-    def variants(self, experts: Mapping[str, nn.Module], seed: int) -> dict[str, dict[str, list[Batch]]]:
-        """Further rows: other calibration batches, by task."""
+    def variants(self, experts: Mapping[str, nn.Module], batches: Mapping[str, list[Batch]]) -> dict[str, Any]:
+        """Further rows: other calibration batches, by task, made of those with the most samples."""
         return {}
 
     def measure(self, model: nn.Module, task: str, part: str) -> dict[str, float]:
+        """By metric."""
         raise NotImplementedError
 
 
@@ -73,37 +81,34 @@ def part_of(key: str) -> str:
     return dict(enumerate(PARTS[:2])).get(int(sha256(key.encode()).hexdigest()[:8], 16) % 10, PARTS[2])
 
 
-def train(model: nn.Module, draw: Callable[[], Batch], steps: int, learning_rate: float) -> None:
+def train(model: nn.Module, draw: Callable[[int], Batch], steps: int, learning_rate: float) -> nn.Module:
     """Minimise the model's own loss with AdamW: 20 steps of warm-up, and half a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
-        loss = model(**draw()).loss
+        loss = model(**draw(step)).loss
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    model.eval()
+    return model.eval()
 
 
-def merge(base: nn.Module, experts: Mapping[str, nn.Module], scaling: float) -> nn.Module:
-    """Task arithmetic, as the package merges."""
-    return with_state(base, task_arithmetic(Pool(base, experts), scaling))
+def make_base(study: Study) -> nn.Module:
+    """One for all seeds."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = study.new_model()
+    random, config = stream(0, "base"), study.config
+    return train(model, lambda step: study.base_batch(step, random), config.base_steps, config.base_learning_rate)
 
 
-def calibrated(
-    study: Study,
-    base: nn.Module,
-    experts: Mapping[str, nn.Module],
-    batches: Mapping[str, list[Batch]],
-    settings: ff.Settings,
-) -> nn.Module:
-    """The study's merge, calibrated."""
-    model = merge(base, experts, study.scaling)
-    ff.calibrate_model(model, base=base, experts=experts, batches=batches, settings=settings)
-    return model
+def make_expert(study: Study, base: nn.Module, task: str, seed: int) -> nn.Module:
+    random, config = stream(seed, f"expert {task}"), study.config
+    draw = lambda _: study.batch(task, random)  # noqa: E731
+    return train(deepcopy(base), draw, config.expert_steps, config.expert_learning_rate)
 
 
 def scores(study: Study, model: nn.Module | Mapping[str, nn.Module], part: str) -> Scores:
@@ -114,68 +119,51 @@ def scores(study: Study, model: nn.Module | Mapping[str, nn.Module], part: str) 
     return {metric: {task: found[task][metric] for task in study.tasks} for metric in study.metrics}
 
 
-def run(study: Study) -> dict[str, Any]:
-    """Every seed's models, measured on the held-out part."""
-    began, computed = time.perf_counter(), time.process_time()
-    base, spent = study.make_base(), {"base": time.perf_counter() - began, "experts": 0.0, "calibration": 0.0}
-    base_scores = scores(study, base, "held-out")
-    runs: list[dict[str, Scores]] = []
-    for seed in study.seeds:
-        started = time.perf_counter()
-        experts = {task: study.make_expert(base, task, seed) for task in study.tasks}
-        spent["experts"] += time.perf_counter() - started
-        rows = {EXPERTS: scores(study, experts, "held-out"), BASE: base_scores}
-        for scaling in (study.scaling, study.scaling * study.settings.anchor_rho):
-            rows[arithmetic(scaling)] = scores(study, merge(base, experts, scaling), "held-out")
-        wanted = {
-            f"FeatCal {count}": {task: study.calibration(task, count, seed) for task in study.tasks}
-            for count in study.counts
-        }
-        for row, batches in {**wanted, **study.variants(experts, seed)}.items():
-            started = time.perf_counter()
-            model = calibrated(study, base, experts, batches, study.settings)
-            spent["calibration"] += time.perf_counter() - started
-            rows[row] = scores(study, model, "held-out")
+def run(study: Study, choose: bool = False) -> dict[str, Any]:
+    """Every seed's models, measured on the held-out part; or the grid of settings, on the validation part."""
+    began, base = time.perf_counter(), make_base(study)
+    part, seeds = ("validation", (CHOSEN_SEED,)) if choose else ("held-out", study.seeds)
+    runs = []
+    for seed in seeds:
+        experts = {task: make_expert(study, base, task, seed) for task in study.tasks}
+        rows = {EXPERTS: scores(study, experts, part), BASE: scores(study, base, part)}
+        for scaling in (SCALING, SCALING * study.settings.anchor_rho):  # the merge, and the anchor
+            merged = with_state(base, task_arithmetic(Pool(base, experts), scaling))
+            rows[arithmetic(scaling)] = scores(study, merged, part)
+        for row, (batches, settings) in repairs(study, experts, seed, choose).items():
+            model = with_state(base, task_arithmetic(Pool(base, experts), SCALING))
+            ff.calibrate_model(model, base=base, experts=experts, batches=batches, settings=settings)
+            rows[row] = scores(study, model, part)
         runs.append(rows)
         print(f"seed {seed}: done after {time.perf_counter() - began:.0f} s", flush=True)
-    spent |= {"in all": time.perf_counter() - began, "in all, processor": time.process_time() - computed}
     return {
         "study": study.title,
-        "part": "held-out",
-        "merge": {"method": "task_arithmetic", "scaling": study.scaling},
+        "part": part,
+        "merge": {"method": "task_arithmetic", "scaling": SCALING},
+        **({"grid": {name: asdict(each) for name, each in study.grid.items()}} if choose else {}),
         "settings": asdict(study.settings),
-        "samples": list(study.counts),
-        "seeds": list(study.seeds),
-        **study.about(),
+        "samples": list(CHOSEN_WITH if choose else study.counts),
+        "calibration": study.calibrated_on,
+        "seeds": list(seeds),
+        "model": asdict(study.config),
         "machine": machine(),
-        "seconds": {name: round(value, 1) for name, value in spent.items()},
+        "seconds": round(time.perf_counter() - began, 1),
         **summary(runs, study),
         "runs": runs,
     }
 
 
-def choose(study: Study, seed: int = 100) -> dict[str, Any]:
-    """The grid of settings on the validation part, with a seed that the reported figures do not use."""
-    base = study.make_base()
-    experts = {task: study.make_expert(base, task, seed) for task in study.tasks}
-    print("trained", flush=True)
-    rows = {EXPERTS: scores(study, experts, "validation"), BASE: scores(study, base, "validation")}
-    rows[arithmetic(study.scaling)] = scores(study, merge(base, experts, study.scaling), "validation")
-    batches = {n: {task: study.calibration(task, n, seed) for task in study.tasks} for n in CHOSEN_WITH}
-    for name, settings in study.grid.items():
-        for count in CHOSEN_WITH:
-            row = f"{name}, {count}"
-            rows[row] = scores(study, calibrated(study, base, experts, batches[count], settings), "validation")
-            print(f"{row}: done", flush=True)
-    grid = {name: asdict(settings) for name, settings in study.grid.items()}
-    return {
-        "study": study.title,
-        "part": "validation",
-        "seed": seed,
-        "grid": grid,
-        "machine": machine(),
-        **summary([rows], study),
+def repairs(study: Study, experts: Mapping[str, nn.Module], seed: int, choose: bool) -> dict[str, Repair]:
+    """The rows of FeatCal."""
+    drawn = {
+        count: {task: study.calibration(task, count, stream(seed, f"calibration {task}")) for task in study.tasks}
+        for count in (CHOSEN_WITH if choose else study.counts)
     }
+    if choose:
+        return {f"{name}, {n}": (each, settings) for name, settings in study.grid.items() for n, each in drawn.items()}
+    rows = {f"FeatCal {count}": batches for count, batches in drawn.items()}
+    rows |= study.variants(experts, drawn[study.counts[-1]])
+    return {row: (batches, study.settings) for row, batches in rows.items()}
 
 
 def values(*points: tuple[float, float, float]) -> dict[str, ff.Settings]:
@@ -196,9 +184,9 @@ def arithmetic(scaling: float) -> str:
 
 def summary(runs: Sequence[Mapping[str, Scores]], study: Study) -> dict[str, Any]:
     """Mean and standard deviation over seeds of every figure, the tasks' mean, and the share of the gap closed."""
-    low, found, closed = arithmetic(study.scaling), {}, {}
+    low, found, closed = arithmetic(SCALING), {}, {}
     for metric in study.metrics:
-        full = [{row: with_mean(scores_[metric]) for row, scores_ in rows.items()} for rows in runs]
+        full = [{row: _with_mean(each[metric]) for row, each in rows.items()} for rows in runs]
         found[metric] = {
             row: {column: mean_and_std([one[row][column] for one in full]) for column in columns}
             for row, columns in full[0].items()
@@ -212,8 +200,8 @@ def summary(runs: Sequence[Mapping[str, Scores]], study: Study) -> dict[str, Any
     return {"scores": found, "gap_closed": closed}
 
 
-def with_mean(row: Mapping[str, float]) -> dict[str, float]:
-    return {**row, "mean": sum(row.values()) / len(row)}
+def _with_mean(row: Mapping[str, float]) -> dict[str, float]:
+    return {**row, "mean": statistics.fmean(row.values())}
 
 
 def gap_closed(value: float, merged: float, experts: float) -> float:
@@ -225,19 +213,18 @@ def mean_and_std(numbers: Sequence[float]) -> dict[str, float]:
     return dict(zip(("mean", "std"), spread(numbers), strict=True))
 
 
-def show(results: Mapping[str, Any], metric: str, study: Study) -> str:
+def lines(results: Mapping[str, Any], metric: str, digits: int) -> list[dict[str, str]]:
     """Rows of models, columns of tasks."""
-    several, digits = len(results.get("seeds", ())) > 1, study.metrics[metric]
+    found = []
+    for model, columns in results["scores"][metric].items():
+        line = {f"{results['part']} {metric}": model}
+        line |= {column: f"{cell['mean']:.{digits}f}" for column, cell in columns.items()}
+        line["mean"] += f" ± {columns['mean']['std']:.{digits}f}"
+        closed = results["gap_closed"][metric].get(model)
+        found.append(line | {"gap closed": f"{closed['mean']:.0%}" if closed else ""})
+    return found
 
-    def cell(found: Mapping[str, float] | None, form: str) -> str:
-        if found is None:
-            return ""
-        return f"{found['mean']:{form}}" + (f" ± {found['std']:{form}}" if several else "")
 
-    rows = [
-        {"": name, **{column: f"{found['mean']:.{digits}f}" for column, found in columns.items()}}
-        | {"mean": cell(columns["mean"], f".{digits}f")}
-        | {"gap closed": cell(results["gap_closed"][metric].get(name), ".0%")}
-        for name, columns in results["scores"][metric].items()
-    ]
-    return table(f"{metric}, {results['part']}", rows)
+def show(results: Mapping[str, Any], study: Study) -> str:
+    """A table a metric."""
+    return "\n".join(table("", lines(results, metric, digits)) for metric, digits in study.metrics.items())

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import featcal_fast as ff
-from bench.language.study import PARTS, Batch, Study, part_of, stream, train, values
+from bench.language.study import PARTS, Batch, Study, part_of, stream, values
 
 EXACT, TOKENS = "exact match, %", "token accuracy, %"
 PAD, END = 0, 1
@@ -69,6 +68,7 @@ class T5(Study):
     seeds: tuple[int, ...] = Study.seeds
     name = "t5"
     title = "small T5, exact match and token accuracy (higher is better)"
+    calibrated_on = "sources with the right targets; or where a row says so what the task's expert answers"
     tasks = tuple(SIGNS)
     metrics = {EXACT: 1, TOKENS: 1}  # noqa: RUF012
     # The best mean exact match, over 8 and 128 samples, of GRID on the validation part (`--choose`).
@@ -79,53 +79,47 @@ class T5(Study):
         """By task and part, in random order."""
         return {task: make_texts(task) for task in self.tasks}
 
-    def about(self) -> dict[str, Any]:
-        sizes = {task: {part: len(texts) for part, texts in parts.items()} for task, parts in self.texts.items()}
-        parameters = sum(parameter.numel() for parameter in new_model(self.config).parameters())
-        return {
-            "model": {**asdict(self.config), "parameters": parameters},
-            "base": "trained to copy the texts of all tasks; one for all seeds",
-            "calibration": "sources of the training part; the decoder is fed the right targets, "
-            "or where a row says so what the task's expert answers",
-            "texts": sizes,
-        }
+    def new_model(self) -> nn.Module:
+        from transformers import T5Config, T5ForConditionalGeneration
 
-    def make_base(self) -> nn.Module:
-        model, random = new_model(self.config), stream(0, "base")
+        shape = T5Config(
+            vocab_size=len(ALPHABET) + 2,
+            d_model=self.config.d_model,
+            d_kv=self.config.d_kv,
+            d_ff=self.config.d_ff,
+            num_layers=self.config.layers,
+            num_decoder_layers=self.config.layers,
+            num_heads=self.config.heads,
+            relative_attention_num_buckets=16,
+            relative_attention_max_distance=16,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            pad_token_id=PAD,
+            eos_token_id=END,
+            decoder_start_token_id=PAD,  # type: ignore[call-arg]
+        )
+        return T5ForConditionalGeneration(shape)
 
-        def draw() -> Batch:
-            pairs = [pair for task in self.tasks for pair in self._draw(task, self.config.batch_size // 4, random)]
-            return encode([source for source, _ in pairs], [source[1:] for source, _ in pairs])
+    def base_batch(self, step: int, random: torch.Generator) -> Batch:
+        """Texts of all tasks, to copy."""
+        pairs = [pair for task in self.tasks for pair in self._draw(task, self.config.batch_size // 4, random)]
+        return encode([(source, source[1:]) for source, _ in pairs])
 
-        train(model, draw, self.config.base_steps, self.config.base_learning_rate)
-        return model
+    def batch(self, task: str, random: torch.Generator) -> Batch:
+        return encode(self._draw(task, self.config.batch_size, random))
 
-    def make_expert(self, base: nn.Module, task: str, seed: int) -> nn.Module:
-        model, random = deepcopy(base), stream(seed, f"expert {task}")
+    def calibration(self, task: str, count: int, random: torch.Generator) -> list[Batch]:
+        pairs = self._draw(task, count, random)
+        return [encode(pairs[i : i + 64]) for i in range(0, count, 64)]
 
-        def draw() -> Batch:
-            return encode(*zip(*self._draw(task, self.config.batch_size, random), strict=True))
-
-        train(model, draw, self.config.expert_steps, self.config.expert_learning_rate)
-        return model
-
-    def calibration(self, task: str, count: int, seed: int) -> list[Batch]:
-        pairs = self._draw(task, count, stream(seed, f"calibration {task}"))
-        return [encode(*zip(*pairs[i : i + 64], strict=True)) for i in range(0, count, 64)]
-
-    def variants(self, experts: Mapping[str, nn.Module], seed: int) -> dict[str, dict[str, list[Batch]]]:
-        """The most samples, with the experts' own answers as targets."""
-        count = self.counts[-1]
-        return {
-            f"FeatCal {count}, experts' answers": {
-                task: [answered(experts[task], batch) for batch in self.calibration(task, count, seed)]
-                for task in self.tasks
-            }
-        }
+    def variants(self, experts: Mapping[str, nn.Module], batches: Mapping[str, list[Batch]]) -> dict[str, Any]:
+        """With the experts' own answers as targets."""
+        answers = {task: [answered(experts[task], batch) for batch in batches[task]] for task in self.tasks}
+        return {f"FeatCal {self.counts[-1]}, experts' answers": answers}
 
     def measure(self, model: nn.Module, task: str, part: str) -> dict[str, float]:
         pairs = [pair(task, text) for text in self.texts[task][part][: self.config.pairs]]
-        return accuracy(model, encode(*zip(*pairs, strict=True)))
+        return accuracy(model, encode(pairs))
 
     def _draw(self, task: str, count: int, random: torch.Generator) -> list[tuple[str, str]]:
         texts = self.texts[task]["training"]
@@ -149,9 +143,9 @@ def make_texts(task: str, count: int = 20000) -> dict[str, list[str]]:
     return dealt
 
 
-def encode(sources: Sequence[str], targets: Sequence[str]) -> Batch:
-    """Padded batch; each text ends with the end token, and labels are -100 beyond it."""
-    ids, labels = _padded(sources, PAD), _padded(targets, -100)
+def encode(pairs: Sequence[tuple[str, str]]) -> Batch:
+    """Padded batch of sources and targets; each text ends with the end token, and labels are -100 beyond it."""
+    ids, labels = _padded([source for source, _ in pairs], PAD), _padded([target for _, target in pairs], -100)
     return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels}
 
 
@@ -179,28 +173,3 @@ def accuracy(model: nn.Module, batch: Batch) -> dict[str, float]:
     right, given = model(**batch).logits.argmax(-1) == labels, labels != -100
     exact = (right | ~given).all(1)
     return {EXACT: 100 * float(exact.double().mean()), TOKENS: 100 * float(right[given].double().mean())}
-
-
-def new_model(config: Config) -> nn.Module:
-    """With random weights, always the same."""
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    shape = T5Config(
-        vocab_size=len(ALPHABET) + 2,
-        d_model=config.d_model,
-        d_kv=config.d_kv,
-        d_ff=config.d_ff,
-        num_layers=config.layers,
-        num_decoder_layers=config.layers,
-        num_heads=config.heads,
-        relative_attention_num_buckets=16,
-        relative_attention_max_distance=16,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        pad_token_id=PAD,
-        eos_token_id=END,
-        decoder_start_token_id=PAD,  # type: ignore[call-arg]
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        return T5ForConditionalGeneration(shape)

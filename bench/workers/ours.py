@@ -6,11 +6,9 @@ import argparse
 import json
 import threading
 import time
-from contextlib import suppress
 from typing import Any
 
 import featcal_kernels.ops
-import torch
 import transformers
 
 import featcal_fast as ff
@@ -33,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = json.loads((args.folder / "base/config.json").read_text())
     getattr(transformers, config["architectures"][0])  # imported
     found: dict[str, Any] = {"plan": _plan(recipe, args)} if args.plan else {}
-    with SlowDisk(args.read_rate) as disk, Energy(args.device) as energy, clocked(args.device) as phases:
+    with SlowDisk(args.read_rate) as disk, clocked(args.device) as phases:
         with Measured(args) as measured:
             report = ff.calibrate(recipe, out=args.out, device=args.device, scratch=args.scratch)
         by_phase = phases()
@@ -45,24 +43,17 @@ def main(arguments: list[str] | None = None) -> None:
         "calibrated_weights": report.calibrated,
         "linear_weights": report.calibrated + len(report.kept),
     }
-    if energy.joules:
-        found["gpu_watt_hours"] = round(energy.joules / 3600, 3)
     if args.read_rate:
         found["seconds_reading"] = round(disk.seconds, 2)
     measured.say(**found)
 
 
-def _plan(recipe: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    started = time.perf_counter()
+def _plan(recipe: dict[str, Any], args: argparse.Namespace) -> dict[str, float]:
     plan = ff.plan({**recipe, "out": str(args.out)}, device=args.device, scratch=args.scratch)
-    seconds = time.perf_counter() - started
-    items = {"host": plan.host, "device": plan.device_items}
     return {
         "host": round(plan.host_bytes / 2**30, 3),
         "device": round(plan.device_bytes / 2**30, 3),
-        "seconds": round(seconds, 3),
         "TFLOP": round(sum(plan.flops.values()) / 1e12, 2),
-        "MiB": {f"{kind}: {name}": round(size / 2**20) for kind, all_ in items.items() for name, size in all_.items()},
     }
 
 
@@ -91,31 +82,6 @@ class SlowDisk:
 
     def __exit__(self, *_: object) -> None:
         Shards.read = self._read  # type: ignore[method-assign]
-
-
-class Energy:
-    """The GPU's power, summed up while the context lasts; 0 where it cannot be asked for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.joules = 0.0
-        self._on = device.type == "cuda"
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Energy:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        with suppress(Exception):  # no NVML, or a GPU that does not say
-            before = time.perf_counter()
-            while self._on and not self._stop.wait(0.1):
-                watts, now = torch.cuda.power_draw() / 1000, time.perf_counter()
-                self.joules, before = self.joules + watts * (now - before), now
 
 
 if __name__ == "__main__":

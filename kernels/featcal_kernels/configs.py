@@ -1,7 +1,7 @@
 """Tile shapes and paths per GPU architecture.
 
-Fixed, so that a run never tunes and its bits never depend on timing. `python -m bench.gpu --sections tiles` times
-candidates on the device at hand and prints the row to put here.
+Fixed, so that a run never tunes and its bits never depend on timing. `python -m bench.gpu --sections
+tiles,moments` times candidates on the device at hand and prints the row to put here.
 """
 
 from __future__ import annotations

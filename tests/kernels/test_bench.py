@@ -12,8 +12,8 @@ from featcal_kernels.configs import TABLE
 
 from bench.gpu import compiling, moments, tiles, timing
 from bench.gpu.budget import Budget
-from bench.gpu.moments import Shape
 from bench.gpu.sections import run_section
+from bench.gpu.tiles import Shape
 from bench.gpu.timing import Run
 from bench.harness import process
 from bench.harness.results import Results
@@ -85,11 +85,8 @@ def test_crossovers():
 
 def test_grams_that_cublas_takes():
     timed = ((512, 0.5), (1024, 0.9), (2048, 1.1), (4096, 0.5))
-    rows = {
-        str(d): {"kind": "paths", "d": d, "m": 0, "n": 16384, "flops": 1e9, "ms": {"triton": 1.0, "squares": ms}}
-        for d, ms in timed
-    }
-    assert tiles.best_row(TABLE["sm_90"], rows).blas_grams == 1024
+    rows = {str(d): {"d": d, "m": 0, "n": 16384, "flops": 1e9, "ms": {"triton": 1.0, "squares": ms}} for d, ms in timed}
+    assert tiles.best_row(TABLE["sm_90"], {}, rows).blas_grams == 1024
 
 
 @pytest.fixture
@@ -111,9 +108,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 
 def test_every_path_and_both_ways_to_split_are_timed(launched: list[dict]):
-    half = moments.measure_shape(Shape(64, 48, 100, torch.bfloat16), GPU)
+    half = moments.measure_shape(Shape(64, 48, 100, torch.bfloat16), GPU, GPU.arch)
     assert set(half["ms"]) == {"taken", "torch", "fp32", "triton", "blas", "squares"}
-    single = moments.measure_shape(Shape(64, 48, 100, torch.float32), GPU)
+    gram = moments.measure_shape(Shape(64, 0, 100, torch.bfloat16), GPU, GPU.arch)
+    assert set(gram["ms"]) == set(half["ms"])
+    assert gram["error"] < 1e-6
+    single = moments.measure_shape(Shape(64, 48, 100, torch.float32), GPU, GPU.arch)
     assert set(single["ms"]) == {"taken", "torch", "fp32", "triple", "runs"}
     splits = {how["arch"].split for how in launched if "arch" in how}
     assert {tile.triple for tile in splits} == {False, True}
@@ -131,14 +131,13 @@ def test_a_way_that_the_compiler_refuses_is_not_timed(launched: list[dict], monk
         moments_(s, h, x, y, **how)
 
     monkeypatch.setattr(launch, "moments_", refuses)
-    row = moments.measure_shape(Shape(64, 48, 100, torch.bfloat16), GPU)
+    row = moments.measure_shape(Shape(64, 48, 100, torch.bfloat16), GPU, GPU.arch)
     assert set(row["ms"]) == {"taken", "torch", "fp32", "triton", "blas"}
 
 
-def test_tiles_and_paths_are_timed(launched: list[dict], monkeypatch: pytest.MonkeyPatch):
+def test_tiles_are_timed(launched: list[dict], monkeypatch: pytest.MonkeyPatch):
     small = Shape(48, 32, 100, torch.bfloat16)
     monkeypatch.setattr(tiles, "KINDS", {"half": [small], "split": [replace(small, dtype=torch.float32)]})
-    monkeypatch.setattr(tiles, "PATH_SHAPES", [small, replace(small, m=0)])
 
     class Compiled:
         def usable(self, kind: str, timeout: float):
@@ -150,13 +149,8 @@ def test_tiles_and_paths_are_timed(launched: list[dict], monkeypatch: pytest.Mon
     run_section(tiles.TILES, replace(GPU, compiling=Compiled()), results, budget)
     rows = results.of("tiles")
     assert not results.failed.get("tiles")
-    assert list(rows) == ["half bfloat16 48 32 100", "split float32 48 32 100"] + [
-        f"paths bfloat16 48 {m} 100" for m in (32, 0)
-    ]
+    assert list(rows) == ["half bfloat16 48 32 100", "split float32 48 32 100"]
     assert len(rows["half bfloat16 48 32 100"]["ms"]) == 7
-    assert set(rows["paths bfloat16 48 0 100"]["ms"]) == {"triton", "blas", "squares"}
     forced = {how["arch"].half for how in launched if how["arch"].small is None}
     assert len(forced) == 7, "no other tile is taken in a candidate's place"
-    text = tiles.show(rows, GPU, results)
-    assert "left out: 128x256x64 8w 3s g8 halves: spills 8" in text
-    assert "The row for the table: Arch(" in text
+    assert "left out: half 128x256x64 8w 3s g8 halves: spills 8" in tiles.TILES.show(rows, GPU.peak)

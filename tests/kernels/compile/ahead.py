@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from bench.gpu import compiling
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -56,42 +54,12 @@ def compile_kernel(
 
 
 def needs(result: Any) -> Compiled:
-    """Reads what a kernel compiled by Triton needs."""
-    if "amdgcn" in result.asm:
-        code = result.asm["amdgcn"]
-        spilled = _number(r"\.vgpr_spill_count: +(\d+)", code) + _number(r"\.private_segment_fixed_size: (\d+)", code)
-        return Compiled(code, _number(r"\.vgpr_count: +(\d+)", code), spilled, result.metadata.shared)
-    usage = _resource_usage(result.asm["cubin"])
-    return Compiled(
-        result.asm["ptx"], _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage), result.metadata.shared
-    )
+    """What a kernel compiled by Triton needs, and its code."""
+    return Compiled(result.asm.get("ptx") or result.asm["amdgcn"], *compiling.needs(result))
 
 
-class AbsentDevice:
+class AbsentDevice(compiling.AbsentDevice):
     """A driver for a GPU that is not there: enough for Triton to compile what is launched on it."""
 
     def __init__(self, arch: str) -> None:
-        self.target = TARGETS[arch]
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return list(TARGETS.values()).index(self.target)
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-
-def _resource_usage(cubin: bytes) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    assert found, f"no {pattern} in the compiler's output"
-    return int(found.group(1))
+        super().__init__(TARGETS[arch], list(TARGETS).index(arch))
