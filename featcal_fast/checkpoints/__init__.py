@@ -4,7 +4,7 @@ from featcal_fast.checkpoints.adapter import LoraExpert
 from featcal_fast.checkpoints.cached import STORAGES, CachedExpert, cached_bytes
 from featcal_fast.checkpoints.find import find_checkpoint, find_expert
 from featcal_fast.checkpoints.quantised import BitsAndBytesCheckpoint
-from featcal_fast.checkpoints.reader import Checkpoint, TensorSource, canonical
+from featcal_fast.checkpoints.reader import Checkpoint, TensorSource, WrappedSource, canonical
 from featcal_fast.checkpoints.shards import TensorInfo, is_finite
 from featcal_fast.checkpoints.writer import CheckpointWriter, check_output, nearest_existing
 
@@ -17,6 +17,7 @@ __all__ = [
     "LoraExpert",
     "TensorInfo",
     "TensorSource",
+    "WrappedSource",
     "cached_bytes",
     "canonical",
     "check_output",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from threading import Lock
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from featcal_fast.checkpoints.quantised import dequantise
-from featcal_fast.checkpoints.reader import TensorSource
+from featcal_fast.checkpoints.reader import TensorSource, WrappedSource
 from featcal_fast.checkpoints.shards import TensorInfo
 
 STORAGES = ("disk", "host", "host-int8", "host-nf4")
@@ -28,7 +26,7 @@ def cached_bytes(info: TensorInfo, storage: str) -> int:
     return numel * BITS[storage] // 8 + 4 * -(-numel // BLOCKSIZES[storage])
 
 
-class CachedExpert:
+class CachedExpert(WrappedSource):
     """An expert whose tensors are read from its files once, and come from host memory from then on.
 
     The first read gives the kept form too, so that results do not depend on what was read before.
@@ -39,30 +37,11 @@ class CachedExpert:
     """
 
     def __init__(self, source: TensorSource, storage: str) -> None:
-        self.source, self.storage, self.label = source, storage, source.label
+        super().__init__(source)
+        self.storage = storage
         self._cache: dict[str, _CachedTensor] = {}
         self._reading = Lock()  # two threads that want a tensor read it once
         self._difference = self._energy = 0.0
-
-    @property
-    def path(self) -> Path:
-        return self.source.path
-
-    @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        return self.source.tensors
-
-    @property
-    def names(self) -> Mapping[str, str]:
-        return self.source.names
-
-    @property
-    def config(self) -> Any:
-        return self.source.config
-
-    @property
-    def bytes_read(self) -> int:
-        return self.source.bytes_read
 
     @property
     def error(self) -> float:
@@ -90,13 +69,6 @@ class CachedExpert:
                     found |= self.source.read([name])
                     self._keep(name, found[name].clone())
         return found
-
-    def stored_bytes(self, names: Iterable[str]) -> int:
-        """What a first `read(names)` takes from files."""
-        return self.source.stored_bytes(names)
-
-    def side_files(self) -> list[Path]:
-        return self.source.side_files()
 
     def _keep(self, name: str, tensor: Tensor) -> None:
         if name in self._cache:

@@ -73,6 +73,43 @@ class TensorSource(Protocol):
         ...
 
 
+class WrappedSource:
+    """A source that is as another one, but for what a subclass says.
+
+    Args:
+        source: the other one.
+    """
+
+    def __init__(self, source: TensorSource) -> None:
+        self.source, self.label = source, source.label
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return self.source.tensors
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        return self.source.names
+
+    @property
+    def config(self) -> Any:
+        return self.source.config
+
+    @property
+    def bytes_read(self) -> int:
+        return self.source.bytes_read
+
+    def stored_bytes(self, names: Iterable[str]) -> int:
+        return self.source.stored_bytes(names)
+
+    def side_files(self) -> list[Path]:
+        return self.source.side_files()
+
+
 def canonical(name: str) -> str:
     """`name` without the prefixes that some layouts of a checkpoint have and others have not."""
     for prefix in OPTIONAL_PREFIXES:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -14,8 +12,8 @@ from featcal_fast.checkpoints import (
     BitsAndBytesCheckpoint,
     CachedExpert,
     LoraExpert,
-    TensorInfo,
     TensorSource,
+    WrappedSource,
     cached_bytes,
     canonical,
 )
@@ -29,28 +27,12 @@ from featcal_fast.streaming.hidden_states import HOST
 from featcal_fast.streaming.sources import CheckpointSource, check_same_architecture
 
 
-class MetaCheckpoint:
+class MetaCheckpoint(WrappedSource):
     """A source whose tensors have a form but no memory, and whose reads are only noted."""
 
     def __init__(self, source: TensorSource) -> None:
-        self.source, self.label = source, source.label
+        super().__init__(source)
         self.reads: list[str] = []
-
-    @property
-    def path(self) -> Path:
-        return self.source.path
-
-    @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        return self.source.tensors
-
-    @property
-    def names(self) -> Mapping[str, str]:
-        return self.source.names
-
-    @property
-    def config(self) -> Any:
-        return self.source.config
 
     @property
     def bytes_read(self) -> int:
@@ -61,12 +43,6 @@ class MetaCheckpoint:
         infos = {name: self.tensors[name] for name in names}
         self.reads += infos
         return {name: torch.zeros((), dtype=info.dtype).expand(info.shape) for name, info in infos.items()}
-
-    def stored_bytes(self, names: Iterable[str]) -> int:
-        return self.source.stored_bytes(names)
-
-    def side_files(self) -> list[Path]:
-        return self.source.side_files()
 
 
 class PlannedModels:
