@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
@@ -32,7 +33,7 @@ PARTS = ("held-out", "validation", "training")
 SCALING = 0.3  # of task arithmetic
 
 
-class Study:
+class Study(ABC):
     """Models, data and measures of a study."""
 
     name: str
@@ -46,29 +47,29 @@ class Study:
     settings: ff.Settings
     grid: dict[str, ff.Settings]  # compared on the validation part
 
+    @abstractmethod
     def new_model(self) -> nn.Module:
         """With random weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def base_batch(self, step: int, random: torch.Generator) -> Batch:
         """What the base is trained on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batch(self, task: str, random: torch.Generator) -> Batch:
         """What an expert is trained on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def calibration(self, task: str, count: int, random: torch.Generator) -> list[Batch]:
         """Samples of the training part."""
-        raise NotImplementedError
 
     def variants(self, experts: Mapping[str, nn.Module], batches: Mapping[str, list[Batch]]) -> dict[str, Any]:
         """Further rows: other calibration batches, by task, made of those with the most samples."""
         return {}
 
+    @abstractmethod
     def measure(self, model: nn.Module, task: str, part: str) -> dict[str, float]:
         """By metric."""
-        raise NotImplementedError
 
 
 def stream(seed: int, use: str) -> torch.Generator:
