@@ -60,12 +60,16 @@ def run_job(folder: Path, device: str, *options: str, threads: int, timeout: flo
 
     Raises:
         RuntimeError: it failed, or the result's tensors are not the base model's in name, shape and dtype.
-        TookTooLong: it was ended.
+        TookTooLong: it was ended; says how far it was.
     """
-    out = folder / "out"
+    out, so_far = folder / "out", folder / "so-far.json"
     shutil.rmtree(out, ignore_errors=True)
-    command = OURS.command(folder, out, "--device", device, *options)
-    found = process.last_json(command, timeout, OMP_NUM_THREADS=str(threads))
+    so_far.unlink(missing_ok=True)
+    command = OURS.command(folder, out, "--device", device, "--so-far", so_far, *options)
+    try:
+        found = process.last_json(command, timeout, OMP_NUM_THREADS=str(threads))
+    except process.TookTooLong as error:
+        raise process.TookTooLong(f"{error}{how_far(so_far)}") from None
     if _headers(out) != _headers(folder / "base"):
         raise RuntimeError(f"{out}: tensors differ in name, shape or dtype from those of {folder / 'base'}")
     shutil.rmtree(out)
@@ -75,6 +79,15 @@ def run_job(folder: Path, device: str, *options: str, threads: int, timeout: flo
         "peak_device_gib": round(found.pop("peak_device_gib", 0), 3),
         **found,
     }
+
+
+def how_far(path: Path) -> str:
+    """What a worker's `--so-far` says."""
+    if not path.exists():
+        return " before its first layer"
+    found = json.loads(path.read_text())
+    phases = ", ".join(f"{phase} {seconds:.3g}" for phase, seconds in found["seconds_by_phase"].items())
+    return f"; {found['layers']} of {found['of']} layers were done after {found['seconds']:.3g} s: {phases}"
 
 
 def _headers(folder: Path) -> dict[str, tuple[list[int], str]]:

@@ -160,7 +160,7 @@ def run(
     recipe, started = write_recipe(folder, experts, samples), time.perf_counter()
     merged = ff.merge(recipe)
     seconds = {MERGED: time.perf_counter() - started}
-    report = ff.calibrate(recipe, out=folder / "calibrated", device=device)
+    report = ff.calibrate(recipe, out=folder / "calibrated", device=device, resume=True)
     seconds[CALIBRATED], started = report.seconds, time.perf_counter()
     print(report.summary())
 

@@ -22,6 +22,8 @@ from bench.harness import process
 from bench.harness import results as results_file
 from bench.harness.results import Results
 from bench.harness.tests import run_tests
+from bench.jobs import run_job
+from bench.workers import ours
 from bench.workloads import WORKLOADS, write
 
 CPU = torch.device("cpu")
@@ -356,13 +358,57 @@ def test_a_job_is_written_where_there_is_room(tmp_path: Path):
     assert jobs._place(job, replace(DRY, folders=(tmp_path / "absent", tmp_path))) == tmp_path
 
 
-@pytest.mark.parametrize("error", [process.TookTooLong("ended after 3 s"), RuntimeError("it broke")])
-def test_what_a_job_that_ends_early_wrote_is_gone(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(process, "last_json", lambda *_: raises(error)(0))
+@pytest.mark.parametrize(
+    ("error", "known"), [(process.TookTooLong("ended after 3 s"), "left_out"), (RuntimeError("it broke"), "failed")]
+)
+def test_what_a_job_that_ends_early_wrote_is_gone(
+    error: Exception, known: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(process, "last_json", lambda *_, **__: raises(error)(0))
     results = Results(None, {})
     run_section(jobs.JOBS, replace(DRY, folders=(tmp_path,)), results, unlimited())
     assert not results.of("jobs")
+    assert len(getattr(results, known)["jobs"]) == 3
     assert not list(tmp_path.iterdir())
+
+
+def test_a_job_that_is_ended_says_how_far_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    layers, spent = 1, {"forward": 0.25}
+
+    def ended(command: list[str], *_: object, **__: object) -> dict:
+        progress = ours.SoFar(Path(command[command.index("--so-far") + 1]), 0.0, lambda: spent)
+        progress.stage(2, 100)
+        for _ in range(layers):
+            progress.layer(None)
+        raise process.TookTooLong("ended after 3 s")
+
+    monkeypatch.setattr(ours.time, "perf_counter", lambda: 2.5)
+    monkeypatch.setattr(process, "last_json", ended)
+    with pytest.raises(
+        process.TookTooLong, match=r"^ended after 3 s; 1 of 2 layers were done after 2.5 s: forward 0.25$"
+    ):
+        run_job(tmp_path, "cpu", threads=1)
+    monkeypatch.setattr(process, "last_json", lambda *_, **__: raises(process.TookTooLong("ended after 3 s"))(0))
+    with pytest.raises(process.TookTooLong, match=r"^ended after 3 s before its first layer$"):
+        run_job(tmp_path, "cpu", threads=1)
+
+
+def test_what_a_large_job_takes_is_told_by_a_short_one():
+    job = next(job for job in jobs.jobs(dry=False) if job.name == jobs.LARGE)
+    results = Results(None, {})
+    assert jobs.seconds(job, results) == job.seconds
+    results.add("jobs", jobs.SHORT, {"seconds": 50.0, "seconds_in_layers": 20.0})
+    assert jobs.seconds(job, results) == 50 + 28 * 5
+
+
+def test_a_reason_is_not_forgotten_when_there_is_no_time_to_try_again():
+    results, budget = Results(None, {}), SimpleNamespace(left=1.0)
+    late = process.TookTooLong("ended after 3 s; 1 of 2 layers were done")
+    section = Section("jobs", 1.0, lambda run, results: iter([Row("large", raises(late))]), "", lambda rows, peak: [])
+    run_section(section, DRY, results, budget)
+    budget.left = 0.0
+    run_section(section, DRY, results, budget)
+    assert results.left_out["jobs"] == {"large": str(late)}
 
 
 def test_one_expert_stands_for_all(tmp_path: Path):

@@ -129,7 +129,7 @@ def test_a_system_is_solved_where_it_lies(split: bool, monkeypatch: pytest.Monke
     a, r = x.mT @ x / n + torch.eye(n, device="cuda"), torch.randn(m, n, device="cuda")
     judge = torch.linalg.solve(a.double(), r.double().mT).mT
     warm = a.clone(), r.clone()  # libraries take memory of their own, once; what is found out once is known
-    factor_(warm[0], split=split)
+    factor_(warm[0])
     solve_(warm[0], warm[1].mT, split=split)
     del warm, x
     products, addmm = [], cholesky.addmm_
@@ -139,7 +139,7 @@ def test_a_system_is_solved_where_it_lies(split: bool, monkeypatch: pytest.Monke
     before = torch.cuda.memory_allocated()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        info = factor_(a, split=split)
+        info = factor_(a)
         solve_(a, r.mT, split=split)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import featcal_fast as ff
 from featcal_fast.layer import cholesky, solve
-from featcal_fast.layer.cholesky import factor_, factor_blocked_, solve_, solve_blocked_
+from featcal_fast.layer.cholesky import factor_, solve_, solve_blocked_
 from featcal_fast.layer.layout import InputGroup, Layout
 from featcal_fast.layer.moments import TaskMoments
 from featcal_fast.layer.solve import MAX_CONDITION_SPLIT, check_finite, max_condition, solve_layer
@@ -56,10 +56,8 @@ def test_the_solution_lies_where_the_right_hand_side_was() -> None:
     features = torch.randn(TOKENS, IN)
     system, moments, block, expert = layer(settings, features)
     place = system.systems[0].r.data_ptr()
-    factor = system.systems[0].a.data_ptr()
     update = solve_layer(system, moments, tasks=1)
     assert update.parameters["fc.weight"].data_ptr() == place
-    assert system.stacks[IN].data_ptr() == factor
     judge = exact(features, block, expert, settings)
     assert torch.allclose(update.parameters["fc.weight"].double(), judge, atol=1e-6)
     assert update.solver == {"fc": "float32"}
@@ -101,36 +99,33 @@ def test_blocks_give_what_the_whole_gives(n: int, m: int, column_major: bool, mo
     system = ridge(n)
     right = torch.randn(m, n).mT if column_major else torch.randn(n, m)
     judge = torch.linalg.solve(system.double(), right.double())
-    whole, parts = right.clone(), right
-    place, factors = parts.data_ptr(), [upper(system), upper(system)]
-    infos = factor_(factors[0]), factor_blocked_(factors[1])
-    assert infos[0].dtype == infos[1].dtype == torch.int32
-    assert infos[0].shape == infos[1].shape
-    assert not any(infos)
-    solve_(factors[0], whole)
-    solve_blocked_(factors[1], parts)
+    whole, parts, factor = right.clone(), right, upper(system)
+    place = parts.data_ptr()
+    assert int(factor_(factor)) == 0
+    solve_(factor, whole)
+    solve_blocked_(factor, parts)
     assert parts.data_ptr() == place
-    assert torch.allclose(factors[1].triu(), factors[0].triu(), atol=1e-6)
     assert (parts - judge).norm() < 2 * (whole - judge).norm() + 1e-6 * judge.norm()
 
 
 def test_blocks_need_no_memory_of_the_size_of_a_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cholesky, "BLOCK", 16)
-    a, right = upper(ridge(512)), torch.randn(2000, 512).mT
+    factor, right = upper(ridge(512)), torch.randn(2000, 512).mT
+    factor_(factor)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        factor_blocked_(a)
-        solve_blocked_(a, right)
+        solve_blocked_(factor, right)
     most = max(event.self_cpu_memory_usage for event in profiled.events())
     assert 0 < most <= 4 * 128 * 256  # a product's left operand, half of eight blocks' right sides: torch scales it
 
 
-@pytest.mark.parametrize("bad", [0, 15, 16, 40, 99])
+@pytest.mark.parametrize("bad", [0, 15, 40, 99])
 @pytest.mark.parametrize("value", [-1.0, math.nan])
-def test_blocks_say_where_they_stopped(bad: int, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cholesky, "BLOCK", 16)
+def test_a_factorisation_says_where_it_stopped(bad: int, value: float) -> None:
     system = ridge(100)
     system[bad, bad] = value
-    assert int(factor_blocked_(upper(system))) == int(factor_(upper(system))) == bad + 1
+    info = factor_(upper(system))
+    assert info.dtype == torch.int32
+    assert int(info) == bad + 1
 
 
 @pytest.mark.parametrize(
@@ -143,25 +138,20 @@ def test_blocks_say_where_they_stopped(bad: int, value: float, monkeypatch: pyte
     ],
 )
 def test_blocks_are_for_large_float32_systems_on_a_gpu(gpu: bool, dtype: torch.dtype, n: int, expected: bool) -> None:
-    assert cholesky.by_blocks(SimpleNamespace(is_cuda=gpu, dtype=dtype, shape=(3, n, n))) == expected
+    assert cholesky.by_blocks(SimpleNamespace(is_cuda=gpu, dtype=dtype, shape=(n, n))) == expected
 
 
 def test_where_blocks_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a stack each matrix for itself; never in float64, nor against a caller's word."""
+    """Never in float64, nor against a caller's word."""
     called = []
-    for name in ("factor_blocked_", "solve_blocked_"):
-        whole = getattr(cholesky, name)
-        monkeypatch.setattr(cholesky, name, lambda *args, _name=name, _do=whole: (called.append(_name), _do(*args))[1])
+    blocked = cholesky.solve_blocked_
+    monkeypatch.setattr(cholesky, "solve_blocked_", lambda *args: (called.append(1), blocked(*args)))
     monkeypatch.setattr(cholesky, "by_blocks", lambda a: a.dtype == torch.float32)
-    stack = torch.stack([ridge(20), -ridge(20)])
-    assert factor_(stack).tolist() == [0, 1]
-    solve_(stack[0], torch.randn(20, 3))
-    assert called == ["factor_blocked_", "factor_blocked_", "solve_blocked_"]
-    factor = ridge(20)
-    assert int(factor_(factor, split=False)) == 0
-    solve_(factor, torch.randn(20, 3), split=False)
-    assert int(factor_(ridge(20, torch.float64))) == 0
-    assert len(called) == 3
+    for dtype, split, count in ((torch.float32, True, 1), (torch.float32, False, 1), (torch.float64, True, 1)):
+        factor = ridge(20, dtype)
+        assert int(factor_(factor)) == 0
+        solve_(factor, torch.randn(20, 3, dtype=dtype), split=split)
+        assert len(called) == count
 
 
 @torch.no_grad()

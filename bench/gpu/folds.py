@@ -9,7 +9,7 @@ import torch
 from featcal_kernels import add_scaled_, addmm_, frobenius, pack, symmetrize_
 
 from bench.gpu.sections import Row, Section
-from bench.gpu.timing import Run, measure
+from bench.gpu.timing import Run, clock_note, measure
 from bench.harness.results import Results, Rows
 
 SIZES = ((4096, 6144), (4096, 28672), (14336, 4096))  # columns, rows of the weights
@@ -44,8 +44,9 @@ def _measure(d: int, m: int, run: Run) -> dict[str, Any]:
     }
     found = {}
     for name, (ours, plain, work, unit) in ops.items():
-        ms = measure({"ours": ours, "torch": plain}, run, 0.2)
-        found[name] = {"ms": ms["ours"], "torch ms": ms["torch"], "rate": work / ms["ours"], "unit": unit}
+        ms, host = measure({"ours": ours, "torch": plain}, run, 0.2)
+        rate = {"rate": work / ms["ours"], "unit": unit}
+        found[name] = {"ms": ms["ours"], "torch ms": ms["torch"], "host ms": host["ours"], **rate}
     return {"d": d, "m": m, "ops": found}
 
 
@@ -58,7 +59,10 @@ def lines(rows: Rows, peak: float) -> list[dict[str, Any]]:
 
 
 def notes(rows: Rows, peak: float) -> list[str]:
-    return ["rate: FLOPs of the plain product (of float16 parts on matrix units 3 or 2), or bytes that must move."]
+    return [
+        clock_note(op for row in rows.values() for op in row["ops"].values()),
+        "rate: FLOPs of the plain product (of float16 parts on matrix units 3 or 2), or bytes that must move.",
+    ]
 
 
 TITLE = "Folding a task: sums [d, d], weights [m, d]"

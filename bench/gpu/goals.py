@@ -64,7 +64,7 @@ def _moments(rows: Rows, peak: float) -> list[Figure]:
         found.append(Figure("moments", "of a Llama-8B layer at 16k, of the peak", f"{share:.0%}", "85%", share >= 0.85))
     halves = [row for row in rows.values() if row["dtype"] == "bfloat16"]
     if halves:
-        ratios = [min(filter(None, (times(row, way) for way in ("torch", "blas", "squares")))) for row in halves]
+        ratios = [min(filter(None, (times(row, way) for way in ("torch", "squares")))) for row in halves]
         slower = sum(ratio < SLOWER for ratio in ratios)
         text = f"{min(ratios):.2f}x, {slower} of {len(ratios)} slower"
         found.append(Figure("moments", "cuBLAS's time by ours, the least", text, "1x", not slower))

@@ -25,6 +25,10 @@ from featcal_fast.streaming.machine import available_host_bytes
 MEMORY_BACKED = Path("/dev/shm")
 
 
+SHORT_LAYERS = 4
+SHORT, LARGE = f"llama-8b, {SHORT_LAYERS} layers", "llama-8b"  # the one tells what the other takes
+
+
 class Job(NamedTuple):
     """A row's name, what is calibrated, whether one expert stands for all (see `write`), about what it takes."""
 
@@ -42,22 +46,33 @@ class Job(NamedTuple):
 
 
 def jobs(dry: bool) -> list[Job]:
+    large = WORKLOADS[LARGE]
     found = [
-        Job("llama-8b", WORKLOADS["llama-8b"], True, 160.0),
+        Job(SHORT, replace(large, config={**large.config, "num_hidden_layers": SHORT_LAYERS}), True, 60.0),
+        Job(LARGE, large, True, 160.0),
         Job("clip-b32", WORKLOADS["clip-b32"], False, 60.0),
         Job("llama-1b", WORKLOADS["llama-1b"], True, 40.0),
     ]
     if dry:
-        return [job._replace(work=replace(job.work.small, tasks=2), seconds=5.0) for job in found[:2]]
+        return [job._replace(work=replace(job.work.small, tasks=2), seconds=5.0) for job in found[:3]]
     return found
 
 
 def rows(run: Run, results: Results) -> Iterator[Row]:
     for job in jobs(run.dry):
         with _written(job, run) as folder:
-            yield Row(job.name, partial(_ours, job, folder, run), job.seconds)
+            yield Row(job.name, partial(_ours, job, folder, run), seconds(job, results))
             if job.work.model == VISION and run.official is not None:
                 yield Row(f"{job.name}, official", partial(_official, folder, run), 4 * job.seconds)
+
+
+def seconds(job: Job, results: Results) -> float:
+    """About what a job takes: of the large one by the layers of the short one, if they were measured."""
+    short = results.of("jobs").get(SHORT)
+    if job.name != LARGE or short is None:
+        return job.seconds
+    more = job.work.config["num_hidden_layers"] / SHORT_LAYERS - 1
+    return short["seconds"] + more * short["seconds_in_layers"]
 
 
 @contextmanager
@@ -94,11 +109,22 @@ def _place(job: Job, run: Run) -> Path:
 
 
 def _ours(job: Job, folder: Callable[[], Path], run: Run, left: float) -> dict[str, Any]:
-    end, path = time.monotonic() + left, folder()
-    threads = 1 if run.dry else os.cpu_count() or 1
+    began = time.monotonic()
+    end, path = began + left, folder()
+    written = time.monotonic() - began
+    threads = 1 if run.dry else usable_processors()
     row = run_job(path, str(run.device), "--plan", threads=threads, timeout=end - time.monotonic())
     sizes = {name: getattr(job.work, name) for name in ("tasks", "samples", "tokens")}
-    return {**sizes, "folder": str(path.parent.parent), **row}
+    where = {"folder": str(path.parent.parent), "seconds_writing": round(written, 2), "threads": threads}
+    return {**sizes, **where, **row}
+
+
+def usable_processors() -> int:
+    """How many this process may keep busy: a container's share of them may be smaller than their number."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")  # microseconds of each period, or "max"
+    share, period = quota.read_text().split() if quota.exists() else ("max", "1")
+    return count if share == "max" else max(1, min(count, int(share) // int(period)))
 
 
 def _official(folder: Callable[[], Path], run: Run, left: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.gpu.sections import Row, Section
 from bench.gpu.tiles import Shape, best_row, other_way
-from bench.gpu.timing import Run, apart, measure, refusal
+from bench.gpu.timing import Run, apart, clock_note, measure, refusal
 from bench.harness.results import Results, Rows
 
 SIZES = ((4096, 4096), (14336, 4096), (1024, 1024), (3072, 3072), (768, 768))
@@ -52,9 +52,9 @@ def measure_shape(shape: Shape, run: Run, arch: Arch | None) -> dict[str, Any]:
         "fp32": lambda: (x32.mT @ x32, y32.mT @ x32),
     }
     ways = {} if arch is None or run.dry else other_ways(s, h, x, y, arch)
-    ms = measure(variants | {name: way for name, way in ways.items() if not refusal(way)}, run)
+    ms, host = measure(variants | {name: way for name, way in ways.items() if not refusal(way)}, run)
     row = {"dtype": str(shape.dtype).removeprefix("torch."), "d": shape.d, "m": shape.m, "n": shape.n}
-    row |= {"flops": shape.flops, "ms": ms}
+    row |= {"flops": shape.flops, "ms": ms, "host ms": host}
     if shape.n * shape.d * (shape.d + shape.m) <= EXACT:
         s.zero_(), h.zero_()
         taken()
@@ -84,6 +84,8 @@ def lines(rows: Rows, peak: float) -> list[dict[str, Any]]:
         rate = row["flops"] / row["ms"]["taken"] * 1e-9
         line = {name: row[name] for name in ("dtype", "d", "m", "n")} | {"taken ms": row["ms"]["taken"]}
         line |= {name: times(row, name) for name in row["ms"] if name != "taken"}
+        if "host ms" in row:
+            line |= {"host ms": row["host ms"]["taken"], "torch host ms": row["host ms"]["torch"]}
         found.append(line | {"TFLOP/s": rate, "peak": rate / peak, "error": row.get("error")})
     return found
 
@@ -95,6 +97,7 @@ def times(row: dict[str, Any], way: str) -> float | None:
 
 def notes(rows: Rows, peak: float) -> list[str]:
     return [
+        clock_note(rows.values()),
         "taken ms: of the path that the launcher takes; beside it, how many times that long the others take: torch's "
         "two full products in the same type and in float32, and each path.",
         "TFLOP/s: of the triangle and the rectangle alone; peak: their share of the measured peak. error: relative, "

@@ -107,7 +107,8 @@ def run_section(section: Section, run: Run, results: Results, budget: Budget) ->
         if _lost(run):
             raise DeviceLost(row.key)
     say_left_out(section.name, left)
-    results.leave_out(section.name, left | late)
+    before = results.left_out.get(section.name, {})  # says more of a row that there is no time for once more
+    results.leave_out(section.name, left | {key: before.get(key, why) for key, why in late.items()})
     return measured, late
 
 
@@ -134,7 +135,7 @@ def _late(row: Row, run: Run, budget: Budget) -> str:
 
 def _why(error: Exception) -> tuple[str, bool]:
     """An error in one line, and whether it is the machine that cannot do it, not the code."""
-    first = str(error).strip().partition("\n")[0][:200]
+    first = str(error).strip().partition("\n")[0][:400]
     if isinstance(error, (LeftOut, TookTooLong)):
         return first, True
     if isinstance(error, torch.OutOfMemoryError):

@@ -1,4 +1,4 @@
-"""A layer's ridge systems: Cholesky and triangular solves, by the library and by blocks, beside LU."""
+"""A layer's ridge systems: Cholesky, and triangular solves by the library and by blocks, beside LU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.sections import Row, Section
-from bench.gpu.timing import Run, measure
+from bench.gpu.timing import Run, clock_note, measure
 from bench.harness.results import Results, Rows
 from featcal_fast.layer import cholesky
 
@@ -28,37 +28,26 @@ def _measure(d: int, m: int, count: int, run: Run) -> dict[str, Any]:
     rights = torch.randn(count, m, d, device=run.device)
     a, r, factors = torch.empty_like(systems), torch.empty_like(rights), systems.clone()
     for each in factors:
-        cholesky.factor_(each, split=False)
+        cholesky.factor_(each)
 
-    def factored(factor: Callable[[Tensor], object]) -> None:
+    def factored() -> None:
         for each in a.copy_(systems):
-            factor(each)
+            cholesky.factor_(each)
 
     def solved(solve: Callable[[Tensor, Tensor], object]) -> None:
         r.copy_(rights)
         for factor, right in zip(factors, r, strict=True):
             solve(factor, right.mT)
 
-    def by_blocks_of(size: int, call: Callable[..., object], *arguments: Tensor) -> None:
-        usual, cholesky.BLOCK = cholesky.BLOCK, size
-        try:
-            call(*arguments)
-        finally:
-            cholesky.BLOCK = usual
-
     variants: dict[str, Callable[[], object]] = {
         "LU": lambda: torch.linalg.solve(systems, rights.mT),
-        "potrf batched": lambda: cholesky.factor_(a.copy_(systems), split=False),
-        "potrf library": partial(factored, partial(cholesky.factor_, split=False)),
+        "potrf library": factored,
         "trsm library": partial(solved, partial(cholesky.solve_, split=False)),
     }
-    for size in (32,) if run.dry else (cholesky.BLOCK, cholesky.BLOCK // 2):
-        if d > size:
-            variants |= {
-                f"potrf blocks {size}": partial(factored, partial(by_blocks_of, size, cholesky.factor_blocked_)),
-                f"trsm blocks {size}": partial(solved, partial(by_blocks_of, size, cholesky.solve_blocked_)),
-            }
-    return {"systems": count, "d": d, "m": m, "ms": measure(variants, run, 0.3)}
+    if run.dry or d > cholesky.BLOCK:
+        variants["trsm blocks"] = partial(solved, cholesky.solve_blocked_)
+    ms, host = measure(variants, run, 0.3)
+    return {"systems": count, "d": d, "m": m, "ms": ms, "host ms": host}
 
 
 def fastest(row: dict[str, Any]) -> float:
@@ -68,14 +57,20 @@ def fastest(row: dict[str, Any]) -> float:
 
 
 def lines(rows: Rows, peak: float) -> list[dict[str, Any]]:
-    return [
-        {name: row[name] for name in ("systems", "d", "m")} | row["ms"] | {"LU/ours": row["ms"]["LU"] / fastest(row)}
-        for row in rows.values()
-    ]
+    found = []
+    for row in rows.values():
+        line = {name: row[name] for name in ("systems", "d", "m")} | row["ms"]
+        if "host ms" in row:
+            line["blocks' host ms"] = row["host ms"].get("trsm blocks")
+        found.append(line | {"LU/ours": row["ms"]["LU"] / fastest(row)})
+    return found
 
 
 def notes(rows: Rows, peak: float) -> list[str]:
-    return ["ms of all systems, with a copy of each side."]
+    return [
+        "Of all systems, with a copy of each side. LU/ours: LU beside the fastest of each part.",
+        clock_note(rows.values()),
+    ]
 
 
 SOLVE = Section("solve", 0.06, rows, "Systems [d, d] with m right-hand sides", lines, notes)

@@ -166,7 +166,8 @@ def _time_tiles(kind: str, shape: Shape, arch: Arch, run: Run, left: float) -> d
     calls = {name: partial(call, tile) for name, tile in usable.items()}
     found = {name: refusal(call) for name, call in calls.items()}
     refused |= {name: why for name, why in found.items() if why}
-    ms = measure({name: call for name, call in calls.items() if not found[name]}, run, 0.1 * len(calls))
+    usable_calls = {name: call for name, call in calls.items() if not found[name]}
+    ms = measure(usable_calls, run, 0.1 * len(calls)).device
     return {"kind": kind, "d": shape.d, "m": shape.m, "n": shape.n, "ms": ms, "refused": refused}
 
 

@@ -40,6 +40,7 @@ def options(
     parser.add_argument("--checkout", type=Path, help="of the official code")
     parser.add_argument("--merged", action="store_true", help="take FOLDER/merged instead of merging on the fly")
     parser.add_argument("--plan", action="store_true", help="first plan the job, and say what it will need")
+    parser.add_argument("--so-far", type=Path, help="file that says after each layer what was done and what it took")
     parser.add_argument("--scratch", help="folder for hidden states; without it they wait in memory")
     parser.add_argument("--read-rate", type=float, help="bytes a second that tensors are read at, at most")
     parser.add_argument("--plain-ops", action="store_true", help="no Triton")

@@ -6,20 +6,25 @@ import argparse
 import json
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import featcal_kernels.ops
 import transformers
 
 import featcal_fast as ff
+from bench.harness.results import write_whole
 from bench.phases import clocked
 from bench.workers import Measured, options
 from featcal_fast.checkpoints.shards import Shards
+from featcal_fast.reporting.progress import Progress
+from featcal_fast.reporting.report import LayerReport
 from featcal_fast.streaming.malloc import configure_process
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = options(__doc__, arguments)
+    args, began = options(__doc__, arguments), time.perf_counter()
     recipe = json.loads((args.folder / "recipe.json").read_text())
     recipe["settings"] |= args.settings
     if args.merged:
@@ -32,8 +37,11 @@ def main(arguments: list[str] | None = None) -> None:
     getattr(transformers, config["architectures"][0])  # imported
     found: dict[str, Any] = {"plan": _plan(recipe, args)} if args.plan else {}
     with SlowDisk(args.read_rate) as disk, clocked(args.device) as phases:
+        progress = SoFar(args.so_far, began, phases) if args.so_far else None
         with Measured(args) as measured:
-            report = ff.calibrate(recipe, out=args.out, device=args.device, scratch=args.scratch)
+            report = ff.calibrate(
+                recipe, out=args.out, device=args.device, scratch=args.scratch, progress=progress, fresh=True
+            )
         by_phase = phases()
     found |= {
         "seconds_by_phase": {phase: round(seconds, 3) for phase, seconds in by_phase.items()},
@@ -55,6 +63,27 @@ def _plan(recipe: dict[str, Any], args: argparse.Namespace) -> dict[str, float]:
         "device": round(plan.device_bytes / 2**30, 3),
         "TFLOP": round(sum(plan.flops.values()) / 1e12, 2),
     }
+
+
+class SoFar(Progress):
+    """Keeps how far a run is, for when it is ended; for that the host waits for the device after each layer."""
+
+    def __init__(self, path: Path, began: float, phases: Callable[[], dict[str, float]]) -> None:
+        self._path, self._began, self._phases = path, began, phases
+        self._done = self._all = 0
+
+    def stage(self, layers: int, tokens: int) -> None:
+        self._all = self._done + layers
+        self._keep()
+
+    def layer(self, report: LayerReport) -> None:
+        self._done += 1
+        self._keep()
+
+    def _keep(self) -> None:
+        phases = self._phases()
+        found = {"layers": self._done, "of": self._all, "seconds": time.perf_counter() - self._began}
+        write_whole(self._path, {**found, "seconds_by_phase": phases})
 
 
 class SlowDisk:

@@ -1,11 +1,11 @@
-"""Cholesky factorisation and triangular solves, in place; those of large systems on a GPU are mostly products.
+"""Cholesky factorisation and triangular solves, in place; large solves on a GPU are mostly products.
 
 Matrices are row-major and their upper triangle counts, `A = U'U`: the lower one of the column-major view that LAPACK
 wants. What is below the diagonal is never used.
 
-By blocks, a system is halved until a library can take what is left: blocks of `BLOCK` on the diagonal, and their
-right-hand sides. All between them are products, `addmm_` in split float16 parts, in place too. Halving copies less of
-the operands than going from block to block, and its products are longer.
+By blocks, a triangular system is halved until a library can take what is left: blocks of `BLOCK` on the diagonal, and
+their right-hand sides. All between them are products, `addmm_` in split float16 parts, in place too. Halving copies
+less of the operands than going from block to block, and its products are longer.
 """
 
 from __future__ import annotations
@@ -16,26 +16,32 @@ import torch
 from featcal_kernels import addmm_
 from torch import Tensor
 
-# Estimates for an 8B layer (n = 4096 three times, 14336 once): 3.6 TFLOP of products at 150 TFLOP/s, 0.57 TFLOP left to
-# a library at 28 to 38, and 16 GB of copied operands take 44 ms; all of it in a library 122 ms. Timed on no GPU.
-# Half of BLOCK would save 4 ms, for three times the launches.
+# Milliseconds on an H200, with 4,096 right-hand sides and a copy of each side.
+#
+#                   library      by blocks of 1,024    of 512
+#     Cholesky
+#     3 x  4,096        5.4                    12.5      30.8
+#     1 x 14,336       30.1                    44.6     107
+#     solves
+#     3 x  4,096       17.1                    13.4      22.6
+#     1 x 14,336       43.8                    27.8      51.5
+#
+# So a factorisation is the library's, one system after the other: batched, three of 4,096 take 16.3, and even three of
+# 768 take longer.
 BLOCK = 1024
 MIN_BLOCKED = 3 * BLOCK  # of two blocks, a library would still do half of a solve
 
 
-def factor_(a: Tensor, *, split: bool = True) -> Tensor:
-    """Cholesky of `[..., n, n]` where it lies.
+def factor_(a: Tensor) -> Tensor:
+    """Cholesky of `[n, n]` where it lies.
 
     Args:
         a: float32 or float64, the upper triangle counts; overwritten by U.
-        split: large float32 systems on a GPU may go by blocks, in split products.
 
     Returns:
-        Per matrix, 0 or where the factorisation stopped: int32 on the device, which is not waited for.
+        0 or where the factorisation stopped: an int32 scalar on the device, which is not waited for.
     """
-    if split and by_blocks(a):
-        return torch.stack([factor_blocked_(each) for each in a.view(-1, *a.shape[-2:])]).view(a.shape[:-2])
-    info = torch.empty(a.shape[:-2], dtype=torch.int32, device=a.device)
+    info = torch.empty((), dtype=torch.int32, device=a.device)
     torch.linalg.cholesky_ex(a.mT, out=(a.mT, info))
     return info
 
@@ -46,7 +52,7 @@ def solve_(factor: Tensor, right: Tensor, *, split: bool = True) -> None:
     Args:
         factor: of A `[n, n]`, by `factor_`.
         right: `[n, m]`, row- or column-major.
-        split: as in `factor_`.
+        split: large float32 systems on a GPU may go by blocks, in split products.
     """
     if split and by_blocks(factor):
         solve_blocked_(factor, right)
@@ -55,24 +61,9 @@ def solve_(factor: Tensor, right: Tensor, *, split: bool = True) -> None:
         torch.linalg.solve_triangular(factor, right, upper=True, out=right)
 
 
-def by_blocks(a: Tensor) -> bool:
-    """Whether `a` is large, and where split products are faster than a library's float32."""
-    return a.is_cuda and a.dtype == torch.float32 and a.shape[-1] >= MIN_BLOCKED
-
-
-def factor_blocked_(a: Tensor) -> Tensor:
-    """`factor_` of one float32 matrix `[n, n]` by blocks: returns an int32 scalar. Where it stops, NaN may follow."""
-    n = len(a)
-    if n <= BLOCK:
-        return factor_(a, split=False)
-    h = _half(n)
-    first = factor_blocked_(a[:h, :h])
-    _forward_(a[:h, :h], a[:h, h:])
-    for i in range(h, n, BLOCK):
-        rows = slice(i, i + BLOCK)
-        _subtract_product_(a[rows, i:], a[:h, rows].mT, a[:h, i:])
-    second = factor_blocked_(a[h:, h:])
-    return torch.where(first != 0, first, torch.where(second != 0, second + h, second))
+def by_blocks(factor: Tensor) -> bool:
+    """Whether `factor` is large, and where split products are faster than a library's float32."""
+    return factor.is_cuda and factor.dtype == torch.float32 and factor.shape[-1] >= MIN_BLOCKED
 
 
 def solve_blocked_(factor: Tensor, right: Tensor) -> None:

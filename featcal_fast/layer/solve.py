@@ -3,7 +3,7 @@
 The ladder, a system at a time, when a factorisation fails:
 
     1. Cholesky in the chosen precision (`solve_dtype`), in place in the accumulated buffers: no copy of A or R is made.
-       On a GPU, a large and well-conditioned float32 system goes by blocks (`cholesky`).
+       On a GPU, a large and well-conditioned float32 system is then solved by blocks (`cholesky`).
     2. Cholesky in float64, of the same system.
     3. float64 with the diagonal raised, tenfold each time, from 1e-7 of its mean; what was added is reported.
     4. SolveError. A result that is not finite is a SolveError too: no ladder mends NaN features.
@@ -41,7 +41,8 @@ from featcal_fast.settings import Settings
 MAX_CONDITION_FLOAT32 = 1e4  # beyond this bound on cond(A), float32's 6e-8 leaves too few digits
 # Beyond this one, no split products. Errors of the solution relative to the update, the worst of four kinds of
 # features, n = 768 in blocks of 128, on a CPU that imitates split products; "cut off": and matrix units that cut each
-# product off at 24 bits of the largest of sixteen, and then their sum.
+# product off at 24 bits of the largest of sixteen, and then their sum. There the factorisation went by blocks, too; now
+# it is the library's.
 #
 #     bound      library    by blocks      cut off
 #         1        7e-10        6e-10        7e-10
@@ -51,7 +52,6 @@ MAX_CONDITION_FLOAT32 = 1e4  # beyond this bound on cond(A), float32's 6e-8 leav
 #     8,001       8.1e-5       8.9e-5       1.4e-4
 MAX_CONDITION_SPLIT = 1e3
 RAISES = (1e-7, 1e-6, 1e-5, 1e-4)  # of the mean of the diagonal
-MAX_BATCHED = 1024  # cuSOLVER's batched Cholesky is made for small systems, and slow and inexact with large ones
 
 
 @dataclass
@@ -109,12 +109,7 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
                 columns = layer.anchor.columns(f"{name}.weight", part)
                 system.r[rows, part].sub_(columns, alpha=settings.covariance_eps)
 
-    infos = {}
-    if dtype == torch.float32:
-        for size, stack in layer.stacks.items():
-            parts = stack.split(len(stack) if size <= MAX_BATCHED else 1)
-            infos[size] = torch.cat([factor_(part, split=split) for part in parts])
-    failed = _failed(groups, infos)
+    failed = _factor(groups) if dtype == torch.float32 else set()
     for system in groups:
         leader = system.group.leader
         if dtype == torch.float64 or leader in failed:
@@ -142,13 +137,11 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
     return update
 
 
-def _failed(systems: list[GroupSystem], infos: dict[int, Tensor]) -> set[str]:
+def _factor(systems: Sequence[GroupSystem]) -> set[str]:
     """Leaders of the groups whose factorisation stopped: one read of the device for the whole layer."""
-    if not infos:
-        return set()
-    order = [system.group.leader for size in infos for system in systems if system.group.in_features == size]
-    flags = torch.cat(list(infos.values())).tolist()
-    return {leader for leader, info in zip(order, flags, strict=True) if info != 0}
+    infos = [factor_(system.a) for system in systems]
+    flags = torch.stack(infos).tolist() if infos else []
+    return {system.group.leader for system, info in zip(systems, flags, strict=True) if info != 0}
 
 
 def _solve_float64(system: GroupSystem, backup: Tensor) -> str:
@@ -189,7 +182,7 @@ def _solve_rows(system: RowSystem, anchor: Anchor, settings: Settings, dtype: to
             right[:, rows].addmm_(z[:, part], anchor.columns(name, part).to(each).mT, alpha=share)
         k = z @ z.mT
         k.diagonal().add_(mu)
-        if int(factor_(k, split=split)) == 0:
+        if int(factor_(k)) == 0:
             solve_(k, right, split=split)
             system.r = (right.mT @ z).float()
             for rows, part, name in anchors:

@@ -133,7 +133,7 @@ class GroupSystem(InputSystem):
 
     Args:
         group: of modules.
-        a: `[in, in]` zeros, the upper triangle counts; a view into the layer's stack of equal sizes.
+        a: `[in, in]` zeros, the upper triangle counts.
     """
 
     def __init__(self, group: InputGroup, a: Tensor) -> None:
@@ -230,17 +230,12 @@ class LayerSystem:
         self, layout: Layout, anchor: Anchor, settings: Settings, device: torch.device, counts: TokenCounts
     ) -> None:
         self.anchor, self.settings = anchor, settings
-        self.stacks: dict[int, Tensor] = {}
-        self.systems: list[GroupSystem | RowSystem] = []
-        by_size: dict[int, list[InputGroup]] = {}
-        for group in layout.groups:
-            if token_side(group, counts):
-                self.systems.append(RowSystem(group, counts.total, device))
-            else:
-                by_size.setdefault(group.in_features, []).append(group)
-        for size, groups in sorted(by_size.items()):
-            self.stacks[size] = torch.zeros(len(groups), size, size, device=device)
-            self.systems += [GroupSystem(group, a) for a, group in zip(self.stacks[size], groups, strict=True)]
+        self.systems: list[GroupSystem | RowSystem] = [
+            RowSystem(group, counts.total, device)
+            if token_side(group, counts)
+            else GroupSystem(group, torch.zeros(group.in_features, group.in_features, device=device))
+            for group in layout.groups
+        ]
         self.norms: dict[str, NormSums] = {}
 
     def fold(self, moments: TaskMoments, expert: nn.Module, task: str) -> None:

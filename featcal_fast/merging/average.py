@@ -4,5 +4,5 @@ from featcal_fast.merging.method import Method
 
 AVERAGE = Method(
     add=lambda expert, _base: expert,
-    finish=lambda _base, total, _scaling, count: total / count,
+    finish=lambda _base, total, _scaling, count: total.div_(count),
 )

@@ -17,12 +17,13 @@ from featcal_fast.merging.method import Method
 from featcal_fast.merging.task_arithmetic import TASK_ARITHMETIC
 
 METHODS = {"average": AVERAGE, "task_arithmetic": TASK_ARITHMETIC}
-PART = 2**22  # elements at a time
+PART = 2**20  # elements at a time
 
 
-def _add(method: Method, total: Tensor, expert: Tensor, base: Tensor) -> None:
+def _add(method: Method, total: Tensor, expert: Tensor, base: Tensor, buffers: Tensor) -> None:
     for sums, own, origin in zip(total.split(PART), expert.split(PART), base.split(PART), strict=True):
-        sums += method.add(own.float(), origin.float())
+        first, second = buffers[:, : len(sums)]
+        sums += method.add(first.copy_(own), second.copy_(origin))
 
 
 def merge_tensor(method: Method, base: Tensor, experts: Iterable[Tensor], scaling: float, count: int) -> Tensor:
@@ -36,12 +37,13 @@ def merge_tensor(method: Method, base: Tensor, experts: Iterable[Tensor], scalin
         count: of experts.
     """
     flat, total = base.reshape(-1), torch.zeros(base.numel())
+    buffers = torch.empty(2, min(PART, base.numel()))
     for expert in experts:
-        _add(method, total, expert.reshape(-1), flat)
+        _add(method, total, expert.reshape(-1), flat, buffers)
         del expert  # before the next one is read
     merged = total if base.dtype == total.dtype else torch.empty_like(flat)
     for out, sums, origin in zip(merged.split(PART), total.split(PART), flat.split(PART), strict=True):
-        out.copy_(method.finish(origin.float(), sums, scaling, count))
+        out.copy_(method.finish(buffers[0, : len(sums)].copy_(origin), sums, scaling, count))
     return merged.view_as(base)
 
 
@@ -109,8 +111,11 @@ class MergedCheckpoint:
                 total += sum(e.stored_bytes([e.names[canonical(name)]]) for e in self.experts.values())
         return total
 
-    def side_files(self) -> list[Path]:
+    def side_files(self) -> dict[str, Path]:
         return self.base.side_files()
+
+    def left_out(self) -> list[str]:
+        return self.base.left_out()
 
     def _expert_tensor(self, expert: TensorSource, name: str) -> Tensor:
         own = expert.names[canonical(name)]

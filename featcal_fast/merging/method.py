@@ -10,11 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Method:
-    """A merge of elements; everything float32.
+    """A merge of elements; everything float32, and in place: fresh memory for each part would be most of the time.
 
     Attributes:
-        add: what an expert adds to the sum: of the expert's elements and the base's.
-        finish: what is made of the base's elements, the sum, the scaling and the number of experts.
+        add: what an expert adds to the sum: of the expert's elements, which may be overwritten, and the base's.
+        finish: what is made of the base's elements, the sum, which may be overwritten, the scaling and the number of
+            experts.
     """
 
     add: Callable[[Tensor, Tensor], Tensor]

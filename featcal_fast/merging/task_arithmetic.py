@@ -3,6 +3,6 @@
 from featcal_fast.merging.method import Method
 
 TASK_ARITHMETIC = Method(
-    add=lambda expert, base: expert - base,
-    finish=lambda base, total, scaling, _count: base + scaling * total,
+    add=lambda expert, base: expert.sub_(base),
+    finish=lambda base, total, scaling, _count: total.mul_(scaling).add_(base),
 )

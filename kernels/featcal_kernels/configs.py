@@ -7,6 +7,7 @@ tiles,moments` times candidates on the device at hand and prints the row to put 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -75,7 +76,7 @@ AMD = (("matrix_instr_nonkdim", 16), ("kpack", 2))
 # compiles so, and take cuBLAS for less than about 30 us of work, the time that the launches of a Triton kernel take.
 # Split operands are promoted every 64 tokens.
 TABLE = {
-    # Not timed. 184 registers, split 195; 64 KiB of shared memory.
+    # Not timed. 184 registers, split 232; 64 KiB of shared memory.
     "sm_80": Arch(
         half=Tile(128, 128, 64, 8, 3),
         split=Tile(128, 128, 64, 8, 3, promote=1),
@@ -89,17 +90,21 @@ TABLE = {
         single=Tile(128, 128, 16, 8, 3),
         blas_flops=4e9,
     ),
-    # Not timed. 211 registers, 192 KiB; 255 and spills without `halves`. Split 148, 192 KiB; small 186, 128 KiB.
-    # The L2 cache delivers some 40 bytes an SM and clock; 128x128 wants 64 of it, 128x256 48: a step of `small` takes
-    # 0.55 to 0.67 of one of `half`, and split operands that are loaded once (43 bytes) beat three runs over them (64).
+    # Timed on an H200. 211 registers, 192 KiB; 255 and spills without `halves`. Split 148, 192 KiB; small 186, 128 KiB.
+    # half: 1.31 ms at 4,096 columns, 8.25 at 14,336; no other tile is faster by more than noise. split: 5.16 ms; in
+    # runs 5.35, at 1,024 columns and fewer up to a quarter less, but without promotion: the compiler had taken it out.
+    # small: a step takes 0.57 of one of `half`, but 0.55 chooses better (2,048 columns, 65,536 tokens: 1.34 ms for
+    # 1.54). blas_flops: up to 1,024 columns and 5.2e10 FLOP cuBLAS takes 0.3 to 1.1 of Triton's time; beyond, with
+    # 16,384 tokens and 3,072 columns or more, the two are within a tenth of each other. blas_grams: at 1,024 columns
+    # cuBLAS takes 0.85 of it, at 2,048 1.4. In all of these 0.1 to 0.3 ms of the host's are counted.
     "sm_90": Arch(
         half=Tile(128, 256, 64, 8, 4, halves=True),
         split=Tile(128, 128, 64, 8, 3, halves=True, promote=1, triple=True, step=0.55),
         single=Tile(128, 128, 16, 8, 3),
         small=Tile(128, 128, 64, 8, 4, step=0.55),
         descriptors=True,
-        blas_flops=2e10,
-        blas_grams=2048,
+        blas_flops=5.2e10,
+        blas_grams=1024,
     ),
     # Not timed. 124 registers, 32 KiB; hipBLASLt through torch has no 16-bit product with float32 output.
     "gfx942": Arch(
@@ -111,6 +116,7 @@ TABLE = {
 }
 
 
+@cache
 def arch_of(device: torch.device) -> Arch | None:
     """The row of a CUDA or ROCm device; None if the kernels do not support it."""
     if torch.version.hip:

@@ -27,7 +27,7 @@ __all__ = ["addmm_", "frobenius", "moments_", "pack", "symmetrize_"]
 
 MIN_PANEL = 4096  # tokens; shorter panels would read and write the sums too often
 REDUCE_ROWS = 16
-PATHS = ("triton", "blas", "squares")
+PATHS = ("triton", "squares")
 
 
 def moments_(
@@ -51,8 +51,7 @@ def moments_(
         weights: `[n]`, or None.
         precision: of float32 products, "fp16x3" or "ieee".
         arch: how to run it; the device's row of the table by default.
-        path: "triton" or, for 16-bit operands without weights, cuBLAS: "blas" for a Gram matrix in strips, "squares"
-            for one in squares; what `arch` says by default.
+        path: "triton" or, for 16-bit operands without weights, "squares" by cuBLAS; what `arch` says by default.
     """
     arch = arch or arch_of(x.device)
     assert arch is not None, f"no kernels for {x.device}"
@@ -66,6 +65,9 @@ def moments_(
     path = path or (_path(gram, cross, x, arch) if plain else "triton")
     assert path == "triton" or plain, "cuBLAS is for 16-bit operands without weights"
     with torch.cuda.device_of(x):
+        if path == "squares" and all(needs_no_copy(each, dtype) for each in (x, y) if each is not None):
+            _add_squares(gram, cross, x, y)
+            return
         size = _panel(gram, x, y, dtype, weights is not None)
         parts = 2 if single else 1  # which hold all the bits of any 16-bit value
         right = OperandPanels(x, dtype, weights, tokens=size)
@@ -132,7 +134,7 @@ def _panel(gram: Tensor | None, x: Tensor, y: Tensor | None, dtype: torch.dtype,
         copied += x.shape[1]
     if y is not None and not needs_no_copy(y, dtype):
         copied += y.shape[1]
-    return max(MIN_PANEL, PANEL_BYTES // (4 * copied) // ROW_PAD * ROW_PAD) if copied else len(x)
+    return max(MIN_PANEL, PANEL_BYTES // (4 * copied) // ROW_PAD * ROW_PAD) if copied else x.shape[0]
 
 
 def _add(
@@ -147,18 +149,24 @@ def _add(
     size: int,
 ) -> None:
     """`gram += scale * x' b` and `cross += scale * y' b`, `size` tokens at a time."""
-    launch = _Launcher.of(gram, cross, x, y, b, arch, min(size, len(b.x))) if path == "triton" else None
-    for tokens in _slices(len(b.x), size):
+    n = b.x.shape[0]
+    launch = _Launcher.of(gram, cross, x, y, b, arch, min(size, n)) if path == "triton" else None
+    for tokens in _slices(n, size):
         right = b[tokens]
         x_left = right if x is b else x[tokens]
         y_left = right if y is b else x_left if y is x else y[tokens]
         if launch is not None:
             launch(gram, cross, x_left, y_left, right, scale)
             continue
-        if gram is not None:
-            (blas.add_gram_ if path == "blas" else blas.add_gram_by_squares_)(gram, x_left.matrix)
-        if cross is not None:
-            blas.add_product_(cross, y_left.matrix, right.matrix)
+        _add_squares(gram, cross, right.matrix, y_left.matrix)
+
+
+def _add_squares(gram: Tensor | None, cross: Tensor | None, x: Tensor, y: Tensor | None) -> None:
+    if gram is not None:
+        blas.add_gram_(gram, x)
+    if cross is not None:
+        assert y is not None
+        blas.add_product_(cross, y, x)
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:
@@ -207,12 +215,12 @@ class _Launcher:
         device, d = b.x.device, b.x.shape[1]
         half = b.dtype != torch.float32
         runs = b.parts + max(x.parts, y.parts) - 1
-        m, ld = (0, d) if cross is None else (len(cross), cross.stride(0))
+        m, ld = (0, d) if cross is None else (cross.shape[0], cross.stride(0))
         sizes = 0 if gram is None else d, m, d
         tile, splits = choose_tile(sizes, tokens, runs, arch, half, _slots(device))
         table = _tile_table(*sizes, tile, device)
         by_workspace = splits > 1 or d % COLUMN_PAD > 0 or ld % COLUMN_PAD > 0
-        workspace = torch.empty(len(table) * splits * tile.m * tile.n, device=device) if by_workspace else None
+        workspace = torch.empty(table.shape[0] * splits * tile.m * tile.n, device=device) if by_workspace else None
         return cls(arch, tile, half, table, splits, workspace, y.x.shape[1], d, ld, _DescriptorAllocator(device))
 
     def __call__(
@@ -224,12 +232,12 @@ class _Launcher:
         for side in (x, y, b):
             low, bound = _unsplit(b.data.device)
             low, bound = low if side.low is None else side.low, bound if side.bound is None else side.bound
-            operands += [side.data, low, bound, side.data.stride(0), len(side.data)]
+            operands += [side.data, low, bound, side.data.stride(0), side.data.shape[0]]
         kernel = pointer_kernel
         if self.arch.descriptors and self.half:
             kernel = descriptor_kernel
             triton.set_allocator(self.descriptors)
-        kernel[(len(self.table), self.splits)](
+        kernel[(self.table.shape[0], self.splits)](
             *outputs, self.workspace, self.table, *operands, scale, b.tokens, part_rows(b.tokens), m, d, self.ld,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, HALVES=tile.halves, PROMOTE=tile.promote,
             SCALED=any(side.bound is not None for side in (x, y, b)), A_LOW=x.low is not None or y.low is not None,
@@ -238,7 +246,7 @@ class _Launcher:
             num_warps=tile.warps, num_stages=tile.stages, **dict(tile.options),
         )  # fmt: skip
         if self.workspace is not None:
-            reduce_kernel[(len(self.table), tile.m // REDUCE_ROWS)](
+            reduce_kernel[(self.table.shape[0], tile.m // REDUCE_ROWS)](
                 *outputs, self.workspace, self.table, self.splits, m, d, self.ld,
                 BLOCK_M=tile.m, BLOCK_N=tile.n, ROWS=REDUCE_ROWS,
             )  # fmt: skip

@@ -119,11 +119,15 @@ def _scaled(acc, a_bound, b_bound, scale, SCALED: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, acc, UPCAST: tl.constexpr):
+def _dot(a, b, acc, PROMOTE: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:  # Triton's interpreter cannot multiply bfloat16
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    # Where a sum is taken from the matrix unit after one product, Triton would make `acc + dot(a, b, 0)` one
+    # `dot(a, b, acc)` again, which leaves it there. It does not where a dot bounds its inexact sums: a bound that is
+    # made for 8 bits, and for 16 changes nothing else.
+    INEXACT: tl.constexpr = 2**30 if PROMOTE else None
+    return tl.dot(a, b, acc, input_precision="ieee", max_num_imprecise_acc=INEXACT)
 
 
 @triton.jit
@@ -174,10 +178,14 @@ def pointer_kernel(
         a_tile = tl.load(a + a_row * a_ld + a_offset, mask=a_mask, other=0.0)
         b_tile = tl.load(b + b_row * b_ld + b_offset, mask=b_mask, other=0.0)
         if TRIPLE and A_LOW:
-            part = _dot(tl.load(a + (k + rows) * a_ld + a_offset, mask=a_mask, other=0.0), b_tile, part, UPCAST)
+            part = _dot(
+                tl.load(a + (k + rows) * a_ld + a_offset, mask=a_mask, other=0.0), b_tile, part, PROMOTE, UPCAST
+            )
         if TRIPLE and B_LOW:
-            part = _dot(a_tile, tl.load(b + (k + rows) * b_ld + b_offset, mask=b_mask, other=0.0), part, UPCAST)
-        part = _dot(a_tile, b_tile, part, UPCAST)
+            part = _dot(
+                a_tile, tl.load(b + (k + rows) * b_ld + b_offset, mask=b_mask, other=0.0), part, PROMOTE, UPCAST
+            )
+        part = _dot(a_tile, b_tile, part, PROMOTE, UPCAST)
         acc, part = _promoted(acc, part, t - first, PROMOTE)
     acc = acc + part if PROMOTE else part
     acc = _scaled(acc, tl.where(is_cross, y_bound, x_bound), b_bound, scale, SCALED)
@@ -221,10 +229,10 @@ def descriptor_kernel(
         a_tile = a.load([a_row, i * BLOCK_M])
         b_tile = right.load([b_row, j * BLOCK_N])
         if TRIPLE and A_LOW:
-            part = _dot(a.load([k + rows, i * BLOCK_M]).T, b_tile, part, UPCAST)
+            part = _dot(a.load([k + rows, i * BLOCK_M]).T, b_tile, part, PROMOTE, UPCAST)
         if TRIPLE and B_LOW:
-            part = _dot(a_tile.T, right.load([k + rows, j * BLOCK_N]), part, UPCAST)
-        part = _dot(a_tile.T, b_tile, part, UPCAST)
+            part = _dot(a_tile.T, right.load([k + rows, j * BLOCK_N]), part, PROMOTE, UPCAST)
+        part = _dot(a_tile.T, b_tile, part, PROMOTE, UPCAST)
         acc, part = _promoted(acc, part, t - first, PROMOTE)
     acc = acc + part if PROMOTE else part
     acc = _scaled(acc, tl.where(is_cross, y_bound, x_bound), b_bound, scale, SCALED)

@@ -12,8 +12,9 @@ CROSS = 1 << 30
 ROW_SHIFT = 15
 COLUMN_MASK = (1 << ROW_SHIFT) - 1
 
-# What a launch costs beside its products, in k-steps of the architecture's `half` tile (0.8 us for 128 x 256 x 64 on an
-# H200). Estimates: they decide which tiles and how many programs a tile's tokens take, never what is computed.
+# What a launch costs beside its products, in k-steps of the architecture's `half` tile (0.85 us for 128 x 256 x 64,
+# timed on an H200). Estimates: they decide which tiles and how many programs a tile's tokens take, never what is
+# computed.
 TILE_STEPS = 4  # a program's start and end
 REDUCE_STEPS = 4  # the launch that adds the partial tiles up
 WORKSPACE_STEPS = 0.05  # writing and reading one partial tile, the memory shared by all programs

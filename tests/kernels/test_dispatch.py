@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +30,7 @@ GPU = torch.device("cuda", 0)
 def test_rows_of_the_table(capability: tuple[int, int], row: str | None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert arch_of(GPU) == (TABLE[row] if row else None)
+    assert arch_of.__wrapped__(GPU) == (TABLE[row] if row else None)
 
 
 @pytest.mark.parametrize(
@@ -56,14 +55,12 @@ def test_cublas_is_not_offered_where_torch_lacks_it():
     assert not blas.available(torch.device("cpu"))
 
 
-@pytest.mark.parametrize(
-    ("add_gram_", "share", "narrowest"),
-    [(blas.add_gram_, 17 / 32, blas.MIN_BLOCK), (blas.add_gram_by_squares_, 9 / 16, 2 * blas.MIN_BLOCK)],
-    ids=["strips", "squares"],
-)
+@pytest.mark.parametrize("worth_it", [True, False])
 @pytest.mark.parametrize("d", [100, 1300, 9000])
-def test_block_triangle(d: int, add_gram_: Callable, share: float, narrowest: int, monkeypatch: pytest.MonkeyPatch):
+def test_triangle_of_squares(d: int, worth_it: bool, monkeypatch: pytest.MonkeyPatch):
+    """A square that is too small to be worth more launches is one product."""
     areas = []
+    monkeypatch.setattr(blas, "MIN_WORK", 0 if worth_it else 64 * d * d + 1)
 
     def addmm(accumulated: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
         assert options["out"] is accumulated
@@ -74,8 +71,9 @@ def test_block_triangle(d: int, add_gram_: Callable, share: float, narrowest: in
     monkeypatch.setattr(torch, "addmm", addmm)
     problem = Problem.random(64, d, 8, torch.bfloat16)
     s = poisoned(d)
-    add_gram_(s, problem.x)
+    blas.add_gram_(s, problem.x)
     triangle = sum(areas)
     h = blas.add_product_(torch.zeros(8, d), problem.y, problem.x)
     assert_moments(s, h, problem)
-    assert triangle <= max(d * d * share * 1.02, d * (d + narrowest) / 2)
+    assert triangle <= (max(d * d * 9 / 16 * 1.02, d * (d / 2 + blas.MIN_BLOCK)) if worth_it else d * d)
+    assert (len(areas) == 2) == (not worth_it or d < 2 * blas.MIN_BLOCK)

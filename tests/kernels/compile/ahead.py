@@ -25,6 +25,7 @@ class Compiled:
     """What one compiled kernel needs of its GPU."""
 
     code: str  # PTX or AMD assembly
+    ir: str  # of Triton, before it is lowered to instructions
     registers: int
     spilled: int  # bytes of stack a thread, or registers spilled
     shared: int  # bytes
@@ -55,7 +56,7 @@ def compile_kernel(
 
 def needs(result: Any) -> Compiled:
     """What a kernel compiled by Triton needs, and its code."""
-    return Compiled(result.asm.get("ptx") or result.asm["amdgcn"], *compiling.needs(result))
+    return Compiled(result.asm.get("ptx") or result.asm["amdgcn"], result.asm["ttgir"], *compiling.needs(result))
 
 
 class AbsentDevice(compiling.AbsentDevice):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from featcal_kernels.launch import REDUCE_ROWS
 from featcal_kernels.moments_triton import descriptor_kernel, pointer_kernel, reduce_kernel
 from featcal_kernels.operands_triton import pack_kernel
 from featcal_kernels.triangle_triton import frobenius_kernel, symmetrize_kernel
+
+from bench.gpu.tiles import neighbours, other_way
 
 ARCHS = tuple(SHARED_LIMIT)
 MATRIX_INSTRUCTION = {
@@ -30,6 +33,7 @@ WIDE_COPY = {
 OUTPUTS = {"gram": "*fp32", "cross": "*fp32", "workspace": "*fp32", "table": "*i32", "m": "i32", "d": "i32"}
 OUTPUTS["cross_ld"] = "i32"
 SMALL = [arch for arch in ARCHS if TABLE[arch].small is not None]
+NVIDIA = [arch for arch in ARCHS if arch.startswith("sm_")]  # whose matrix units cut their sums off
 # The tile, and the parts of the left and the right operand.
 KINDS = [
     *((arch, kind) for arch in ARCHS for kind in ("half", "split", "split, left in one part")),
@@ -37,9 +41,11 @@ KINDS = [
 ]
 
 
-def moments(arch: str, dtype: str, kind: str, unaligned: tuple[str, ...] = (), **constants) -> Compiled:
+def moments(
+    arch: str, dtype: str, kind: str, unaligned: tuple[str, ...] = (), tile: Tile | None = None, **constants
+) -> Compiled:
     split = kind.startswith("split")
-    tile: Tile = getattr(TABLE[arch], kind.partition(",")[0])
+    tile = tile or getattr(TABLE[arch], kind.partition(",")[0])
     kernel = descriptor_kernel if TABLE[arch].descriptors and dtype != "fp32" else pointer_kernel
     arguments: dict[str, Any] = {**OUTPUTS, "n": "i32", "rows": "i32"}
     for name in ("x", "y", "b"):
@@ -76,6 +82,32 @@ def test_16_bit_moments(arch: str, kind: str, workspace: bool, unaligned: tuple[
     assert_fits(compiled, arch)
     assert re.search(MATRIX_INSTRUCTION[arch].replace("bf16", PTX[dtype]), compiled.code)
     assert re.search(WIDE_COPY[arch], compiled.code)
+
+
+@pytest.mark.parametrize("way", ["the table's", "the other"])
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_sums_of_split_operands_leave_the_matrix_units(arch: str, way: str):
+    """The compiler may make `acc + dot(a, b, 0)` one `dot(a, b, acc)`; then nothing is added up in float32."""
+    tile = TABLE[arch].split
+    tile = replace(tile, **other_way(tile)) if way == "the other" else tile
+    for kind in ("split", "split, left in one part"):
+        loop = steps(moments(arch, "fp16", kind, tile=tile, PARTIAL=False).ir)
+        assert re.search(rf"arith\.addf .*tensor<{tile.m}x{tile.n}xf32", loop)
+        loop = steps(moments(arch, "fp16", kind, tile=replace(tile, promote=0), PARTIAL=False).ir)
+        assert not re.search(r"arith\.addf .*tensor<", loop), "left there to the end"
+
+
+def steps(ir: str) -> str:
+    """What a program does for every step of its tokens."""
+    found = re.search(r"\n( +)[^\n]*scf\.for .*?\n\1}", ir, re.DOTALL)
+    assert found
+    return found[0]
+
+
+def test_no_tile_leaves_split_sums_to_matrix_units_for_long():
+    for arch in NVIDIA:
+        for tile in neighbours(TABLE[arch], "split").values():
+            assert 0 < tile.promote * tile.k <= 128
 
 
 @pytest.mark.parametrize(
