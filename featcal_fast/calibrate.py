@@ -28,11 +28,36 @@ from featcal_fast.settings import Settings
 from featcal_fast.streaming.chunks import Chunk
 from featcal_fast.streaming.hidden_states import HOST, HiddenStates, Offload
 from featcal_fast.streaming.machine import find_device
+from featcal_fast.streaming.scratch import Snapshots
 from featcal_fast.streaming.sources import ModuleSource, Source, check_same_architecture
 from featcal_fast.streaming.streams import Streams, check_tasks
 from featcal_fast.streaming.transfers import read_scalars
 
 Write = Callable[[int, dict[str, Tensor]], None]  # of a layer's new parameters, in its dtype, on the host
+
+
+class Output:
+    """Takes what the loop makes. This one starts at the first layer and keeps nothing to go on from.
+
+    Args:
+        write: takes the number of a layer and its new parameters.
+
+    Attributes:
+        first: the first layer that is not done yet.
+        snapshots: where hidden states are kept to go on from, if they are.
+    """
+
+    first = 0
+    snapshots: Snapshots | None = None
+
+    def __init__(self, write: Write) -> None:
+        self.write = write
+
+    def restore(self, layer: Layer, report: Report, streams: Streams) -> None:
+        """A layer that is done: what happened, and its hidden states where they are needed again."""
+
+    def keep(self, layer: Layer, report: Report, streams: Streams) -> None:
+        """A layer is done and written: the place to make sure that nothing of it gets lost."""
 
 
 def calibrate_model(
@@ -79,8 +104,8 @@ def calibrate_model(
         batches,
         settings,
         device,
-        write=lambda _index, parameters: updates.append(parameters),
-        progress=progress or Progress(),
+        Output(lambda _index, parameters: updates.append(parameters)),
+        progress or Progress(),
     )
     with torch.no_grad():
         for block, parameters in zip(student.structure.blocks, updates, strict=True):
@@ -98,16 +123,16 @@ def calibrate_source(
     batches: Mapping[str, Iterable[Mapping[str, Tensor]]],
     settings: Settings,
     device: torch.device,
-    write: Write,
+    output: Output,
     progress: Progress,
     offload: Offload = HOST,
     chunk: int | None = None,
 ) -> Report:
     """Calibrate a model whose blocks arrive one at a time, each being read while the one before it is in use.
 
-    `write` takes each layer's new parameters; `offload` is where hidden states wait between layers; `chunk` is how many
-    tokens pass a layer at a time, by default a batch's. A task's batches are gone through once, and dropped before the
-    next task's are. Everything else is as in `calibrate_model`.
+    `output` takes each layer's new parameters, and knows which are done already; `offload` is where hidden states wait
+    between layers; `chunk` is how many tokens pass a layer at a time, by default a batch's. A task's batches are
+    gone through once, and dropped before the next task's are. Everything else is as in `calibrate_model`.
     """
     started = time.perf_counter()
     structure = student.structure
@@ -116,14 +141,21 @@ def calibrate_source(
     check_settings(structure, settings)
     report = Report(settings, structure.family.name, str(device), dict.fromkeys(experts, 0))
     report.kept |= structure.outside
-    with Streams(student, base, experts, batches, settings, device, progress, offload, chunk) as streams:
+    sources = student, base, experts
+    with Streams(
+        *sources, batches, settings, device, progress, offload, chunk, output.snapshots, output.first
+    ) as streams:
         for layer in structure.layers:
             for task, count in streams.enter(layer).items():
                 report.tokens[task] += count
-            done, kept = calibrate_layer(layer, streams, settings, write)
+            if layer.index < output.first:
+                output.restore(layer, report, streams)
+                continue
+            done, kept = calibrate_layer(layer, streams, settings, output.write)
             report.layers.append(done)
             report.kept |= kept
             progress.layer(done)
+            output.keep(layer, report, streams)
     report.bytes_read, report.bytes_written = streams.traffic
     report.seconds = time.perf_counter() - started
     return report

@@ -1,13 +1,15 @@
-"""The command line: `featcal-fast calibrate | plan | merge | demo`."""
+"""The command line: `featcal-fast calibrate | plan | merge | check | demo`."""
 
 from __future__ import annotations
 
+import io
 import math
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO, cast
 
 import torch
 import typer
@@ -15,7 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from featcal_fast.errors import FeatCalError
+from featcal_fast import files
+from featcal_fast.errors import FeatCalError, OutputError
+from featcal_fast.job.interrupts import ENDING
 from featcal_fast.job.throughput import known_rate, remember_rate
 from featcal_fast.planning.plan import parse_bytes
 from featcal_fast.reporting.progress import Progress
@@ -62,6 +66,9 @@ Scratch = Annotated[
     Path | None,
     typer.Option(help="Folder on a fast disk for hidden states between layers. Default: GPU or host memory."),
 ]
+NoCheckpoint = Annotated[
+    bool, typer.Option("--no-checkpoint", help="Keep nothing to resume from: an interrupted run starts over.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -79,6 +86,18 @@ def calibrate(
     device_memory: DeviceMemory = None,
     host_memory: HostMemory = None,
     scratch: Scratch = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left, if any.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Remove what an interrupted run left, and start over.")
+    ] = False,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Layers after which what is done is made durable. Default: as often as takes a twentieth of the time.",
+        ),
+    ] = None,
+    no_checkpoint: NoCheckpoint = False,
 ) -> None:
     """Calibrate the model that RECIPE.yaml describes and write it, with report.json, to a new folder.
 
@@ -88,8 +107,12 @@ def calibrate(
     """
     from featcal_fast.job.run import calibrate as run
 
+    if resume and fresh:
+        raise typer.BadParameter("found --fresh too, expected one of the two", param_hint="--resume")
+    if no_checkpoint and checkpoint_every:
+        raise typer.BadParameter("found --no-checkpoint too, expected one of the two", param_hint="--checkpoint-every")
     configure_process()
-    console = Console()
+    console = _Console()
     report = run(
         recipe,
         out=out,
@@ -98,6 +121,9 @@ def calibrate(
         device_memory=_bytes(device_memory),
         host_memory=_bytes(host_memory),
         scratch=scratch,
+        resume=resume,
+        fresh=fresh,
+        checkpoint_every=0 if no_checkpoint else checkpoint_every,
     )
     if report.seconds > LONG_ENOUGH:
         remember_rate(torch.device(report.device), report.rate)
@@ -113,6 +139,7 @@ def plan(
     device_memory: DeviceMemory = None,
     host_memory: HostMemory = None,
     scratch: Scratch = None,
+    no_checkpoint: NoCheckpoint = False,
     rate: Annotated[
         float | None,
         typer.Option(help="TFLOP/s, for a rough estimate of the time. Default: the last run's here."),
@@ -133,18 +160,21 @@ def plan(
             f"found {rate}, expected TFLOP/s above 0, such as a run's summary says", param_hint="--rate"
         )
     configure_process()
-    console = Console()
+    console = _Console()
     found = make(
         recipe,
         device=device,
         device_memory=_bytes(device_memory),
         host_memory=_bytes(host_memory),
         scratch=scratch,
+        checkpoint_every=0 if no_checkpoint else None,
     )
     for table in found.tables():
         console.print(table)
     known = known_rate(torch.device(found.device)) if rate is None else rate * 1e12
     console.print(found.summary(known), soft_wrap=True, highlight=False)
+    if console.stdout.failed:
+        raise OutputError("standard output cannot be written: the plan is not shown")
     found.check()
 
 
@@ -161,10 +191,34 @@ def merge(
     """
     from featcal_fast.job.run import merge as run
 
-    console = Console()
+    console = _Console()
     with console.status("merging"):
         folder = run(recipe, out=out)
     console.print(f"Wrote {folder}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def check(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `calibrate` wrote.")],
+) -> None:
+    """Compare every tensor and file of a calibrated model with the hashes in its report.json.
+
+    Exit code 0: whole. 1: damaged, and what. 2: not a folder that `calibrate` wrote.
+
+    \b
+    Example:
+        featcal-fast check models/calibrated
+    """
+    from featcal_fast.job.check import NOT_OURS
+    from featcal_fast.job.check import check as run
+    from featcal_fast.job.resume import left_behind
+
+    found = run(out)
+    console = _Console()
+    lines = [left_behind(out)] if found.status == NOT_OURS else found.problems
+    for line in (*filter(None, lines), found.summary()):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    raise typer.Exit(found.status)
 
 
 @app.command()
@@ -197,13 +251,13 @@ class BarProgress(Progress):
         self._console = console
         self._bar: Bar | None = None
         self._id = TaskID(0)
-        self._layers, self._done, self._started = 0, 0, 0.0
+        self._layers, self._before, self._done, self._started = 0, 0, 0, 0.0
 
     def stage(self, layers: int, tokens: int) -> None:
         if self._bar:
             self._bar.update(self._id, total=self._done + layers * tokens)
             return
-        self._layers, self._started = layers, time.perf_counter()
+        self._layers, self._started = self._before + layers, time.perf_counter()
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -226,7 +280,8 @@ class BarProgress(Progress):
 
     def layer(self, report: LayerReport) -> None:
         if not self._console.is_terminal:
-            left = (time.perf_counter() - self._started) / (report.index + 1) * (self._layers - report.index - 1)
+            done = report.index + 1 - self._before
+            left = (time.perf_counter() - self._started) / done * (self._layers - report.index - 1)
             self._console.print(
                 f"layer {report.index + 1}/{self._layers}: drift {report.drift_before:.4f} -> "
                 f"{report.drift_after:.4f}, "
@@ -234,14 +289,64 @@ class BarProgress(Progress):
                 highlight=False,
             )
 
+    def resumed(self, layers: int) -> None:
+        self._before = layers
+        self._console.print(f"resuming after layer {layers}", highlight=False)
+
+    def interrupted(self, left: str) -> None:
+        told = left or "interrupted: nothing is left of it"
+        Console(stderr=True).print(told, style="red", soft_wrap=True, highlight=False, markup=False)
+
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
 
 
+class _Stdout(io.TextIOBase):
+    """The standard output, which may be closed or full: what cannot be shown is no reason to end a job."""
+
+    def __init__(self) -> None:
+        self.failed = sys.stdout is None
+
+    def write(self, text: str) -> int:
+        if not self.failed:
+            try:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            except (OSError, ValueError):
+                self.failed = True
+                with suppress(OSError, ValueError):
+                    files.discard(sys.stdout)  # what Python still holds would change the exit code
+        return len(text)
+
+    def isatty(self) -> bool:
+        return not self.failed and sys.stdout.isatty()
+
+    def fileno(self) -> int:
+        return sys.__stdout__.fileno() if sys.__stdout__ is not None else -1
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(sys.stdout, "encoding", None) or "utf-8"
+
+
+class _Console(Console):
+    """A terminal, or whatever stands in its place."""
+
+    def __init__(self) -> None:
+        self.stdout = _Stdout()
+        super().__init__(file=cast(TextIO, self.stdout))
+
+
+def _exit(number: int, _frame: object) -> None:
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Entry point: an expected error is one line on stderr and exit code 1."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing half-written is left
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _exit)  # an exception, so that what is being written is finished
     try:
         app()
     except FeatCalError as error:

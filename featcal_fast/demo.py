@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -30,9 +28,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from featcal_fast import files
 from featcal_fast.errors import FeatCalError, OutputError
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.job.run import calibrate, merge
@@ -135,14 +135,14 @@ def run(
         if find_spec(module) is None:
             raise FeatCalError(f"the demo needs {package}: pip install 'featcal-fast[demo]'")
     folder, console = Path(folder), console or Console()
-    _claim(folder)
-    with _one_thread(), _no_loading_bars():
+    with _os_errors(folder), _one_thread(), _no_loading_bars():
+        _claim(folder)
         digits = Digits()
         seconds = make_models(folder, config, digits, console)
         models = {"base": folder / "base"} | {f"expert {task}": folder / "experts" / task for task in VIEWS}
 
         # From here on, what `featcal-fast merge recipe.yaml` and `featcal-fast calibrate recipe.yaml` do.
-        (folder / "recipe.yaml").write_text(RECIPE)
+        files.replace_bytes(folder / "recipe.yaml", RECIPE.encode())
         recipe = Recipe.load(folder / "recipe.yaml")
         started = time.perf_counter()
         models[MERGED] = merge(recipe, out=_removed(folder / "merged"))
@@ -151,15 +151,17 @@ def run(
         for name, samples in CALIBRATED.items():
             models[name] = folder / ("calibrated" if samples == recipe.samples else f"calibrated-{samples}")
             with console.status(f"calibrating with {samples} samples a task"):
-                reports[name] = calibrate(replace(recipe, samples=samples), out=_removed(models[name]), device=device)
+                reports[name] = calibrate(
+                    replace(recipe, samples=samples), out=_removed(models[name]), device=device, fresh=True
+                )
             seconds[name] = reports[name].seconds
         reports["FeatCal 256"].plot(folder / "drift.png")
 
         heads = load_file(folder / "heads.safetensors")
         with console.status("reading held-out digits"):
             accuracy = {name: evaluate(path, heads, digits, "held-out") for name, path in models.items()}
-    results = _compare(accuracy) | {"seconds": seconds, "config": asdict(config)}
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        results = _compare(accuracy) | {"seconds": seconds, "config": asdict(config)}
+        files.replace_bytes(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     _print(results, folder, console)
     return results
 
@@ -202,8 +204,8 @@ def make_models(folder: Path, config: Config, digits: Digits, console: Console) 
     seconds = _train_all(new, config, digits, console)
     _write_manifest(folder)  # until the next one, the models are incomplete
     for name in MODELS:
-        os.replace(new / name, _removed(folder / name))
-    new.rmdir()
+        files.rename(new / name, _removed(folder / name))
+    files.remove_folder(new)
     _write_manifest(folder, asdict(config), seconds, _hashes(folder))
     return seconds
 
@@ -211,7 +213,7 @@ def make_models(folder: Path, config: Config, digits: Digits, console: Console) 
 def _train_all(folder: Path, config: Config, digits: Digits, console: Console) -> dict[str, float]:
     # A head is a direction for each class, like CLIP's text embeddings. These are random, and never trained.
     heads = {task: torch.randn(10, config.width, generator=_random(config, f"head {task}")) for task in VIEWS}
-    (folder / "data").mkdir(parents=True)
+    files.make_folder(folder / "data")
     save_file(heads, folder / "heads.safetensors")
     for task in VIEWS:
         images, _ = digits.see(task, "training")
@@ -286,17 +288,18 @@ def _claim(folder: Path) -> None:
     """Make `folder` the demo's; nothing is ever replaced in any other."""
     if _read_manifest(folder).get("made_by") == MADE_BY:
         return
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and not files.list_folder(folder)):
         raise OutputError(
             f"{folder}: found something else, expected a new or empty folder, or an earlier demo's; name another"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        files.make_folder(folder)
     _write_manifest(folder)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / MANIFEST).read_text()))
+        return dict(json.loads(files.read_text(folder / MANIFEST)))
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -305,26 +308,25 @@ def _write_manifest(
     folder: Path,
     config: dict[str, Any] | None = None,
     seconds: dict[str, float] | None = None,
-    files: dict[str, str] | None = None,
+    hashes: dict[str, str] | None = None,
 ) -> None:
-    values = {"made_by": MADE_BY, "config": config, "seconds": seconds, "files": files}
-    new = folder / f".{MANIFEST}"
-    new.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(new, folder / MANIFEST)
+    values = {"made_by": MADE_BY, "config": config, "seconds": seconds, "files": hashes}
+    files.replace_bytes(folder / MANIFEST, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def _hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file that training left."""
-    files = [file for name in MODELS for file in (folder / name, *(folder / name).rglob("*")) if file.is_file()]
-    return {file.relative_to(folder).as_posix(): sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
+    found = [file for name in MODELS for file in files.list_below(folder / name) if file.is_file()]
+    return {file.relative_to(folder).as_posix(): sha256(files.read_bytes(file)).hexdigest() for file in sorted(found)}
 
 
 def _removed(path: Path) -> Path:
     """`path`, free to be written."""
-    if path.is_dir():
-        shutil.rmtree(path)
+    if path.is_dir() and not path.is_symlink():
+        files.remove_tree(path)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            files.remove(path)
     return path
 
 
@@ -379,6 +381,16 @@ def _print(results: dict[str, Any], folder: Path, console: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+@contextmanager
+def _os_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{folder} cannot be written or read: {error}; free space, check its rights, or name another folder"
+        ) from error
 
 
 @contextmanager

@@ -29,6 +29,10 @@ class OutputError(FeatCalError):
     """The output folder cannot be written: it holds something, or the disk is full."""
 
 
+class ResumeError(FeatCalError):
+    """What an interrupted run left cannot be gone on with, or nobody said what to do with it."""
+
+
 class SolveError(FeatCalError):
     """A ridge system could not be solved, or its statistics are not finite."""
 

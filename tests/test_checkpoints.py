@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pico
@@ -10,7 +12,8 @@ import pytest
 import torch
 
 import featcal_fast as ff
-from featcal_fast.checkpoints import Checkpoint, CheckpointWriter, check_output
+from featcal_fast import files
+from featcal_fast.checkpoints import Checkpoint, CheckpointWriter, WorkFolder, check_output
 
 
 @pytest.fixture
@@ -19,8 +22,18 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     return Checkpoint(tmp_path / "model", "model")
 
 
+@contextmanager
+def writing(out: Path, layout: Checkpoint) -> Iterator[CheckpointWriter]:
+    """As those do who merge: what is written within becomes a folder."""
+    with WorkFolder(out) as work:
+        with CheckpointWriter(work, layout) as writer:
+            yield writer
+            writer.finish()
+        work.publish()
+
+
 def test_a_copy_is_byte_for_byte_the_same_tensors(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path / "copy", checkpoint) as writer:
+    with writing(tmp_path / "copy", checkpoint) as writer:
         writer.copy_rest()
     copy = Checkpoint(tmp_path / "copy", "copy")
     assert {name: (i.shape, i.dtype) for name, i in copy.tensors.items()} == {
@@ -32,7 +45,7 @@ def test_a_copy_is_byte_for_byte_the_same_tensors(checkpoint: Checkpoint, tmp_pa
 
 def test_an_exception_leaves_nothing(checkpoint: Checkpoint, tmp_path: Path) -> None:
     def interrupted() -> None:
-        with CheckpointWriter(tmp_path / "copy", checkpoint) as writer:
+        with writing(tmp_path / "copy", checkpoint) as writer:
             writer.write(checkpoint.read(["model.norm.weight"]))
             raise KeyboardInterrupt
 
@@ -43,7 +56,7 @@ def test_an_exception_leaves_nothing(checkpoint: Checkpoint, tmp_path: Path) -> 
 
 def test_an_incomplete_model_is_not_published(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(ff.FeatCalError, match="29 tensors were never written"):  # noqa: SIM117
-        with CheckpointWriter(tmp_path / "copy", checkpoint) as writer:
+        with writing(tmp_path / "copy", checkpoint) as writer:
             writer.write(checkpoint.read(["model.norm.weight"]))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -52,7 +65,7 @@ def test_values_that_overflow_the_layouts_dtype_are_refused(tmp_path: Path) -> N
     pico.llama().half().save_pretrained(tmp_path / "model")
     half = Checkpoint(tmp_path / "model", "model")
     with pytest.raises(ff.FeatCalError, match=r"model.norm.weight: the new values do not fit torch.float16"):  # noqa: SIM117
-        with CheckpointWriter(tmp_path / "copy", half) as writer:
+        with writing(tmp_path / "copy", half) as writer:
             writer.write({"model.norm.weight": torch.full((64,), 1e6)})
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -113,7 +126,7 @@ def test_an_output_that_is_a_link_is_written_where_it_points(checkpoint: Checkpo
             target.mkdir()
         link.symlink_to(target)
         check_output(link, [], nbytes=1)
-        with CheckpointWriter(link, checkpoint) as writer:
+        with writing(link, checkpoint) as writer:
             writer.copy_rest()
         assert link.is_symlink()
         assert set(Checkpoint(target, "copy").tensors) == set(checkpoint.tensors)
@@ -129,7 +142,7 @@ def test_a_mount_point_cannot_be_the_output(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_finished_model_is_not_lost_when_its_place_is_taken(checkpoint: Checkpoint, tmp_path: Path) -> None:
     def overtaken() -> None:
-        with CheckpointWriter(tmp_path / "copy", checkpoint) as writer:
+        with writing(tmp_path / "copy", checkpoint) as writer:
             writer.copy_rest()
             (tmp_path / "copy").mkdir()
             (tmp_path / "copy" / "mine.txt").write_text("keep me")
@@ -137,20 +150,20 @@ def test_a_finished_model_is_not_lost_when_its_place_is_taken(checkpoint: Checkp
     with pytest.raises(ff.FeatCalError, match="the finished model is in ") as error:
         overtaken()
     assert (tmp_path / "copy" / "mine.txt").read_text() == "keep me"
-    (left,) = tmp_path.glob(".copy.partial-*")
+    left = tmp_path / ".copy.partial" / "model"
     assert str(left) in str(error.value)
     assert set(Checkpoint(left, "left").tensors) == set(checkpoint.tensors)
 
 
-@pytest.mark.parametrize("call", ["fsync", "copyfile"])
+@pytest.mark.parametrize("call", ["reserve", "write_at", "sync", "sync_folder"])
 def test_a_disk_that_fills_up_leaves_nothing(
     call: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr({"fsync": "os.fsync", "copyfile": "shutil.copyfile"}[call], full)
+    monkeypatch.setattr(files, call, full)
     with pytest.raises(ff.FeatCalError, match="copy cannot be written: No space left on device"):  # noqa: SIM117
-        with CheckpointWriter(tmp_path / "copy", checkpoint) as writer:
+        with writing(tmp_path / "copy", checkpoint) as writer:
             writer.copy_rest()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

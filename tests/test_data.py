@@ -350,6 +350,6 @@ def test_a_file_that_cannot_be_read_is_named(write, bare, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(type(path), "open", denied)
+    monkeypatch.setattr("featcal_fast.files.open_to_read", denied)
     with pytest.raises(DataError, match=r"data.jsonl: cannot be read: Permission denied"):
         load_batches(path, folders=[bare])

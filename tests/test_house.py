@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import featcal_fast
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, KERNELS = ROOT / "featcal_fast", ROOT / "kernels" / "featcal_kernels"
 # From the top down: folders are rooms, the others single files. What stands in one line may not import each other.
@@ -29,10 +31,20 @@ FLOORS = [
     ["checkpoints"],
     ["reporting"],
     ["settings"],
-    ["errors", "version"],
+    ["errors", "files", "version"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 LONGEST = 60  # lines of a function
+# What does something to files, or reads them. Questions whether something is there (`exists`, `is_file`) do not count.
+PATH_METHODS = {
+    *("read_text", "read_bytes", "write_text", "write_bytes", "open", "touch", "mkdir", "rmdir", "unlink", "rename"),
+    *("iterdir", "glob", "rglob", "walk", "stat", "lstat", "chmod", "symlink_to", "hardlink_to", "tofile", "fromfile"),
+    *("seek", "readinto", "readline", "readlines", "writelines", "truncate"),
+}
+FUNCTIONS = {"open", "FileIO", "io.open", "io.FileIO", "torch.save", "torch.load", "torch.from_file"}
+OTHER_MODULES = {"shutil", "tempfile", "glob", "fcntl", "mmap", "fileinput", "linecache", "pickle"}
+# Of `os`, what may be used all the same: it touches no file, or asks no more than `exists` does.
+OS_NAMES = {"access", "R_OK", "W_OK", "X_OK", "environ", "sysconf", "getpid", "kill", "path", "sched_getaffinity"}
 
 
 def modules(folder: Path) -> dict[str, ast.Module]:
@@ -72,7 +84,8 @@ def named(tree: ast.Module) -> Iterator[str]:
             assert node.level == 0, "relative imports are not followed here"
             assert node.module is not None
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-            if "." not in node.module:  # what it exports may hide a module of the same name
+            exported = {alias.name for alias in node.names} - {"files"}
+            if "." not in node.module and exported:  # which may hide a module of the same name
                 yield node.module
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
             yield node.value
@@ -131,13 +144,16 @@ def test_no_module_imports_itself_through_others(graph: dict[str, set[str]]) -> 
         ("import featcal_fast as ff", {"__init__"}),
         ("from featcal_fast import Settings", {"__init__"}),
         ("from featcal_fast import calibrate", {"__init__", "calibrate"}),
+        ("from featcal_fast import files", {"files"}),
+        ("from featcal_fast import Settings, files", {"__init__", "files"}),
         ("import_module('featcal_fast.streaming.chunks')", {"streaming.chunks"}),
         ("sys.modules[f'featcal_fast.{name}']", {"__init__"}),
         ("import torch, featcal_fastest; from torch import nn; 'featcal_fast', 'a.featcal_fast'", set()),
     ],
 )
 def test_imports_are_found_however_they_are_made(text: str, expected: set[str]) -> None:
-    known = {"streaming", "streaming.chunks", "errors", "calibrate"}
+    known = {"streaming", "streaming.chunks", "errors", "calibrate", "files"}
+    assert "files" not in featcal_fast.__all__
     assert imports(ast.parse(text), "featcal_fast", known) == expected
 
 
@@ -157,6 +173,64 @@ def test_what_points_up_or_sideways_would_be_found() -> None:
     graph = {"layer.solve": {"streaming.chunks", "layer"}, "reference": {"calibrate"}, "errors": set()}
     assert wrong(graph) == ["layer.solve imports streaming.chunks", "reference imports calibrate"]
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c", "d"]
+
+
+def file_operations(tree: ast.Module) -> list[str]:
+    """What a module does with files by itself, and so unseen by who looks at or wraps the functions of `files`."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found += [f"from {node.module}"] * (node.module in {*OTHER_MODULES, "os", "os.path", "featcal_fast.files"})
+        elif isinstance(node, ast.Import):
+            hidden = {alias.name for alias in node.names if alias.asname} & {"os", "io"}
+            found += [f"import {alias.name}" for alias in node.names if alias.name in OTHER_MODULES | hidden]
+        elif isinstance(node, ast.Attribute):
+            owner, whole = ast.unparse(node.value), ast.unparse(node)
+            method = node.attr in PATH_METHODS and owner not in ("files", "Image")
+            system = (owner == "os" and node.attr not in OS_NAMES) or whole.startswith("os.path.get")
+            found += [whole] * (method or system or whole in FUNCTIONS)
+        elif isinstance(node, ast.Call):
+            function = ast.unparse(node.func)
+            plain = isinstance(node.func, ast.Name) and function in FUNCTIONS
+            of_path = function.endswith(".replace") and len(node.args) == 1  # a text's has two
+            found += [function] * (plain or of_path)
+    return found
+
+
+def test_files_are_touched_in_one_module_only() -> None:
+    found = {name: file_operations(tree) for name, tree in modules(PACKAGE).items()}
+    assert len(found.pop("files")) > 10
+    assert {name: operations for name, operations in found.items() if operations} == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("def f():\n    with open('a') as file: ...", ["open"]),
+        ("Path('a').open('rb')", ["Path('a').open"]),
+        ("(folder / 'a').read_text()", ["(folder / 'a').read_text"]),
+        ("read = path.read_bytes", ["path.read_bytes"]),
+        ("sorted(path.iterdir())", ["path.iterdir"]),
+        ("path.replace(target)", ["path.replace"]),
+        ("import os; os.replace(a, b)", ["os.replace"]),
+        ("os.path.getsize(path)", ["os.path.getsize"]),
+        ("from os import unlink", ["from os"]),
+        ("import os as system", ["import os"]),
+        ("import shutil", ["import shutil"]),
+        ("from tempfile import mkdtemp", ["from tempfile"]),
+        ("FileIO(path)", ["FileIO"]),
+        ("file.seek(3)", ["file.seek"]),
+        ("io.open(path)", ["io.open"]),
+        ("torch.save(model, path)", ["torch.save"]),
+        ("from featcal_fast.files import write_at", ["from featcal_fast.files"]),
+        ("from featcal_fast import files; files.open_to_read(path); files.stat(path)", []),
+        ("import os; os.environ, os.access(a, os.W_OK), os.path.exists(a); path.is_file()", []),
+        ("from io import BytesIO, FileIO\ndef f(file: FileIO) -> None: Image.open(BytesIO(data))", []),
+        ("text.replace('a', 'b'); replace(recipe, out=out); stat.S_ISREG(mode)", []),
+    ],
+)
+def test_file_operations_are_found(text: str, expected: list[str]) -> None:
+    assert file_operations(ast.parse(text)) == expected
 
 
 def test_kernels_know_nothing_of_the_engine() -> None:

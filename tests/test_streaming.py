@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 import weakref
+from io import FileIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,13 +15,15 @@ import torch
 from torch import nn
 
 import featcal_fast as ff
+from featcal_fast import files
 from featcal_fast.errors import OutputError
 from featcal_fast.forward.runner import BlockRunner
 from featcal_fast.layer.moments import TaskMoments
 from featcal_fast.layer.tokens import Tokens
 from featcal_fast.streaming.chunks import Chunk
-from featcal_fast.streaming.hidden_states import HiddenStates, Traffic, _HostMemory, _Offloaded, _OnDevice, _ScratchFile
+from featcal_fast.streaming.hidden_states import HiddenStates, _Disk, _HostMemory, _Offloaded, _OnDevice
 from featcal_fast.streaming.prefetch import BlockPrefetcher
+from featcal_fast.streaming.scratch import Scratch
 from featcal_fast.streaming.sources import ModuleSource
 from featcal_fast.streaming.transfers import Transfers
 
@@ -74,7 +77,8 @@ def test_states_on_disk_are_those_in_memory(tmp_path: Path, dtype: torch.dtype) 
     source, batches = ModuleSource(model, "model", cpu), pico.texts(3, seed=0)
     with torch.no_grad(), Transfers(cpu, "test") as transfers:
         runner = BlockRunner(compiled=False)
-        memory, disk = (HiddenStates(source, "task", cpu, transfers, runner, where) for where in (cpu, tmp_path))
+        where = cpu, Scratch(tmp_path)
+        memory, disk = (HiddenStates(source, "task", cpu, transfers, runner, each) for each in where)
         memory.enter(0, batches)
         disk.enter(0, batches)
         for layer in source.structure.layers:
@@ -94,7 +98,7 @@ def test_states_that_wait_elsewhere_are_those_that_were_stored(memory: str, tmp_
     """In whatever order and parts they are loaded and stored; what was fetched ahead is never stale."""
     rng = random.Random(0)
     with Transfers(CPU, "test") as transfers:
-        states = _Offloaded(CPU, transfers, _HostMemory() if memory == "host" else _ScratchFile(tmp_path, Traffic()))
+        states = _Offloaded(CPU, transfers, _HostMemory() if memory == "host" else _Disk(Scratch(tmp_path)))
         sizes, expected = [4, 1, 6], {}
         for batch, size in enumerate(sizes):
             expected[batch] = torch.randn(size, 3, 2)
@@ -178,13 +182,17 @@ def test_after_a_transfer_that_failed_none_is_carried_out() -> None:
 
 
 def test_a_full_scratch_disk_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def full(*_: object) -> int:
-        raise OSError(28, "No space left on device")
+    write = files.write_at
+
+    def full(file: FileIO, *rest: object) -> None:
+        if isinstance(file.name, int):  # which has no name
+            raise OSError(28, "No space left on device")
+        write(file, *rest)
 
     recipe = pico.save(pico.job("llama", 2), tmp_path)
-    monkeypatch.setattr("os.pwrite", full)
-    with pytest.raises(ff.FeatCalError, match="scratch: hidden states cannot be written: No space left on device"):
-        ff.calibrate(recipe, out=tmp_path / "out", scratch=tmp_path)
+    monkeypatch.setattr(files, "write_at", full)
+    with pytest.raises(ff.FeatCalError, match=r"scratch: .* cannot hold hidden states: No space left on device"):
+        ff.calibrate(recipe, out=tmp_path / "out", scratch=tmp_path, checkpoint_every=0)
     assert not (tmp_path / "out").exists()
 
 

@@ -3,26 +3,48 @@
 from featcal_fast.checkpoints.adapter import LoraExpert
 from featcal_fast.checkpoints.cached import STORAGES, CachedExpert, cached_bytes
 from featcal_fast.checkpoints.find import find_checkpoint, find_expert
+from featcal_fast.checkpoints.lock import Lock
+from featcal_fast.checkpoints.manifest import Manifest
 from featcal_fast.checkpoints.quantised import BitsAndBytesCheckpoint
 from featcal_fast.checkpoints.reader import Checkpoint, TensorSource, WrappedSource, canonical
-from featcal_fast.checkpoints.shards import TensorInfo, is_finite
-from featcal_fast.checkpoints.writer import CheckpointWriter, check_output, nearest_existing
+from featcal_fast.checkpoints.shards import TensorInfo, is_finite, leads_out, parse_header, read_errors, read_header
+from featcal_fast.checkpoints.side_files import REPORT
+from featcal_fast.checkpoints.work import (
+    WorkFolder,
+    check_output,
+    held_bytes,
+    nearest_existing,
+    work_path,
+    write_errors,
+)
+from featcal_fast.checkpoints.writer import CheckpointWriter
 
 __all__ = [
+    "REPORT",
     "STORAGES",
     "BitsAndBytesCheckpoint",
     "CachedExpert",
     "Checkpoint",
     "CheckpointWriter",
+    "Lock",
     "LoraExpert",
+    "Manifest",
     "TensorInfo",
     "TensorSource",
+    "WorkFolder",
     "WrappedSource",
     "cached_bytes",
     "canonical",
     "check_output",
     "find_checkpoint",
     "find_expert",
+    "held_bytes",
     "is_finite",
+    "leads_out",
     "nearest_existing",
+    "parse_header",
+    "read_errors",
+    "read_header",
+    "work_path",
+    "write_errors",
 ]

@@ -142,9 +142,13 @@ class LoraExpert:
             total += 0 if name in self.replaced else self.base.stored_bytes([name])
         return total
 
-    def side_files(self) -> list[Path]:
+    def side_files(self) -> dict[str, Path]:
         """The base's: an adapter's folder is not a model's."""
         return self.base.side_files()
+
+    def left_out(self) -> list[str]:
+        """The base's likewise."""
+        return self.base.left_out()
 
     def _add(self, name: str, base: Tensor, low_rank: LowRank) -> Tensor:
         """`base`, changed in place."""

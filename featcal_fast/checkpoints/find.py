@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from featcal_fast import files
 from featcal_fast.checkpoints.adapter import WEIGHTS, LoraExpert
 from featcal_fast.checkpoints.quantised import BitsAndBytesCheckpoint
 from featcal_fast.checkpoints.reader import ADAPTER_CONFIG, Checkpoint, TensorSource, quant_method, read_json
+from featcal_fast.checkpoints.shards import read_errors
 from featcal_fast.errors import CheckpointError
 
-FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+# Of a model of the hub; `*` stands for folders too. Pickled are modules beside the model, which are copied, not opened.
+FILES = ["*.safetensors", "*.json", "*.model", "*.spm", "*.tiktoken", "*.txt", "*.md", "*.jinja", "*/pytorch_model.bin"]
 
 
 def find_checkpoint(reference: str, root: Path, label: str) -> Checkpoint:
@@ -37,8 +40,11 @@ def find_expert(reference: str, root: Path, label: str, base: Checkpoint) -> Ten
         ModelMismatchError: an adapter of another base model.
     """
     path = find_folder(reference, root, label)
-    # Some trainers put the base's config.json beside an adapter.
-    if (path / ADAPTER_CONFIG).is_file() and ((path / WEIGHTS).is_file() or not (path / "config.json").is_file()):
+    with read_errors(label, path):
+        # Some trainers put the base's config.json beside an adapter.
+        plain = (path / "config.json").is_file() and not (path / WEIGHTS).is_file()
+        adapter = (path / ADAPTER_CONFIG).is_file() and not plain
+    if adapter:
         return LoraExpert(path, label, base)
     if quant_method(read_json(path, "config.json", label)) == BitsAndBytesCheckpoint.quantisation:
         return BitsAndBytesCheckpoint(path, label)
@@ -48,10 +54,11 @@ def find_expert(reference: str, root: Path, label: str, base: Checkpoint) -> Ten
 def find_folder(reference: str, root: Path, label: str) -> Path:
     """The folder of the model that a recipe names; it need not exist where a path is named."""
     path = root / Path(reference).expanduser()
-    if (path / "snapshots").is_dir() and not (path / "config.json").is_file():
-        return _snapshot(path, label)
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", reference):
-        return path
+    with read_errors(label, path):
+        if (path / "snapshots").is_dir() and not (path / "config.json").is_file():
+            return _snapshot(path, label)
+        if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", reference):
+            return path
     from huggingface_hub import snapshot_download
 
     repo, _, revision = reference.partition("@")
@@ -67,8 +74,8 @@ def find_folder(reference: str, root: Path, label: str) -> Path:
 def _snapshot(path: Path, label: str) -> Path:
     """The snapshot that a model's folder in the hub's cache stands for: that of `main`, or the only one."""
     main = path / "refs" / "main"
-    found = sorted(folder.name for folder in (path / "snapshots").iterdir() if folder.is_dir())
-    name = main.read_text().strip() if main.is_file() else None
+    found = [folder.name for folder in files.list_folder(path / "snapshots") if folder.is_dir()]
+    name = files.read_bytes(main).decode(errors="replace").strip() if main.is_file() else None
     if name not in found:
         if len(found) != 1:
             raise CheckpointError(

@@ -10,25 +10,15 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from featcal_fast.checkpoints.shards import DTYPES, Shards, TensorInfo
+from featcal_fast import files
+from featcal_fast.checkpoints.shards import DTYPES, Shards, TensorInfo, read_errors
+from featcal_fast.checkpoints.side_files import SideFiles, find_side_files
 from featcal_fast.errors import CheckpointError, UnsupportedModelError
 
 ADAPTER_CONFIG = "adapter_config.json"
 FLOATS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
 # What one layout of a checkpoint has and another has not.
 OPTIONAL_PREFIXES = ("vision_model.", "model.", "transformer.", "bert.", "roberta.", "vit.", "deit.", "dinov2.")
-WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".index.json",
-)
 
 
 class TensorSource(Protocol):
@@ -68,8 +58,12 @@ class TensorSource(Protocol):
         """What `read(names)` takes from files."""
         ...
 
-    def side_files(self) -> list[Path]:
-        """Everything beside the weights."""
+    def side_files(self) -> dict[str, Path]:
+        """Everything beside the weights that a model of this form has too, by POSIX path relative to its folder."""
+        ...
+
+    def left_out(self) -> list[str]:
+        """What else the folder holds: this model's weights in other forms, which would be another model's there."""
         ...
 
 
@@ -106,8 +100,11 @@ class WrappedSource:
     def stored_bytes(self, names: Iterable[str]) -> int:
         return self.source.stored_bytes(names)
 
-    def side_files(self) -> list[Path]:
+    def side_files(self) -> dict[str, Path]:
         return self.source.side_files()
+
+    def left_out(self) -> list[str]:
+        return self.source.left_out()
 
 
 def canonical(name: str) -> str:
@@ -170,10 +167,24 @@ class Checkpoint:
         """What `read(names)` takes from files."""
         return sum(self.shards.tensors[name].nbytes for name in names)
 
-    def side_files(self) -> list[Path]:
-        """Everything beside the weights: config, tokenizer, generation config, chat template, ..."""
-        files = [file for file in sorted(self.path.iterdir()) if file.is_file() and not file.name.startswith(".")]
-        return [self.shards.inside(file.name) for file in files if not file.name.endswith(WEIGHT_SUFFIXES)]
+    def side_files(self) -> dict[str, Path]:
+        """Everything beside the weights, subfolders too: config, tokenizer, chat templates, pooling, ...
+
+        Returns:
+            Files by POSIX path relative to the folder.
+
+        Raises:
+            CheckpointError: one is unreadable, no file, or a link out of the folder.
+        """
+        return self._beside.files
+
+    def left_out(self) -> list[str]:
+        """Paths of the same weights in other forms, such as `pytorch_model.bin` and `onnx/model.onnx`."""
+        return self._beside.left_out
+
+    @cached_property
+    def _beside(self) -> SideFiles:
+        return find_side_files(self.shards)
 
     def _check_quantisation(self) -> None:
         found = quant_method(self.json)
@@ -209,21 +220,20 @@ def read_json(path: Path, file: str, label: str) -> dict[str, Any]:
         CheckpointError: no such folder or file, or no JSON object in it.
         UnsupportedModelError: an adapter's folder, where a checkpoint was expected.
     """
-    if not path.is_dir():
-        raise CheckpointError(f"{label}: {path} is not a folder; expected a model folder with {file}")
-    if not (path / file).is_file():
-        if (path / ADAPTER_CONFIG).is_file():
-            raise UnsupportedModelError(
-                f"{label}: {path} is an adapter, expected a full checkpoint: only experts may be adapters; merge it "
-                "into its base model first (peft: merge_and_unload, save_pretrained)"
-            )
-        raise CheckpointError(f"{label}: {path} is not a checkpoint: {file} is missing")
-    try:
-        values = json.loads((path / file).read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{label}: {path / file} is not valid JSON: {error}") from error
-    except OSError as error:
-        raise CheckpointError(f"{label}: {path / file} cannot be read: {error.strerror}; check its rights") from error
+    with read_errors(label, path):
+        if not path.is_dir():
+            raise CheckpointError(f"{label}: {path} is not a folder; expected a model folder with {file}")
+        if not (path / file).is_file():
+            if (path / ADAPTER_CONFIG).is_file():
+                raise UnsupportedModelError(
+                    f"{label}: {path} is an adapter, expected a full checkpoint: only experts may be adapters; merge "
+                    "it into its base model first (peft: merge_and_unload, save_pretrained)"
+                )
+            raise CheckpointError(f"{label}: {path} is not a checkpoint: {file} is missing")
+        try:
+            values = json.loads(files.read_text(path / file))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{label}: {path / file} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{label}: {path / file}: found a JSON {type(values).__name__}, expected an object")
     return values

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from featcal_fast import files
 from featcal_fast.errors import CheckpointError, UnsupportedModelError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
+MAX_DIMENSIONS = 64  # as torch has it
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -49,12 +51,31 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A tensor's entry in its file's header; `start` counts from the beginning of the file."""
+    """A tensor's entry in its file's header; `start` and `end` count from the beginning of the file."""
 
     file: str
     shape: tuple[int, ...]
     dtype: str
     start: int
+    end: int
+
+
+@contextmanager
+def read_errors(label: str, path: Path) -> Iterator[None]:
+    """Turn what the operating system says of a model's file into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{label}: {error.filename or path} cannot be read: {error.strerror or error}; check that the download is "
+            "complete, its rights, and the disk"
+        ) from error
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a file that exists is a link out of a model's folder; links into the hub's cache stay in the model."""
+    root, target = folder.resolve(), path.resolve()
+    return root not in (target, *target.parents) and target.parent != root.parent.parent / "blobs"
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -75,6 +96,8 @@ class Shards:
         index: the name of the index of several.
 
     Attributes:
+        files: names of the safetensors files.
+        index: the name that an index has, where there is one.
         headers: of all tensors, by name.
         bytes_read: of tensors, so far.
 
@@ -83,19 +106,19 @@ class Shards:
     """
 
     def __init__(self, path: Path, label: str, single: str = SINGLE, index: str = INDEX) -> None:
-        self.path, self.label, self._index = path, label, index
+        self.path, self.label, self.index = path, label, index
         self.bytes_read = 0
         self._counting = Lock()  # blocks are read in a thread of their own
-        listed: dict[str, str] = {}
-        if (path / single).is_file():
-            files = [single]
-        elif (path / index).is_file():
-            listed = self._read_index()
-            files = sorted(set(listed.values()))
-        else:
-            raise self._no_weights(single)
+        with read_errors(label, path):
+            if (path / single).is_file():
+                self.files, listed = [single], {}
+            elif (path / index).is_file():
+                listed = self._read_index()
+                self.files = sorted(set(listed.values()))
+            else:
+                raise self._no_weights(single)
         self.headers: dict[str, Header] = {}
-        for file in files:
+        for file in self.files:
             self.headers |= self._read_header(file)
         for name, file in listed.items():
             if name not in self.headers or self.headers[name].file != file:
@@ -140,7 +163,8 @@ class Shards:
             by_file.setdefault(self.headers[name].file, []).append(name)
         found = {}
         for file, members in by_file.items():
-            with open(self.inside(file), "rb", buffering=0) as handle:
+            path = self.path / file
+            with read_errors(self.label, path), closing(files.open_to_read(self._inside(path))) as handle:
                 for name in sorted(members, key=lambda name: self.headers[name].start):
                     found[name] = self._read_tensor(handle, name)
                     if not packed and found[name].is_floating_point() and not is_finite(found[name]):
@@ -152,47 +176,43 @@ class Shards:
         return found
 
     def _read_tensor(self, handle: FileIO, name: str) -> Tensor:
-        info, position = self.tensors[name], 0
+        info = self.tensors[name]
         tensor = torch.empty(info.shape, dtype=info.dtype)
         # A view of the memory itself; numpy has no bfloat16, so it goes as bytes.
         memory = tensor.reshape(-1).view(torch.uint8).numpy().data
-        handle.seek(self.headers[name].start)
-        while position < info.nbytes:
-            count = handle.readinto(memory[position:])
-            if not count:
-                raise CheckpointError(
-                    f"{self.label}: {self.where(name)} ends early; the file changed while it was being read"
-                )
-            position += count
+        if files.fill(handle, memory, self.headers[name].start) < info.nbytes:
+            raise CheckpointError(
+                f"{self.label}: {self.where(name)} ends early; the file changed while it was being read"
+            )
         with self._counting:
             self.bytes_read += info.nbytes
         return tensor
 
     def _read_header(self, file: str) -> dict[str, Header]:
-        path = self.inside(file)
-        if not path.is_file():
-            raise CheckpointError(
-                f"{self.label}: {path} is missing, though {self._index} names it; the download is incomplete"
-            )
-        try:
-            with open(path, "rb") as handle:
-                header, data = _parse_header(handle, path.stat().st_size)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{self.label}: {path} is not a complete safetensors file ({error}); download or copy it again"
-            ) from error
-        return {
-            name: Header(file, tuple(entry["shape"]), entry["dtype"], data + entry["data_offsets"][0])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
+        path = self.path / file
+        with read_errors(self.label, path):
+            if not path.is_file():
+                raise CheckpointError(
+                    f"{self.label}: {path} is missing, though {self.index} names it; the download is incomplete"
+                )
+            with closing(files.open_to_read(self._inside(path))) as handle:
+                size = files.stat(path).st_size
+                try:
+                    headers, end = parse_header(read_header(handle, size), file)
+                    if end != size:
+                        raise ValueError(f"{end} bytes expected, {size} found")
+                except ValueError as error:
+                    raise CheckpointError(
+                        f"{self.label}: {path} is not a complete safetensors file ({error}); download or copy it again"
+                    ) from error
+        return headers
 
     def _read_index(self) -> dict[str, str]:
-        path = self.path / self._index
+        path = self._inside(self.path / self.index)
         try:
-            listed = json.loads(path.read_text())["weight_map"]
+            listed = json.loads(files.read_text(path))["weight_map"]
             items = {str(name): str(file) for name, file in listed.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{self.label}: {path} is not a weight index: {error!r}") from error
         for name, file in items.items():
             if Path(file).name != file or not file.endswith(".safetensors"):
@@ -202,48 +222,63 @@ class Shards:
                 )
         return items
 
-    def inside(self, name: str) -> Path:
-        """The file `name`, refused where it is a link out of the folder (the hub cache's own links are fine)."""
-        path, root = self.path / name, self.path.resolve()
-        target = path.resolve()
-        if target.parent != root and target.parent != root.parent.parent / "blobs":
+    def _inside(self, path: Path) -> Path:
+        if leads_out(path, self.path):
             raise CheckpointError(
-                f"{self.label}: {path} is a link to {target}, outside of the model folder; expected a file"
+                f"{self.label}: {path} is a link to {path.resolve()}, outside of the model folder; expected a file"
             )
         return path
 
     def _no_weights(self, single: str) -> CheckpointError:
-        pickled = sorted(file.name for file in self.path.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
+        pickled = sorted(file.name for file in files.list_folder(self.path) if file.suffix in (".bin", ".pt", ".pth"))
         if pickled:
             return CheckpointError(
                 f"{self.label}: {self.path} has only pickled weights ({pickled[0]}), which are never opened because "
                 "they can run code; convert them to safetensors first (load in transformers and save_pretrained)"
             )
-        return CheckpointError(f"{self.label}: {self.path} has neither {single} nor {self._index}")
+        return CheckpointError(f"{self.label}: {self.path} has neither {single} nor {self.index}")
 
 
-def _parse_header(handle: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
-    """A safetensors file's header, and where its data begins; nothing is mapped, however large the file.
+def read_header(file: FileIO, size: int) -> bytes:
+    """What comes before a safetensors file's data: the header's length in 8 bytes, and the header.
+
+    Args:
+        file: opened to be read.
+        size: of the file.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: the tensors do not fill the file without gaps, or are not of
-            the size that their shapes say.
+        ValueError: it is longer than the file, or than any header.
     """
-    length = int.from_bytes(handle.read(8), "little")
-    data = 8 + length
-    if length > MAX_HEADER or data > size:
+    length = int.from_bytes(files.read_at(file, 8, 0), "little")
+    if length > MAX_HEADER or 8 + length > size:
         raise ValueError(f"a header of {length} bytes in a file of {size}")
-    header = json.loads(handle.read(length))
-    position = 0
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        (start, end), shape, dtype = entry["data_offsets"], entry["shape"], str(entry["dtype"])
-        if any(type(value) is not int or value < 0 for value in (start, end, *shape)):
-            raise ValueError(f"tensor {name} has the shape {shape} at {start} to {end}")
-        numel = math.prod(shape)
-        if start != position or (dtype in DTYPES and end - start != numel * DTYPES[dtype].itemsize):
-            raise ValueError(f"tensor {name}, {dtype} of shape {shape}, lies at {start} to {end}")
-        position = end
-    if data + position != size:
-        raise ValueError(f"{data + position} bytes expected, {size} found")
-    return header, data
+    return files.read_at(file, 8 + length, 0)
+
+
+def parse_header(data: bytes, file: str) -> tuple[dict[str, Header], int]:
+    """What a safetensors file holds, and where it ends.
+
+    Args:
+        data: as `read_header` gives it.
+        file: the file's name.
+
+    Raises:
+        ValueError: there are gaps between the tensors, or one is not of the size that its shape says.
+    """
+    headers, position = {}, len(data)
+    try:
+        entries = {name: entry for name, entry in json.loads(data[8:]).items() if name != "__metadata__"}
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            (start, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+            if any(type(value) is not int or value < 0 for value in (start, end, *shape)):
+                raise ValueError(f"tensor {name} has the shape {shape} at {start} to {end}")
+            if not isinstance(dtype, str) or len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) >= 2**63:
+                raise ValueError(f"tensor {name} is {dtype} of shape {shape}")
+            nbytes = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else end - start
+            if len(data) + start != position or end - start != nbytes:
+                raise ValueError(f"tensor {name}, {dtype} of shape {shape}, lies at {start} to {end}")
+            headers[name] = Header(file, tuple(shape), dtype, position, position + nbytes)
+            position += nbytes
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(repr(error)) from error
+    return headers, position

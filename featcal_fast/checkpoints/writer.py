@@ -1,100 +1,78 @@
-"""Write a model folder tensor by tensor, in any order: it appears whole, under its name, or not at all."""
+"""Write a model folder tensor by tensor, in any order, or go on with one that was begun."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
-from uuid import uuid4
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from featcal_fast import files
 from featcal_fast.checkpoints.reader import TensorSource
-from featcal_fast.checkpoints.shards import DTYPES, INDEX, SINGLE, is_finite
-from featcal_fast.errors import OutputError
+from featcal_fast.checkpoints.shards import DTYPES, INDEX, SINGLE, TensorInfo, is_finite, read_errors
+from featcal_fast.checkpoints.side_files import REPORT
+from featcal_fast.checkpoints.work import WorkFolder, write_errors
+from featcal_fast.errors import OutputError, ResumeError
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def nearest_existing(path: Path) -> Path:
-    """`path`, or the nearest of its parents that exists."""
-    path = path.resolve()
-    return next(each for each in (path, *path.parents) if each.exists())
-
-
-def check_output(out: Path, inputs: list[Path], nbytes: int) -> None:
-    """Refuse an output folder before any work is done.
-
-    Raises:
-        OutputError: it holds something, lies in an input folder, cannot be made, or the disk lacks `nbytes`.
-    """
-    resolved = out.resolve()
-    for folder in inputs:
-        if resolved == folder.resolve() or folder.resolve() in resolved.parents:
-            raise OutputError(
-                f"out: {out} lies in the input folder {folder}, which is never written to; choose another folder"
-            )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"out: {out} already holds something; choose another folder, or remove it first")
-    if resolved.is_mount():  # a finished folder is renamed to it, which cannot be done to a mount point
-        raise OutputError(f"out: {out} is a mount point; name a folder in it, for example {out / 'calibrated'}")
-    parent = nearest_existing(resolved.parent)
-    if not parent.is_dir():
-        raise OutputError(f"out: {out} cannot be made, because {parent} is a file; choose another folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"out: {parent} cannot be written to; choose another folder")
-    free = shutil.disk_usage(parent).free
-    if free < nbytes:
-        raise OutputError(f"out: {out} needs {nbytes / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB free")
+COPIED = 2**22  # bytes of a file at a time
 
 
 class CheckpointWriter:
     """Streams tensors into safetensors files laid out like `layout`'s: same names, shapes, dtypes and shards.
 
-    Used as a context manager: a clean exit publishes the folder, an exception removes what was written. Should a
-    finished folder not get its name, it stays under another, which the error says.
+    Used as a context manager. Every file has its room on the disk before the first tensor comes. With `finish` the
+    folder is whole and on the disk; `WorkFolder.publish` gives it its name.
 
     Args:
-        out: the folder to make; must not hold anything.
+        work: where the output is made.
         layout: the checkpoint whose form, side files and shards the output takes.
+        hashes: of tensors that a run before this one has written and synced; they must still be there.
+
+    Attributes:
+        hashes: SHA-256 of what was written, by tensor; `hashed` brings it up to date.
     """
 
-    def __init__(self, out: Path, layout: TensorSource) -> None:
-        self.out, self.layout = out.resolve(), layout  # of a link, what it points to
-        self.partial = self.out.parent / f".{self.out.name}.partial-{uuid4().hex[:8]}"
-        self._files: dict[str, BinaryIO] = {}
+    def __init__(self, work: WorkFolder, layout: TensorSource, hashes: Mapping[str, str] | None = None) -> None:
+        self.out, self.folder, self.layout = work.out, work.model, layout
+        self.hashes = dict(hashes or {})
+        self._resumed = bool(hashes)
+        self._shards: dict[str, FileIO] = {}
+        self._headers: dict[str, str] = {}  # their SHA-256
+        self._side: dict[str, str] = {}
         self._offsets: dict[str, int] = {}
-        self._missing = set(layout.tensors)
+        self._missing = set(layout.tensors) - self.hashes.keys()
+        self._unsynced: set[str] = set()
+        self._hashing: dict[str, Future[str]] = {}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hashes")
 
     def __enter__(self) -> CheckpointWriter:
         try:
-            with self._write_errors():
-                self.partial.mkdir(parents=True)
-                for file in sorted({info.file for info in self.layout.tensors.values()}):
-                    self._start(file)
-                for path in self.layout.side_files():
-                    shutil.copyfile(path, self.partial / path.name)
+            with write_errors(self.out):
+                if not self._resumed:
+                    files.make_folder(self.folder)
+                members: dict[str, dict[str, TensorInfo]] = {}
+                for name, info in self.layout.tensors.items():
+                    members.setdefault(info.file, {})[name] = info
+                for file in sorted(members):
+                    self._open(file, members[file])
+                if self._resumed:
+                    self._check_written()
+                self._copy_side_files()
         except BaseException:
-            self._discard()
+            self._close()
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        except BaseException:
-            self._discard()
-            raise
-        if kind is None:
-            self._publish()
-        else:
-            self._discard()
+    def __exit__(self, *_: object) -> None:
+        self._close()
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors, cast to the layout's dtypes. Each name once.
@@ -102,6 +80,7 @@ class CheckpointWriter:
         Raises:
             OutputError: the disk is full, or a cast overflows.
         """
+        self.hashed()  # one call's tensors are kept for it, no more
         for name, tensor in tensors.items():
             info = self.layout.tensors[name]
             if tuple(tensor.shape) != info.shape:
@@ -109,13 +88,12 @@ class CheckpointWriter:
             self._missing.remove(name)
             data = tensor.detach().to("cpu", info.dtype).contiguous()
             if data.is_floating_point() and not is_finite(data):
-                raise OutputError(
-                    f"{name}: the new values do not fit {info.dtype}: some are not finite; nothing was written"
-                )
-            file = self._files[info.file]
-            with self._write_errors():
-                file.seek(self._offsets[name])
-                file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+                raise OutputError(f"{name}: the new values do not fit {info.dtype}: some are not finite")
+            memory = data.reshape(-1).view(torch.uint8).numpy().data
+            self._hashing[name] = self._thread.submit(_sha256, memory)
+            with write_errors(self.out):
+                files.write_at(self._shards[info.file], memory, self._offsets[name])
+            self._unsynced.add(info.file)
 
     def copy(self, names: Iterable[str]) -> None:
         """Copy the named tensors, where not written yet, from the layout's own checkpoint, one at a time."""
@@ -127,26 +105,47 @@ class CheckpointWriter:
         """Copy every tensor not written yet."""
         self.copy(self.layout.tensors)
 
-    def add_text(self, name: str, text: str) -> None:
-        """Put a text file beside the weights."""
-        with self._write_errors():
-            (self.partial / name).write_text(text)
+    def hashed(self) -> dict[str, str]:
+        """`hashes`, once all that was written is hashed."""
+        while self._hashing:
+            name, digest = self._hashing.popitem()
+            self.hashes[name] = digest.result()
+        return self.hashes
 
-    @contextmanager
-    def _write_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk."""
+        with write_errors(self.out):
+            for file in sorted(self._unsynced):
+                files.sync(self._shards[file])
+        self._unsynced.clear()
+
+    def contents(self) -> dict[str, Any]:
+        """SHA-256 of everything in the folder: of tensors, of their files' headers, of all other files."""
+        return {"tensors": dict(sorted(self.hashed().items())), "headers": self._headers, "files": self._side}
+
+    def finish(self, report: str | None = None) -> None:
+        """Write `report.json`, if there is one, and wait until the folder is on the disk.
+
+        Raises:
+            OutputError: it cannot be written, or a tensor was never written.
+        """
+        if self._missing:
             raise OutputError(
-                f"out: {self.out} cannot be written: {error.strerror}; nothing was left behind: free space or choose "
-                "another folder"
-            ) from error
+                f"{self.out}: {len(self._missing)} tensors were never written, {min(self._missing)} among them"
+            )
+        with write_errors(self.out):
+            if report is not None:
+                self._add(REPORT, report)
+            self.sync()
+            for file in self._shards.values():
+                files.close(file)
+            for folder in sorted({(self.folder / name).parent for name in self._side} | {self.folder}, reverse=True):
+                files.sync_folder(folder)
 
-    def _start(self, file: str) -> None:
-        """Reserve a safetensors file: its header is known before any tensor is."""
+    def _open(self, file: str, members: Mapping[str, TensorInfo]) -> None:
+        """Reserve a safetensors file, or go on with it: its header is known before any tensor is."""
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         position = 0
-        members = {name: info for name, info in self.layout.tensors.items() if info.file == file}
         # Wide types first, so that every tensor starts at a multiple of its item size.
         for name, info in sorted(members.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
             header[name] = {
@@ -158,46 +157,82 @@ class CheckpointWriter:
             position += info.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        handle = open(self.partial / file, "wb")  # noqa: SIM115 (closed by _publish and _discard)
-        handle.write(len(text).to_bytes(8, "little") + text)
+        data = len(text).to_bytes(8, "little") + text
         for name in members:
-            self._offsets[name] += 8 + len(text)
-        handle.truncate(8 + len(text) + position)
-        self._files[file] = handle
+            self._offsets[name] += len(data)
+        path = self.folder / file
+        try:
+            self._shards[file] = shard = files.open_to_write(path) if self._resumed else files.create(path)
+        except FileNotFoundError:
+            raise ResumeError(f"{path} is gone, which the interrupted run wrote; --fresh starts over") from None
+        self._headers[file] = _sha256(data)
+        files.reserve(shard, len(data) + position)
+        files.write_at(shard, data, 0)
+        self._unsynced.add(file)
 
-    def _finish(self) -> None:
-        if self._missing:
-            raise OutputError(
-                f"{self.out}: {len(self._missing)} tensors were never written, {min(self._missing)} among them"
-            )
+    def _check_written(self) -> None:
+        """What a run before this one has written must be as it was."""
+        for name, expected in self.hashes.items():
+            info = self.layout.tensors[name]
+            memory = memoryview(bytearray(info.nbytes))
+            files.fill(self._shards[info.file], memory, self._offsets[name])
+            if _sha256(memory) != expected:
+                raise ResumeError(
+                    f"{self.folder / info.file}: tensor {name} is not as the interrupted run wrote it; --fresh starts "
+                    "over"
+                )
+
+    def _copy_side_files(self) -> None:
+        side = self.layout.side_files()
+        for name, path in side.items():
+            target = self.folder / name
+            if target.exists():  # half-written, for all that is known
+                files.remove(target)
+            for folder in reversed(target.relative_to(self.folder).parents[:-1]):
+                if not (self.folder / folder).exists():
+                    files.make_folder(self.folder / folder)
+            self._side[name] = self._copy_file(path, target)
         infos = self.layout.tensors
-        if set(self._files) != {SINGLE}:
+        if set(self._shards) != {SINGLE}:
             index = {
                 "metadata": {"total_size": sum(info.nbytes for info in infos.values())},
                 "weight_map": {name: infos[name].file for name in sorted(infos)},
             }
-            self.add_text(INDEX, json.dumps(index, indent=2) + "\n")
-        with self._write_errors():
-            for handle in self._files.values():
-                handle.flush()
-                os.fsync(handle.fileno())
-                handle.close()
+            self._side[INDEX] = self._add(INDEX, json.dumps(index, indent=2) + "\n")
 
-    def _publish(self) -> None:
-        try:
-            os.replace(self.partial, self.out)
-        except OSError as error:
-            raise OutputError(
-                f"out: the finished model is in {self.partial}, because {self.out} could not be put in its place: "
-                f"{error.strerror}; rename it yourself"
-            ) from error
-        with suppress(OSError):  # some file systems cannot; the folder is there all the same
-            parent = os.open(self.out.parent, os.O_RDONLY)
-            os.fsync(parent)
-            os.close(parent)
+    def _copy_file(self, path: Path, target: Path) -> str:
+        """Its SHA-256."""
+        digest, position, memory = hashlib.sha256(), 0, memoryview(bytearray(COPIED))
+        with closing(files.create(target)) as file:
+            for part in self._parts(path, memory):
+                digest.update(part)
+                files.write_at(file, part, position)
+                position += len(part)
+            files.sync(file)
+        return digest.hexdigest()
 
-    def _discard(self) -> None:
-        for handle in self._files.values():
+    def _parts(self, path: Path, memory: memoryview) -> Iterator[memoryview]:
+        """A file's content, `memory` by `memory`; what goes wrong is that file's, not the output's."""
+        position = 0
+        with read_errors(self.layout.label, path), closing(files.open_to_read(path)) as source:
+            while count := files.read_into(source, memory, position):
+                yield memory[:count]
+                position += count
+
+    def _add(self, name: str, text: str) -> str:
+        """A text file beside the weights; its SHA-256."""
+        path, data = self.folder / name, text.encode()
+        if path.exists():
+            files.remove(path)
+        files.write_bytes(path, data)
+        return _sha256(data)
+
+    def _close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        for shard in self._shards.values():
             with suppress(OSError):  # what could not be written will not be missed
-                handle.close()
-        shutil.rmtree(self.partial, ignore_errors=True)
+                shard.close()
+
+
+def _sha256(data: memoryview | bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from featcal_fast.checkpoints import CachedExpert, Checkpoint, TensorSource, check_output, find_checkpoint, find_expert
+from featcal_fast import files
+from featcal_fast.checkpoints import (
+    CachedExpert,
+    Checkpoint,
+    TensorSource,
+    check_output,
+    find_checkpoint,
+    find_expert,
+    read_errors,
+)
 from featcal_fast.errors import RecipeError
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.merging.merged import MergedCheckpoint
@@ -12,6 +21,9 @@ from featcal_fast.merging.merged import MergedCheckpoint
 
 class RecipeModels:
     """The models that a recipe names.
+
+    Attributes:
+        side_bytes: of the files that the calibrated model takes over beside its tensors.
 
     Raises:
         FeatCalError: one of them is not usable.
@@ -31,6 +43,8 @@ class RecipeModels:
             self.merged = find_checkpoint(recipe.merged_model, recipe.root, "merged model")
         else:
             self.merged = MergedCheckpoint(self.base, self.experts, recipe.merge.method, recipe.merge.scaling)
+        with read_errors(self.merged.label, self.merged.path):
+            self.side_bytes = sum(files.stat(path).st_size for path in self.merged.side_files().values())
 
     @property
     def folders(self) -> list[Path]:
@@ -68,5 +82,5 @@ def output_folder(recipe: Recipe, models: RecipeModels) -> Path:
     if recipe.out is None:
         raise RecipeError("out: missing; expected the folder to write, in the recipe or as --out")
     folder = recipe.root / Path(recipe.out).expanduser()
-    check_output(folder, models.folders, models.nbytes)
+    check_output(folder, models.folders, models.nbytes + models.side_bytes)
     return folder

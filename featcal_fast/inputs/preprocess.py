@@ -7,8 +7,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from featcal_fast import files
 from featcal_fast.errors import DataError
-from featcal_fast.inputs.samples import Sample, as_data_error, as_tokens, import_optional, listed
+from featcal_fast.inputs.samples import Sample, as_data_error, as_tokens, import_optional, listed, os_errors
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -62,12 +63,15 @@ def _render(sample: Sample, tokenizer: Any) -> str:
 def process_image(sample: Sample, processor: Any) -> Sample:
     from PIL import Image
 
-    file = sample.values["image"]
-    with as_data_error(f"{sample.where}: cannot be read as an image; replace or remove it"):
-        if isinstance(file, dict):  # a dataset's cell
-            file = file["path"] if file["bytes"] is None else BytesIO(file["bytes"])
-        with Image.open(file) as image:
-            pixels = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
+    data = sample.values["image"]
+    if isinstance(data, dict):  # a dataset's cell
+        data = Path(data["path"]) if data["bytes"] is None else data["bytes"]
+    if isinstance(data, Path):
+        with os_errors(sample.where):
+            data = files.read_bytes(data)
+    error = f"{sample.where}: cannot be read as an image; replace or remove it"
+    with as_data_error(error), Image.open(BytesIO(data)) as image:
+        pixels = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
     return Sample(sample.where, {"pixel_values": pixels[0]})
 
 
@@ -75,7 +79,9 @@ def load_tokenizer(source: object, folders: Sequence[Path], *, chat: bool) -> An
     from transformers import AutoTokenizer
 
     for folder in map(Path, folders):
-        if any((folder / name).is_file() for name in VOCABULARIES):
+        with os_errors(folder):
+            found = any((folder / name).is_file() for name in VOCABULARIES)
+        if found:
             tokenizer = _from_pretrained(AutoTokenizer, folder, truncation_side="right")
             if tokenizer.chat_template or not chat:
                 return tokenizer
@@ -90,9 +96,11 @@ def load_image_processor(source: object, folders: Sequence[Path]) -> Any:
 
     for folder in map(Path, folders):
         nested = folder / "processor_config.json"  # where a processor of texts and images is saved since v5
-        if (folder / "preprocessor_config.json").is_file() or (
-            nested.is_file() and "image_processor" in nested.read_text(encoding="utf-8")
-        ):
+        with os_errors(nested):
+            found = (folder / "preprocessor_config.json").is_file() or (
+                nested.is_file() and b"image_processor" in files.read_bytes(nested)
+            )
+        if found:
             return _from_pretrained(AutoImageProcessor, folder)
     raise DataError(
         f"{source}: found no image processor in {listed(folders)}; copy the checkpoint's "

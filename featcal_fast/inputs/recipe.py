@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from featcal_fast import files
 from featcal_fast.checkpoints import STORAGES
 from featcal_fast.errors import RecipeError
 from featcal_fast.merging.merged import METHODS
@@ -112,19 +113,24 @@ class Recipe:
             The recipe.
 
         Raises:
-            RecipeError: no such file, not YAML, an unknown key (with the nearest valid one), a missing or wrong value.
+            RecipeError: no such file, unreadable, not YAML, an unknown key (with the nearest valid one), a missing or
+                wrong value.
         """
         if isinstance(recipe, Recipe):
             return recipe
         if isinstance(recipe, Mapping):
             return cls._from_mapping(recipe, Path.cwd())
         path = Path(recipe).expanduser()
-        if not path.is_file():
-            raise RecipeError(f"{path} is not a file; expected a recipe in YAML (docs/recipes.md)")
         try:
-            values = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            if not path.is_file():
+                raise RecipeError(f"{path} is not a file; expected a recipe in YAML (docs/recipes.md)")
+            values = yaml.safe_load(files.read_text(path))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise RecipeError(f"{path} is not valid YAML: {error}") from error
+        except OSError as error:
+            raise RecipeError(
+                f"{path} cannot be read: {error.strerror or error}; check the file and its rights"
+            ) from error
         if not isinstance(values, dict):
             raise RecipeError(
                 f"{path}: found {type(values).__name__}, expected a mapping with base_model, experts, ..."

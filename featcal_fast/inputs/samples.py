@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
+from featcal_fast import files
 from featcal_fast.errors import DataError
 
 # The keys of a text sample; of a dataset with more columns than that, the first kind it has.
@@ -68,13 +69,11 @@ def read_samples(source: str | Path, samples: int, seed: int) -> list[Sample]:
     path = Path(source)
     suffix = path.suffix.lower()
     if path.is_dir():
-        below = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
-        # Hidden files are caches, version control and resource forks, never data.
-        files = [below[key] for key in sorted(below) if not any(part.startswith(".") for part in key.parts)]
+        found = data_files(path)
         # Tables first: the clone of a hub dataset may hold a picture for its card.
-        if any(file.suffix.lower() in TABLE_SUFFIXES for file in files):
+        if any(file.suffix.lower() in TABLE_SUFFIXES for file in found):
             return _read_dataset(path, "train", samples, seed)
-        images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+        images = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
         if not images:
             raise DataError(f"{path}: found no images, parquet or arrow files; expected {SUPPORTED}")
         return [Sample(str(images[i]), {"image": images[i]}) for i in _draw(len(images), samples, seed, path)]
@@ -89,6 +88,12 @@ def read_samples(source: str | Path, samples: int, seed: int) -> list[Sample]:
     return _read_dataset(hub[1], hub[2] or "train", samples, seed)
 
 
+def data_files(folder: Path) -> list[Path]:
+    """All files below a folder, in order. Hidden ones are caches, version control and resource forks, never data."""
+    below = (file for file in files.list_below(folder) if file.is_file())
+    return [file for file in below if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+
+
 def _draw(count: int, samples: int, seed: int, source: object) -> list[int]:
     if count == 0:
         raise DataError(f"{source}: found zero samples; expected at least one")
@@ -97,16 +102,15 @@ def _draw(count: int, samples: int, seed: int, source: object) -> list[int]:
 
 def _read_jsonl(path: Path, samples: int, seed: int) -> list[Sample]:
     drawn: list[Sample] = []
-    with path.open("rb") as file:
-        lines, offset = [], 0  # number and first byte of every line that is not blank
-        for number, line in enumerate(file, 1):
+    with closing(files.open_to_read(path)) as file:
+        lines, offset = [], 0  # number, length and first byte of every line that is not blank
+        for number, line in enumerate(files.read_lines(file), 1):
             if line.strip():
-                lines.append((number, offset))
+                lines.append((number, len(line), offset))
             offset += len(line)
         for i in _draw(len(lines), samples, seed, path):
-            number, offset = lines[i]
-            file.seek(offset)
-            drawn.append(_parse_line(file.readline(), f"{path}, line {number}"))
+            number, length, offset = lines[i]
+            drawn.append(_parse_line(files.read_at(file, length, offset), f"{path}, line {number}"))
     for sample in drawn:
         if tuple(sample.values) != tuple(drawn[0].values):
             raise DataError(
@@ -213,7 +217,7 @@ def os_errors(source: object) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"{source}: cannot be read: {error.strerror or error}; check the file and its rights"
+            f"{error.filename or source}: cannot be read: {error.strerror or error}; check the file and its rights"
         ) from error
 
 

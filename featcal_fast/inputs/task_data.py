@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from featcal_fast import files
 from featcal_fast.errors import DataError
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.recipe import Recipe
-from featcal_fast.inputs.samples import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, check_exists, os_errors
+from featcal_fast.inputs.samples import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, check_exists, data_files, os_errors
 
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}  # of a forward pass: enough for products to run at full speed
 
@@ -94,8 +96,8 @@ def describe_data(recipe: Recipe, models: RecipeModels, device: torch.device) ->
     for task, expert in recipe.experts.items():
         samples, length = expert.samples or recipe.samples, expert.max_length or recipe.max_length
         path = local_data(recipe, expert.data)
-        check_exists(path)
         with os_errors(path):
+            check_exists(path)
             forms, found = _forms(path, models.merged.config, length)
             unpadded = found is not None and _unpadded(path)
         if found == 0:
@@ -124,13 +126,13 @@ def _forms(path: Path | str, config: Any, max_length: int) -> tuple[Forms, int |
     if isinstance(path, str):
         return images or text, None  # a data set of the hub
     if path.is_dir():
-        suffixes = [file.suffix.lower() for file in path.rglob("*")]
+        suffixes = [file.suffix.lower() for file in data_files(path)]
         if not TABLE_SUFFIXES.isdisjoint(suffixes):
             return images or text, None
         return images or text, sum(suffix in IMAGE_SUFFIXES for suffix in suffixes) or None
     if path.suffix.lower() == ".jsonl":
-        with path.open("rb") as file:
-            return text, sum(bool(line.strip()) for line in file)
+        with closing(files.open_to_read(path)) as lines:
+            return text, sum(bool(line.strip()) for line in files.read_lines(lines))
     if path.suffix.lower() != ".safetensors":
         raise DataError(f"{path}: found the unknown file type {path.suffix!r}; expected {SUPPORTED}")
     try:
@@ -177,6 +179,5 @@ def _full_batch(forms: Forms, config: Any, device: torch.device) -> int:
 def local_data(recipe: Recipe, data: str) -> Path | str:
     """A task's data on disk, or, where nothing is there, what the recipe says."""
     local = recipe.root / Path(data).expanduser()
-    if local.exists():
-        return local
-    return data
+    with os_errors(local):
+        return local if local.exists() else data

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from featcal_fast import files
 from featcal_fast.calibrate import calibrate_source
-from featcal_fast.checkpoints import CheckpointWriter
-from featcal_fast.errors import RecipeError
+from featcal_fast.checkpoints import REPORT, CheckpointWriter, Lock, WorkFolder, write_errors
+from featcal_fast.errors import OutputError, RecipeError, ResumeError
 from featcal_fast.inputs.load import load_data
 from featcal_fast.inputs.models import RecipeModels, output_folder
 from featcal_fast.inputs.recipe import Recipe, RecipeLike
+from featcal_fast.job.fingerprint import Digested, Facts, differences, fingerprint, input_files
+from featcal_fast.job.resume import Past, Resumable, find_past, left_behind, telling_what_is_kept
 from featcal_fast.planning.planner import choose_offload
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import Report
@@ -22,7 +26,7 @@ from featcal_fast.streaming.hidden_states import Offload
 from featcal_fast.streaming.machine import find_device
 from featcal_fast.streaming.sources import CheckpointSource
 
-Sources = tuple[CheckpointSource, CheckpointSource, dict[str, CheckpointSource]]  # student, base, experts
+Batches = Mapping[str, Iterable[Mapping[str, Tensor]]]
 
 
 def calibrate(
@@ -34,10 +38,14 @@ def calibrate(
     device_memory: int | None = None,
     host_memory: int | None = None,
     scratch: str | Path | None = None,
+    resume: bool = False,
+    fresh: bool = False,
+    checkpoint_every: int | None = None,
 ) -> Report:
     """Calibrate the model that a recipe describes and write it to a new folder, `report.json` beside the weights.
 
-    Folders are streamed: one layer of one expert is in memory at a time, and no whole model is ever built.
+    Folders are streamed: one layer of one expert is in memory at a time, and no whole model is ever built. What is done
+    is kept beside the output, so that a run that is stopped can go on, with the bits of one that was not.
 
     Args:
         recipe: a `Recipe`, a mapping, or the path of a YAML file.
@@ -46,65 +54,124 @@ def calibrate(
         progress: told how the run goes.
         device_memory: bytes of it that may be used; by default what is free.
         host_memory: bytes of host memory that may be used; by default what is free.
-        scratch: a folder for hidden states between layers, as unnamed files; by default they wait on a GPU if they
-            fit there, else in host memory.
+        scratch: a folder for hidden states between layers; by default they wait on a GPU if they fit there, else in
+            host memory.
+        resume: go on with what an interrupted run into the same folder has left, if it has.
+        fresh: remove that, and start over.
+        checkpoint_every: after how many layers all that is done is made durable; 0 for never, by default as often as
+            that takes no more than a twentieth of the time.
 
     Returns:
         What happened, layer by layer.
 
     Raises:
         FeatCalError: the recipe, a model, the data or the output folder is not usable, memory will not do (see
-            `plan`), or features are not finite.
-            No output folder is left behind.
+            `plan`), features are not finite, an input changed meanwhile, or an interrupted run has left something and
+            neither `resume` nor `fresh` is set. The output folder is not there, then; what was done before an error
+            stays beside it, if a run can go on from there.
     """
-    recipe = _with_out(recipe, out)
-    device = find_device(device)
+    if resume and fresh:
+        raise RecipeError("found both resume and fresh, expected one of them at most")
+    if checkpoint_every is not None and checkpoint_every < 0:
+        raise RecipeError(f"checkpoint_every: found {checkpoint_every}, expected a number of layers, or 0 for never")
+    recipe, device = _with_out(recipe, out), find_device(device)
     models = RecipeModels(recipe)
-    folder = output_folder(recipe, models)
-    sources = _sources(models, device)
-    batches, sizes = load_data(recipe, models, device)
-    plan, offload = choose_offload(recipe, models, device, sizes, device_memory, host_memory, scratch)
-    plan.check()
-    with CheckpointWriter(folder, models.merged) as writer:
-        report = _calibrate(
-            recipe, models, sources, batches, device, writer, progress or Progress(), offload, plan.chunk
+    with WorkFolder(output_folder(recipe, models)) as work:
+        past = find_past(work, resume=resume, fresh=fresh)
+        facts = fingerprint(recipe, models, device)
+        past.check(facts)
+        job = _Job(recipe, models, device, progress or Progress(), work, past, checkpoint_every)
+        with telling_what_is_kept(work, job.progress):
+            if work.finished:
+                report = Report.from_json(files.read_text(work.model / REPORT))
+            else:
+                report = job.run(facts, device_memory, host_memory, scratch)
+            work.publish()
+    return report
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A calibration in its work folder; fields are as `calibrate` has them."""
+
+    recipe: Recipe
+    models: RecipeModels
+    device: torch.device
+    progress: Progress
+    work: WorkFolder
+    past: Past
+    every: int | None
+
+    def run(
+        self, facts: Facts, device_memory: int | None, host_memory: int | None, scratch: str | Path | None
+    ) -> Report:
+        """All but the output's name."""
+        recipe, models, work, past = self.recipe, self.models, self.work, self.past
+        batches, sizes = load_data(recipe, models, self.device)
+        plan, offload = choose_offload(
+            recipe, models, self.device, sizes, device_memory, host_memory, scratch, self.every
         )
-        report.flops = sum(plan.flops.values())
-        report.recipe, report.out = recipe.to_dict(), str(folder)
-        report.bytes_read |= models.bytes_read
+        plan.check()
+        past.check_chunk(plan.chunk)
+        if past.layers:
+            self.progress.resumed(past.layers)
+        with _scratch_locked(work, offload):
+            if not past.layers and self.every != 0:
+                with write_errors(work.out):
+                    work.begin({"fingerprint": facts, "layers": len(plan.layers)}, offload)
+            with CheckpointWriter(work, models.merged, past.hashes) as writer:
+                report = self._calibrate(writer, batches, offload, past.chunk or plan.chunk)
+                report.flops = sum(plan.flops.values())
+                writer.finish(report.to_json())
+        _check_unchanged(work, recipe, models, facts)
+        return report
+
+    def _calibrate(self, writer: CheckpointWriter, batches: Batches, offload: Offload, chunk: int) -> Report:
+        """From the models' files to the output's."""
+        models, device = self.models, self.device
+        student, base = CheckpointSource(models.merged, device), CheckpointSource(models.base, device)
+        experts = {task: CheckpointSource(expert, device) for task, expert in models.experts.items()}
+        layers = {name for layer in student.structure.layers for name in student.block_tensors(layer.index)}
+        writer.copy(name for name in models.merged.tensors if name not in layers)  # what is broken is found at once
+
+        digested = {task: Digested(each) for task, each in batches.items()}
+        with Resumable(student, writer, self.work, models, self.past, digested, self.every) as output:
+            settings, progress = self.recipe.settings, self.progress
+            report = calibrate_source(
+                student, base, experts, digested, settings, device, output, progress, offload, chunk
+            )
+            writer.copy_rest()
+            report.seconds = output.seconds
+            report.bytes_read |= output.bytes_read
+        report.recipe, report.out = self.recipe.to_dict(), str(self.work.out)
         report.bytes_written["calibrated model"] = models.nbytes
         report.storage_error = models.storage_error
-        writer.add_text("report.json", report.to_json())
-    return report
+        report.contents, report.left_out = writer.contents(), models.merged.left_out()
+        return report
 
 
-def _sources(models: RecipeModels, device: torch.device) -> Sources:
-    experts = {task: CheckpointSource(expert, device) for task, expert in models.experts.items()}
-    return CheckpointSource(models.merged, device), CheckpointSource(models.base, device), experts
+@contextmanager
+def _scratch_locked(work: WorkFolder, offload: Offload) -> Iterator[None]:
+    """Folders for hidden states that are not the work folder's are this run's alone."""
+    folders = {offload.resolve()} if isinstance(offload, Path) else set()
+    if work.path not in work.states.parents:
+        folders.add(work.states.parent.resolve())
+    with ExitStack() as stack:
+        for folder in sorted(folders):
+            with write_errors(folder):
+                stack.callback(Lock(folder / ".featcal-fast.lock", f"scratch: {folder}").release)
+                work.remove_unowned(folder)
+        yield
 
 
-def _calibrate(
-    recipe: Recipe,
-    models: RecipeModels,
-    sources: Sources,
-    batches: Mapping[str, Iterable[dict[str, Tensor]]],
-    device: torch.device,
-    writer: CheckpointWriter,
-    progress: Progress,
-    offload: Offload,
-    chunk: int,
-) -> Report:
-    """From the models' files to the output's."""
-    student, base, experts = sources
-    layers = {name for layer in student.structure.layers for name in student.block_tensors(layer.index)}
-    writer.copy(name for name in models.merged.tensors if name not in layers)  # what is broken is found at once
-
-    def write(index: int, parameters: dict[str, Tensor]) -> None:
-        writer.write({student.tensor_name(index, name): value for name, value in parameters.items()})
-
-    report = calibrate_source(student, base, experts, batches, recipe.settings, device, write, progress, offload, chunk)
-    writer.copy_rest()
-    return report
+def _check_unchanged(work: WorkFolder, recipe: Recipe, models: RecipeModels, facts: Facts) -> None:
+    """Raises:
+    OutputError: files that were read are not those that they were at the beginning. Nothing of the result is kept."""
+    if different := differences({"inputs": facts["inputs"]}, {"inputs": input_files(recipe, models)}):
+        work.keep = False
+        raise OutputError(
+            f"out: {work.out} was not written, because inputs changed while they were read: {different}; run again"
+        )
 
 
 def merge(recipe: RecipeLike, *, out: str | Path | None = None) -> Path:
@@ -126,10 +193,18 @@ def merge(recipe: RecipeLike, *, out: str | Path | None = None) -> Path:
             "merge: missing; expected `merge: {method: task_arithmetic, scaling: 0.3}` in place of merged_model"
         )
     models = RecipeModels(recipe)
-    folder = output_folder(recipe, models)
-    with CheckpointWriter(folder, models.merged) as writer:
-        writer.copy_rest()
-    return folder
+    with WorkFolder(output_folder(recipe, models)) as work:
+        if work.finished or Past(work.manifest.entries).layers:  # of a calibration, or of a merge that lacks its name
+            work.keep = True
+            raise ResumeError(left_behind(work.out))
+        work.clear()
+        before = input_files(recipe, models)
+        with CheckpointWriter(work, models.merged) as writer:
+            writer.copy_rest()
+            writer.finish()
+        _check_unchanged(work, recipe, models, {"inputs": before})
+        work.publish()
+    return work.out
 
 
 def _with_out(recipe: RecipeLike, out: str | Path | None) -> Recipe:

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from featcal_fast import files
+
 
 def known_rate(device: torch.device) -> float | None:
     """Operations a second of the last run on such a device, as `remember_rate` kept it; None if there was none."""
-    try:
-        return float(json.loads(_rates().read_text())[_name(device)])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError):  # the last two: no such device
-        return None
+    with suppress(RuntimeError, AssertionError, KeyError):  # no home, no such device, no run on it
+        return _known(_rates())[_name(device)]
+    return None
 
 
 def remember_rate(device: torch.device, rate: float) -> None:
     """Keep the rate of a run for estimates to come, in the user's cache folder; where that cannot be, do nothing."""
-    with suppress(OSError, RuntimeError):
+    with suppress(OSError, RuntimeError, AssertionError):
         path = _rates()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            rates = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            rates = {}
-        path.write_text(json.dumps({**rates, _name(device): rate}, indent=2) + "\n")
+        if not path.parent.is_dir():
+            files.make_folder(path.parent)
+        text = json.dumps({**_known(path), _name(device): rate}, indent=2) + "\n"
+        files.replace_bytes(path, text.encode())
+
+
+def _known(path: Path) -> dict[str, float]:
+    """What the file holds that may be a rate; nothing where it cannot be read, or is none of ours."""
+    try:
+        rates = dict(json.loads(files.read_text(path)))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+    return {name: rate for name, rate in rates.items() if isinstance(rate, float) and 0 < rate < math.inf}
 
 
 def _rates() -> Path:

@@ -27,6 +27,7 @@ from featcal_fast.streaming.drift import PROBE_SAMPLES
 from featcal_fast.streaming.hidden_states import HOST, Offload
 from featcal_fast.streaming.machine import resident_bytes
 from featcal_fast.streaming.malloc import MALLOC_CACHE_BYTES
+from featcal_fast.streaming.streams import SCRATCH, TO_RESUME
 
 # Measured by bench/jobs.py: what libraries take once they compute (threads, their buffers, code paged in).
 RUNTIME = 40 * 2**20
@@ -41,6 +42,7 @@ def count_memory(
     stages: Stages,
     device: torch.device,
     offload: Offload,
+    resumable: bool,
 ) -> None:
     """Write the items of host, device and disk memory into `plan`, bytes: the sum of what stays and the worst moment.
 
@@ -51,11 +53,14 @@ def count_memory(
         stages: what enters them.
         device: where it would compute.
         offload: where hidden states wait between layers.
+        resumable: whether they are kept so that an interrupted job can go on.
     """
     device_items: Counter[str] = Counter()  # or the host's, where that computes
     host: Counter[str] = Counter()
     _count_data(plan, models, data, host)
     entering = _count_hidden_states(plan, data, stages, device, offload, device_items, host)
+    if resumable:
+        plan.disk[SCRATCH if isinstance(offload, Path) else TO_RESUME] = _kept_bytes(data, stages)
     reading = max(
         unpacking_bytes(meta_checkpoint(source).source, block_reads(source))
         for source in (models.student, *models.experts.values())
@@ -121,10 +126,21 @@ def _count_hidden_states(
     between["masks of batches"] = round(calls)
     device_items["masks and positions"] = round(max(stages.shared) + passing)
     host["drift probe"] = round(probe)
-    (plan.disk if isinstance(offload, Path) else between)["hidden states"] = round(hidden)
+    (plan.disk if isinstance(offload, Path) else between)[SCRATCH] = round(hidden)
     # The expert's and the student's next, and one that leaves.
     device_items["hidden states on their way"] = 0 if offload == device else round(3 * entering)
     return entering
+
+
+def _kept_bytes(data: Mapping[str, TaskData], stages: Stages) -> int:
+    """On disk: hidden states that a job can go on from, those that come after them, and those that ended a stage."""
+    most = before = 0.0
+    for states in stages.states:
+        every = [(data[task], state) for task, pair in states.items() for state in pair]
+        held = sum(each.batches * state.hidden.nbytes for each, state in every)
+        held += 1.5 * sum(_probed(state) * state.hidden.nbytes for _, state in every)
+        most, before = max(most, before + 2 * held), before + held
+    return round(most)
 
 
 def _layers(plan: Plan, models: PlannedModels, reading: int) -> list[Counter[str]]:
@@ -150,5 +166,10 @@ def _total(items: Mapping[str, int]) -> int:
 
 
 def _probe_bytes(state: StageInputs) -> float:
+    return _probed(state) * (state.hidden.nbytes + state.kept_bytes)
+
+
+def _probed(state: StageInputs) -> float:
+    """The share of a batch that the drift probe follows."""
     rows = state.hidden.shape[0]
-    return min(PROBE_SAMPLES, rows) / rows * (state.hidden.nbytes + state.kept_bytes)
+    return min(PROBE_SAMPLES, rows) / rows

@@ -20,8 +20,9 @@ from featcal_fast.planning.models import PlannedModels
 from featcal_fast.planning.plan import LayerPlan, Plan, folded
 from featcal_fast.planning.remedies import problems
 from featcal_fast.planning.stages import States, enter_stages, shapes_of
-from featcal_fast.streaming.hidden_states import HOST, Offload, check_scratch
+from featcal_fast.streaming.hidden_states import HOST, Offload
 from featcal_fast.streaming.machine import available_device_bytes, available_host_bytes, find_device, resident_bytes
+from featcal_fast.streaming.scratch import Scratch
 
 
 def plan(
@@ -31,6 +32,7 @@ def plan(
     device_memory: int | None = None,
     host_memory: int | None = None,
     scratch: str | Path | None = None,
+    checkpoint_every: int | None = None,
 ) -> Plan:
     """What a recipe will need, from headers, configs and data alone; nothing is computed or written.
 
@@ -40,6 +42,7 @@ def plan(
         device_memory: bytes of it that may be used; by default what is free.
         host_memory: bytes of host memory that may be used; by default what is free.
         scratch: a folder for hidden states; by default they wait in host memory.
+        checkpoint_every: as of `calibrate`: with 0, no disk is taken to go on from when the job is interrupted.
 
     Returns:
         The plan, with a word on whether the job fits.
@@ -54,7 +57,7 @@ def plan(
     if recipe.out is not None:
         output_folder(recipe, models)
     data = load_data(recipe, models, device, tables=False)[1]
-    return choose_offload(recipe, models, device, data, device_memory, host_memory, scratch)[0]
+    return choose_offload(recipe, models, device, data, device_memory, host_memory, scratch, checkpoint_every)[0]
 
 
 def choose_offload(
@@ -65,6 +68,7 @@ def choose_offload(
     device_memory: int | None,
     host_memory: int | None,
     scratch: str | Path | None,
+    checkpoint_every: int | None,
 ) -> tuple[Plan, Offload]:
     """The plan, and where hidden states wait: in `scratch` if given, on a GPU if they fit there, or on the host.
 
@@ -74,11 +78,11 @@ def choose_offload(
         OutputError: `scratch` cannot be written to.
     """
     if scratch is not None:
-        check_scratch(Path(scratch))
+        Scratch(Path(scratch))  # can be made
         choices: list[Offload] = [Path(scratch)]
     else:
         choices = [device, HOST] if device.type == "cuda" else [HOST]
-    planners = [Planner(recipe, models, device, offload) for offload in choices]
+    planners = [Planner(recipe, models, device, offload, checkpoint_every != 0) for offload in choices]
     halves = 1
     while True:
         sizes = {task: each.resized(batch_size=max(1, each.batch_size // halves)) for task, each in data.items()}
@@ -100,10 +104,13 @@ class Planner:
         models: its models.
         device: where it would compute.
         offload: where hidden states wait between layers.
+        resumable: whether they are kept so that an interrupted job can go on.
     """
 
-    def __init__(self, recipe: Recipe, models: RecipeModels, device: torch.device, offload: Offload) -> None:
-        self.recipe, self.device, self.offload = recipe, device, offload
+    def __init__(
+        self, recipe: Recipe, models: RecipeModels, device: torch.device, offload: Offload, resumable: bool
+    ) -> None:
+        self.recipe, self.device, self.offload, self.resumable = recipe, device, offload, resumable
         self.models = PlannedModels(recipe, models)
 
     def plan(self, data: Mapping[str, TaskData], device_memory: int | None, host_memory: int | None) -> Plan:
@@ -136,7 +143,7 @@ class Planner:
         plan.bytes_read = self.models.bytes_read(plan.layers)
         plan.bytes_written = {"calibrated model": self.models.models.nbytes}
         plan.disk = {"calibrated model": self.models.models.nbytes}
-        count_memory(plan, self.models, data, stages, self.device, self.offload)
+        count_memory(plan, self.models, data, stages, self.device, self.offload, self.resumable)
         return plan
 
     def _layer(

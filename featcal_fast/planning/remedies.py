@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from featcal_fast.checkpoints import nearest_existing
+from featcal_fast import files
+from featcal_fast.checkpoints import held_bytes, nearest_existing
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.inputs.task_data import TaskData
 from featcal_fast.planning.plan import Plan, format_bytes
 from featcal_fast.streaming.hidden_states import Offload
+from featcal_fast.streaming.streams import SCRATCH, TO_RESUME
 
 SMALLEST = {"batch_size": 1, "samples": 16, "max_length": 32}  # that is named
 Measure = Callable[[Mapping[str, TaskData]], Plan]
@@ -38,20 +39,27 @@ def problems(plan: Plan, data: Mapping[str, TaskData], recipe: Recipe, offload: 
 
 
 def _disk_problems(plan: Plan, recipe: Recipe, offload: Offload) -> list[str]:
-    """Where a disk lacks room for the scratch files, and for the output if that is on it too."""
-    if not isinstance(offload, Path):
-        return []
-    need = plan.disk["hidden states"]
+    """Where a disk lacks room for what a job writes there."""
+    places = [("scratch", offload, plan.disk[SCRATCH])] if isinstance(offload, Path) else []
     if recipe.out is not None:
-        out = nearest_existing(recipe.root / Path(recipe.out).expanduser())
-        need += plan.disk["calibrated model"] if out.stat().st_dev == offload.stat().st_dev else 0
-    free = shutil.disk_usage(offload).free
-    if need <= free:
-        return []
-    return [
-        f"scratch: the disk of {offload} needs {format_bytes(need)}, but {format_bytes(free)} are free; choose a "
-        "folder on another"
-    ]
+        out = recipe.root / Path(recipe.out).expanduser()
+        kept = plan.disk.get(TO_RESUME, 0)
+        places.append(("out", nearest_existing(out), plan.disk["calibrated model"] + kept - held_bytes(out)))
+    disks: dict[int, list[tuple[str, Path, int]]] = {}
+    for place in places:
+        disks.setdefault(files.stat(place[1]).st_dev, []).append(place)
+    found = []
+    for same in disks.values():
+        what, folder, _ = same[0]
+        need, free = sum(size for *_, size in same), files.free_bytes(folder)
+        if need > free:
+            remedy = "choose a folder on another"
+            if need - plan.disk.get(TO_RESUME, 0) <= free:
+                remedy += ", or --no-checkpoint, with which an interrupted job starts over"
+            found.append(
+                f"{what}: the disk of {folder} needs {format_bytes(need)}, but {format_bytes(free)} are free; {remedy}"
+            )
+    return found
 
 
 def _remedy(kind: str, budget: int, plan: Plan, data: Mapping[str, TaskData], recipe: Recipe, measure: Measure) -> str:

@@ -30,5 +30,11 @@ class Progress:
     def layer(self, report: LayerReport) -> None:
         """A layer is done; `report` says how it went."""
 
+    def resumed(self, layers: int) -> None:
+        """So many `layers` were done by runs before this one."""
+
+    def interrupted(self, left: str) -> None:
+        """A signal ends the run; `left` says what it leaves and what can be done with that, or is empty."""
+
     def close(self) -> None:
         """The run ended, well or badly."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,18 @@ class LayerReport:
     groups: list[GroupReport]
     norms: list[str]
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerReport:
+        """A layer's report from what `dataclasses.asdict` made of one.
+
+        Args:
+            values: that.
+
+        Returns:
+            The report.
+        """
+        return cls(**{**values, "groups": [GroupReport(**group) for group in values["groups"]]})
+
 
 @dataclass
 class Report:
@@ -79,6 +92,9 @@ class Report:
         storage_error: `||W_kept - W||_F / ||W||_F` of experts kept in host memory, by task (`expert_storage`).
         recipe: the job, where there was a recipe.
         out: the folder written, where there is one.
+        contents: SHA-256 of what is in it, which `featcal-fast check` compares: of `tensors`, of the `headers` of
+            their files, and of all other `files`.
+        left_out: files of the merged model's folder that are not in it, because they hold its old weights.
         versions: of this package, torch, transformers and Python.
     """
 
@@ -95,6 +111,8 @@ class Report:
     storage_error: dict[str, float] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
     out: str | None = None
+    contents: dict[str, dict[str, str]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: _versions())
 
     @property
@@ -111,6 +129,22 @@ class Report:
         """All of it as a JSON text, as `report.json` holds it."""
         counts = {"calibrated_weights": self.calibrated, "linear_weights": self.calibrated + len(self.kept)}
         return json.dumps({**asdict(self), **counts}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """A report from its JSON text.
+
+        Args:
+            text: as `to_json` gives it.
+
+        Returns:
+            The report.
+        """
+        values = json.loads(text)
+        values = {item.name: values[item.name] for item in fields(cls)}
+        values["settings"] = Settings(**values["settings"])
+        values["layers"] = [LayerReport.from_dict(layer) for layer in values["layers"]]
+        return cls(**values)
 
     def summary(self) -> str:
         """One line: how many weights, how long, how much drift is left."""

@@ -55,6 +55,11 @@ class DriftProbe:
         shape = self._expert[task].shape(0)
         self._tokens[task] = Tokens(self._masks[stage](samples), shape, self._device, self._tokens.get(task))
 
+    @property
+    def chains(self) -> list[HiddenStates]:
+        """All hidden states, always in the same order."""
+        return [states for each in (self._merged, self._calibrated, self._expert) for states in each.values()]
+
     def sample(self) -> tuple[Tensor, BatchCalls, Tokens]:
         """One sample of the first task as it enters the merged model's layer: hidden states, their calls, tokens."""
         task, first = next(iter(self._merged)), slice(0, 1)

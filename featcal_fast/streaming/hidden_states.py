@@ -6,10 +6,7 @@ Where they do not wait on the device, the next chunk's arrive and the last one's
 from __future__ import annotations
 
 import math
-import os
-import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -22,19 +19,12 @@ from featcal_fast.forward.hooks import OnActivation
 from featcal_fast.forward.runner import BlockRunner
 from featcal_fast.models.structure import Layer
 from featcal_fast.streaming.chunks import Chunk
+from featcal_fast.streaming.scratch import Saved, Scratch, Snapshots, StateFile, checksum
 from featcal_fast.streaming.sources import Source
 from featcal_fast.streaming.transfers import Transfer, Transfers, empty_pinned
 
-Offload = torch.device | Path  # of hidden states: a device's memory, or a folder for scratch files
+Offload = torch.device | Path  # where hidden states wait: a device's memory, or a folder for scratch files
 HOST = torch.device("cpu")
-
-
-@dataclass
-class Traffic:
-    """Bytes that went to scratch files and came from them."""
-
-    written: int = 0
-    read: int = 0
 
 
 class HiddenStates:
@@ -46,10 +36,7 @@ class HiddenStates:
         device: where blocks run.
         transfers: what brings states there and back.
         runner: runs the blocks.
-        offload: where hidden states wait meanwhile. Files in a folder have no name there and go with the process.
-
-    Attributes:
-        traffic: with scratch files.
+        offload: where hidden states wait meanwhile: in a device's memory or in files.
     """
 
     def __init__(
@@ -59,11 +46,10 @@ class HiddenStates:
         device: torch.device,
         transfers: Transfers,
         runner: BlockRunner,
-        offload: Offload = HOST,
+        offload: torch.device | Scratch | Snapshots = HOST,
     ) -> None:
         self.device, self._runner = device, runner
         self._source, self._task, self._transfers, self._offload = source, task, transfers, offload
-        self.traffic = Traffic()
         self._states: _OnDevice | _Offloaded | None = None
         self._calls: list[BatchCalls] = []
         self._shapes: list[tuple[int, int]] = []
@@ -97,7 +83,7 @@ class HiddenStates:
     def _empty(self) -> _OnDevice | _Offloaded:
         if self._offload == self.device:
             return _OnDevice()
-        memory = _ScratchFile(self._offload, self.traffic) if isinstance(self._offload, Path) else _HostMemory()
+        memory = _HostMemory() if isinstance(self._offload, torch.device) else _Disk(self._offload)
         return _Offloaded(self.device, self._transfers, memory)
 
     def shape(self, batch: int) -> tuple[int, int]:
@@ -119,6 +105,30 @@ class HiddenStates:
         """
         assert self._states is not None
         self._states.store(batch, rows, hidden, self._shapes[batch][0])
+
+    @property
+    def nbytes(self) -> int:
+        """Of all batches."""
+        assert self._states is not None
+        return self._states.nbytes
+
+    def save(self, into: StateFile) -> list[Saved]:
+        """Write every batch to a file, unless that is where they are; where each is in it."""
+        assert self._states is not None
+        return self._states.save(into)
+
+    def restore(self, source: StateFile, saved: Sequence[Saved]) -> None:
+        """Take the hidden states of every batch from a file, in place of those that entered the stage.
+
+        Raises:
+            OutputError: they are not those of these batches.
+            ResumeError: the file holds others than were kept.
+        """
+        found = [(each.shape[0], each.shape[1]) for each in saved]
+        if found != self._shapes:
+            raise OutputError(f"task {self._task}: the hidden states that were kept are of other batches; start afresh")
+        for batch, each in enumerate(saved):
+            self.store(batch, slice(0, each.shape[0]), source.get(each).to(self.device))
 
     def capture(
         self,
@@ -160,23 +170,43 @@ class _OnDevice:
         if rows.stop == samples:
             self._states[batch], self._coming = hidden, None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(hidden.nbytes for hidden in self._states.values())
+
+    def save(self, into: StateFile) -> list[Saved]:
+        return [into.add(self._states[batch]) for batch in sorted(self._states)]
+
 
 class _Slot(NamedTuple):
-    """The room for one batch's states of one form."""
+    """The room for one batch's states of one form, in one generation of files."""
 
     batch: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    generation: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class _Memory(Protocol):
-    """Where batches are away from the device. Only `Transfers` call it, one job after the other."""
+    """Where batches are away from the device. Only `Transfers` call it, one job after the other.
+
+    What is written in one generation does not overwrite what was in those before.
+    """
+
+    @property
+    def generation(self) -> int: ...
 
     def write(self, slot: _Slot, rows: slice, hidden: Tensor) -> None: ...
 
     def read(self, slot: _Slot, rows: slice, into: Tensor) -> None: ...
 
     def drop(self, slot: _Slot) -> None: ...
+
+    def save(self, slot: _Slot, into: StateFile) -> Saved: ...
 
 
 class _Offloaded:
@@ -205,7 +235,8 @@ class _Offloaded:
     def store(self, batch: int, rows: slice, hidden: Tensor, samples: int) -> None:
         if self._coming is not None and self._coming[0] == batch and self._coming[1].start < rows.stop:
             self._take(batch, rows)  # out of date
-        slot, before = _Slot(batch, (samples, *hidden.shape[1:]), hidden.dtype), self._slots.get(batch)
+        slot = _Slot(batch, (samples, *hidden.shape[1:]), hidden.dtype, self._memory.generation)
+        before = self._slots.get(batch)
         complete = rows.stop == samples
 
         def leave() -> None:
@@ -216,6 +247,14 @@ class _Offloaded:
         self._transfers.offload(hidden, leave)
         if complete:
             self._slots[batch] = slot
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.nbytes for slot in self._slots.values())
+
+    def save(self, into: StateFile) -> list[Saved]:
+        slots = [self._slots[batch] for batch in sorted(self._slots)]
+        return self._transfers.submit(lambda: [self._memory.save(slot, into) for slot in slots]).result()
 
     def _take(self, batch: int, rows: slice) -> Tensor:
         coming, self._coming = self._coming, None
@@ -239,6 +278,8 @@ class _Offloaded:
 class _HostMemory:
     """Batches in pinned host memory."""
 
+    generation = 0
+
     def __init__(self) -> None:
         self._held: dict[_Slot, Tensor] = {}
 
@@ -253,63 +294,52 @@ class _HostMemory:
     def drop(self, slot: _Slot) -> None:
         del self._held[slot]
 
+    def save(self, slot: _Slot, into: StateFile) -> Saved:
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # the copies' own
+        return into.add(self._held[slot])
 
-def check_scratch(folder: Path) -> None:
-    """Raises:
-    OutputError: no file can be made in `folder`."""
-    _ScratchFile(folder, Traffic())
 
+class _Disk:
+    """Batches in files. Read and written, not mapped: mapped pages would count as this process's memory."""
 
-class _ScratchFile:
-    """Batches in an unnamed file.
+    def __init__(self, scratch: Scratch | Snapshots) -> None:
+        self._scratch = scratch
+        self._rooms: dict[_Slot, tuple[StateFile, int]] = {}
+        self._checksums: dict[_Slot, int] = {}
 
-    Read and written, not mapped: mapped pages would count as this process's memory.
-    """
-
-    def __init__(self, folder: Path, traffic: Traffic) -> None:
-        self._traffic = traffic
-        try:
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as the stream)
-        except OSError as error:
-            raise OutputError(
-                f"scratch: {folder} cannot hold hidden states: {error.strerror}; choose another"
-            ) from error
-        self._starts: dict[_Slot, int] = {}
-        self._end = 0
+    @property
+    def generation(self) -> int:
+        return self._scratch.generation
 
     def write(self, slot: _Slot, rows: slice, hidden: Tensor) -> None:
-        if slot not in self._starts:
-            self._starts[slot] = self._end
-            self._end += math.prod(slot.shape) * slot.dtype.itemsize
+        if slot not in self._rooms:
+            file = self._scratch.current
+            self._rooms[slot] = file, file.room(slot.nbytes)
         data = hidden.contiguous()
         if hidden.is_cuda:
             data = empty_pinned(tuple(hidden.shape), hidden.dtype, hidden.device).copy_(hidden, non_blocking=True)
             torch.cuda.current_stream(hidden.device).synchronize()  # the copy's own
-        rest, position = _bytes(data), self._position(slot, rows)
-        self._traffic.written += rest.nbytes
-        try:
-            while rest:
-                written = os.pwrite(self._file.fileno(), rest, position)
-                rest, position = rest[written:], position + written
-        except OSError as error:
-            raise OutputError(f"scratch: hidden states cannot be written: {error.strerror}") from error
+        file, position = self._place(slot, rows)
+        file.write(data, position)
+        self._checksums[slot] = checksum(data, self._checksums[slot] if rows.start else 0)  # rows come in order
 
     def read(self, slot: _Slot, rows: slice, into: Tensor) -> None:
         data = empty_pinned(tuple(into.shape), into.dtype, into.device) if into.is_cuda else into
-        rest, position = _bytes(data), self._position(slot, rows)
-        self._traffic.read += rest.nbytes
-        while rest:
-            read = os.preadv(self._file.fileno(), [rest], position)
-            rest, position = rest[read:], position + read
+        file, position = self._place(slot, rows)
+        file.read_to(data, position)
         if data is not into:
             into.copy_(data, non_blocking=True)
 
     def drop(self, slot: _Slot) -> None:
         """Its room stays empty: batches change their form once, if at all."""
+        del self._rooms[slot], self._checksums[slot]
 
-    def _position(self, slot: _Slot, rows: slice) -> int:
-        return self._starts[slot] + int(rows.start) * math.prod(slot.shape[1:]) * slot.dtype.itemsize
+    def save(self, slot: _Slot, into: StateFile) -> Saved:
+        file, position = self._rooms[slot]
+        assert file is into, "hidden states of a layer before"
+        return Saved(position, slot.shape, str(slot.dtype).removeprefix("torch."), self._checksums[slot])
 
-
-def _bytes(data: Tensor) -> memoryview:
-    return data.reshape(-1).view(torch.uint8).numpy().data.cast("B")
+    def _place(self, slot: _Slot, rows: slice) -> tuple[StateFile, int]:
+        file, start = self._rooms[slot]
+        return file, start + int(rows.start) * math.prod(slot.shape[1:]) * slot.dtype.itemsize

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import platform
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from featcal_fast import files
 from featcal_fast.errors import DeviceError
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -42,7 +44,7 @@ def find_device(name: torch.device | str | None, *, present: bool = True) -> tor
 def resident_bytes() -> int:
     """Host memory that this process holds; 0 where the system does not say."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(files.read_text(Path("/proc/self/statm")).split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0
 
@@ -50,7 +52,7 @@ def resident_bytes() -> int:
 def available_host_bytes() -> int:
     """Host memory that can be had without swapping, besides what this process holds."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = files.read_text(Path("/proc/meminfo")).splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, ValueError, StopIteration):
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -80,7 +82,7 @@ def _cgroup_rest() -> list[int]:
             if folder == root.parent:
                 break
             with suppress(OSError, ValueError):  # no such group here, or no limit
-                rest = int((folder / limit).read_text()) - int((folder / used).read_text())
+                rest = int(files.read_text(folder / limit)) - int(files.read_text(folder / used))
                 stat = dict(entry.split() for entry in _lines(folder / "memory.stat"))
                 found.append(rest + int(stat.get(cached, 0)))
     return found
@@ -88,6 +90,12 @@ def _cgroup_rest() -> list[int]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
-    except OSError:
+        return files.read_text(path).splitlines()
+    except (OSError, ValueError):
         return []
+
+
+def processor() -> str:
+    """The processor's name, as far as the system says."""
+    names = (line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

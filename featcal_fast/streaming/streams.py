@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,14 @@ from featcal_fast.streaming.drift import DriftProbe
 from featcal_fast.streaming.hidden_states import HiddenStates, Offload
 from featcal_fast.streaming.malloc import caching_malloc, trim_malloc
 from featcal_fast.streaming.prefetch import BlockPrefetcher
+from featcal_fast.streaming.scratch import Saved, Scratch, Snapshots
 from featcal_fast.streaming.sources import Source
 from featcal_fast.streaming.transfers import Transfer, Transfers, empty_pinned
 
 Batch = Mapping[str, Tensor]
-SCRATCH = "hidden states"  # in a report of what was read and written
+# In a report of what was read and written:
+SCRATCH = "hidden states"
+TO_RESUME = "hidden states, to resume from"
 
 
 class Streams:
@@ -46,6 +50,8 @@ class Streams:
         progress: told how the run goes, and closed at its end.
         offload: where hidden states wait between layers.
         chunk: tokens that pass a layer at a time; None for a batch's.
+        snapshots: where hidden states are kept that a run can go on from, if they are to be.
+        first: the layer that the run goes on from; all before it are done.
 
     Attributes:
         device: where to compute.
@@ -68,20 +74,25 @@ class Streams:
         progress: Progress,
         offload: Offload,
         chunk: int | None,
+        snapshots: Snapshots | None = None,
+        first: int = 0,
     ) -> None:
         self.device = device
         self._source, self._experts, self._batches = student, experts, batches
-        self._progress, self._offload = progress, offload
+        self._progress, self._snapshots, self._first = progress, snapshots, first
+        self._scratch = (snapshots or Scratch(offload)) if isinstance(offload, Path) else None
         self._transfers = Transfers(device, "hidden-states")
         self._chunks = Chunks(device, chunk, settings.forward_dtype)
         runner = BlockRunner(should_compile(settings, device))
         states = partial(HiddenStates, device=device, transfers=self._transfers, runner=runner)
-        self.student_states = {task: states(student, task, offload=offload) for task in experts}
-        self.expert_states = {task: states(expert, task, offload=offload) for task, expert in experts.items()}
+        waiting = partial(states, offload=self._scratch or offload)
+        self.student_states = {task: waiting(student, task) for task in experts}
+        self.expert_states = {task: waiting(expert, task) for task, expert in experts.items()}
         self.drift = DriftProbe(student, experts, device, self._chunks, states)
         self._layers = student.structure.layers
         models = (student, base, *experts.values())
-        self._blocks = BlockPrefetcher(((model, layer.index) for layer in self._layers for model in models), device)
+        order = ((model, layer.index) for layer in self._layers[first:] for model in models)
+        self._blocks = BlockPrefetcher(order, device)
         self._inputs: dict[str, Sequence[Batch]] = {}  # of an encoder-decoder: they are needed again
         self._tokens: dict[str, list[Tokens]] = {}
         self._trim: Callable[[], None] = trim_malloc
@@ -111,6 +122,8 @@ class Streams:
         if layer.number:
             return {}
         structure = self._source.structure
+        if self._snapshots is not None:
+            self._snapshots.begin(layer.stage)
         for task, expert in self._experts.items():
             batches = self._inputs[task] if layer.stage else _checked(task, self._batches[task], structure)
             for states in (self.student_states[task], self.expert_states[task]):
@@ -125,8 +138,42 @@ class Streams:
         self._source.release_stage_inputs()
         found = {task: sum(batch.count for batch in tokens) for task, tokens in self._tokens.items()}
         self.counts = TokenCounts.of(found)
-        self._progress.stage(len(self._layers) - layer.index, self.counts.total)
+        self._progress.stage(len(self._layers) - max(layer.index, self._first), self.counts.total)
+        if self._snapshots is not None:
+            self._snapshots.reserve(sum(states.nbytes for states in self._chains))
         return found
+
+    def save(self) -> dict[str, Any]:
+        """Make the hidden states that leave a layer durable: where they are, for `restore`, as JSON has it.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        assert self._snapshots is not None
+        chains = [states.save(self._snapshots.current) for states in self._chains]
+        return {"file": self._snapshots.keep(), "chains": chains}
+
+    def saved(self) -> None:
+        """What `save` wrote last is known to be there: what it wrote before may be overwritten."""
+        assert self._snapshots is not None
+        self._snapshots.turn()
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """The hidden states that left a layer, as `save` kept them.
+
+        Raises:
+            OutputError: they are those of other batches.
+            ResumeError: they are not as they were kept.
+        """
+        assert self._snapshots is not None
+        source = self._snapshots.saved(saved["file"])
+        for states, found in zip(self._chains, saved["chains"], strict=True):
+            states.restore(source, [Saved(position, tuple(shape), *rest) for position, shape, *rest in found])
+
+    @property
+    def chunk(self) -> int | None:
+        """Tokens that pass a layer at a time by now: fewer than at the beginning, if memory ran out."""
+        return self._chunks.limit
 
     def next_block(self) -> nn.Module:
         """The layer's next block: the student's, the base's; then each expert's, which `experts` hands out."""
@@ -175,11 +222,16 @@ class Streams:
 
     @property
     def traffic(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Bytes that were read from scratch files and written to them, where hidden states wait there."""
-        if not isinstance(self._offload, Path):
-            return {}, {}
-        each = [states.traffic for states in (*self.student_states.values(), *self.expert_states.values())]
-        return {SCRATCH: sum(one.read for one in each)}, {SCRATCH: sum(one.written for one in each)}
+        """Bytes of hidden states that were read from files and written to them."""
+        kinds = {SCRATCH: self._scratch, TO_RESUME: None if self._scratch else self._snapshots}
+        both = {kind: each.traffic for kind, each in kinds.items() if each is not None}
+        read, written = ({kind: pair[i] for kind, pair in both.items() if pair[i]} for i in range(2))
+        return read, written
+
+    @property
+    def _chains(self) -> list[HiddenStates]:
+        """Everything that passes from layer to layer, always in the same order."""
+        return [*self.student_states.values(), *self.expert_states.values(), *self.drift.chains]
 
     def _tokens_of(self, task: str, batches: Sequence[Batch], layer: Layer) -> list[Tokens]:
         """The tokens of every batch in the layer's stage, which know those of the stage before it."""

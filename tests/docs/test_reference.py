@@ -28,6 +28,7 @@ from featcal_fast.errors import FeatCalError
 from featcal_fast.inputs.preprocess import VOCABULARIES
 from featcal_fast.inputs.samples import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, TEXT_KINDS
 from featcal_fast.inputs.task_data import CHUNK_TOKENS
+from featcal_fast.job.interrupts import ENDING
 from featcal_fast.layer.solve import MAX_CONDITION_FLOAT32, RAISES
 from featcal_fast.merging.merged import METHODS
 from featcal_fast.models import families_table
@@ -133,7 +134,7 @@ def test_exit_codes(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             cli.main()
         return int(stop.value.code or 0)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in ENDING}
     try:
         found = {
             ended("plan", "recipe.yaml"),
@@ -141,9 +142,11 @@ def test_exit_codes(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             ended("plan", "recipe.yaml", "--memory", "1MiB"),
             ended("plan", "recipe.yaml", by=lambda: signal.raise_signal(signal.SIGINT)),
             ended("plan", "recipe.yaml", by=lambda: signal.raise_signal(signal.SIGTERM)),
+            ended("plan", "recipe.yaml", by=lambda: signal.raise_signal(signal.SIGHUP)),
         }
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert found == {int(row[0]) for row in PYTHON.table("Exit codes")}
 
 
@@ -164,6 +167,8 @@ def variables(text: str) -> set[str]:
                 | ast.Call(func=ast.Attribute(attr="getenv"), args=[ast.Constant(name), *_])
             ):
                 found.add(name)
+                understood += 1
+            case ast.Call(func=ast.Attribute(value=ast.Attribute(attr="environ"), attr="items")):  # libraries' own
                 understood += 1
     mentions = sum(
         getattr(node, "attr", getattr(node, "id", getattr(node, "name", None))) in ("environ", "getenv")
@@ -223,7 +228,8 @@ def test_items_of_a_plan(workspace: Path) -> None:
     recipe = yaml.safe_load((workspace / "recipe.yaml").read_text())
     plans = [ff.plan({**recipe, **kept}), ff.plan(recipe, device="cuda", device_memory=2**34, scratch=workspace)]
     assert said >= {item for plan in plans for items in (plan.host, plan.device_items, plan.disk) for item in items}
-    modules = [ast.parse(file.read_text()) for file in (ROOT / "featcal_fast" / "planning").glob("*.py")]
+    planner = [*(ROOT / "featcal_fast" / "planning").glob("*.py"), ROOT / "featcal_fast" / "streaming" / "streams.py"]
+    modules = [ast.parse(file.read_text()) for file in planner]
     assert said <= {node.value for tree in modules for node in ast.walk(tree) if isinstance(node, ast.Constant)}
 
 

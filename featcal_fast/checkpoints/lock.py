@@ -1,0 +1,71 @@
+"""A folder is one process's at a time: its lock file says whose."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+
+from featcal_fast import files
+from featcal_fast.errors import OutputError
+
+
+class Lock:
+    """A file that this process holds; the operating system gives it back when the process ends, however it does.
+
+    Args:
+        path: of the file.
+        what: what it stands for, in an error: `scratch: /tmp/fast`.
+
+    Raises:
+        OutputError: another process holds it; says which.
+        OSError: the file cannot be made.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        self.path = path
+        while True:
+            file = _open(path)
+            if not files.lock(file):
+                owner = _owner(file)
+                files.close(file)
+                raise OutputError(f"{what} is in use by another run{owner}; wait for it, or choose another folder")
+            if files.is_at(file, path):
+                break
+            files.close(file)  # the run before this one gave it back, and so removed it, in the meantime
+        self._file = file
+        mine = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        try:
+            files.truncate(file, 0)
+            files.write_at(file, json.dumps(mine).encode(), 0)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Give it back."""
+        with suppress(OSError):
+            files.remove(self.path)
+        files.close(self._file)
+
+
+def _open(path: Path) -> FileIO:
+    while True:
+        with suppress(FileNotFoundError):  # removed since it was seen
+            try:
+                return files.create(path)
+            except FileExistsError:
+                return files.open_to_write(path)
+
+
+def _owner(file: FileIO) -> str:
+    """Of a lock that is taken, where its file can be read: ` (process 12 on host, since ...)`."""
+    memory = memoryview(bytearray(1024))
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        owner = json.loads(bytes(memory[: files.read_into(file, memory, 0)]))
+        return f" (process {owner['process']} on {owner['host']}, since {owner['since']})"
+    return ""

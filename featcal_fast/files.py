@@ -1,0 +1,246 @@
+"""Every file operation of the package, a function each: what tests make fail, kill the process at, and record.
+
+Nothing is buffered: what `write_at` was given is the operating system's when it returns, and on the disk when `sync`
+has. A name is on the disk when `sync_folder` has. Errors are OSErrors, for callers to put into words. Libraries that
+open files by themselves (transformers, datasets, safetensors' own reader) are the exception; by one are written only
+a plot, and the models and data that the demo makes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from typing import IO
+from uuid import uuid4
+
+PIECE = 2**20  # bytes of a text at a time
+
+
+def open_to_read(path: Path) -> FileIO:
+    """An existing file."""
+    return open(path, "rb", buffering=0)
+
+
+def open_to_write(path: Path) -> FileIO:
+    """An existing file, to be read and overwritten."""
+    return open(path, "r+b", buffering=0)
+
+
+def create(path: Path) -> FileIO:
+    """A new file, to be written and read; FileExistsError where there is one."""
+    return open(path, "x+b", buffering=0)
+
+
+def create_unnamed(folder: Path) -> FileIO:
+    """A file without a name, which goes with the process."""
+    return tempfile.TemporaryFile(dir=folder, buffering=0)
+
+
+def read_into(file: FileIO, memory: memoryview, position: int) -> int:
+    """Fill `memory` from a place in a file; how many bytes came, 0 at the end."""
+    return os.preadv(file.fileno(), [memory], position)
+
+
+def is_at(file: FileIO, path: Path) -> bool:
+    """Whether `path` is still the name of an open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def read_bytes(path: Path) -> bytes:
+    """A whole file."""
+    return path.read_bytes()
+
+
+def read_text(path: Path) -> str:
+    """A whole file in UTF-8."""
+    return read_bytes(path).decode()
+
+
+def list_folder(path: Path) -> list[Path]:
+    """What a folder holds, sorted."""
+    return sorted(path.iterdir())
+
+
+def stat(path: Path) -> os.stat_result:
+    """A file's size and times; of a link, those of what it points to."""
+    return path.stat()
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the file system of a folder."""
+    return shutil.disk_usage(folder).free
+
+
+def write_at(file: FileIO, data: memoryview | bytes, position: int) -> None:
+    """Write all of `data` at a place in a file."""
+    rest = memoryview(data).cast("B")
+    while rest:
+        written = os.pwrite(file.fileno(), rest, position)
+        rest, position = rest[written:], position + written
+
+
+def reserve(file: FileIO, size: int) -> None:
+    """Make a file at least so long, with its room on the disk taken where the file system can do that."""
+    if not size:
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        if os.fstat(file.fileno()).st_size < size:
+            os.ftruncate(file.fileno(), size)
+
+
+def truncate(file: FileIO, size: int) -> None:
+    """Cut a file off."""
+    os.ftruncate(file.fileno(), size)
+
+
+def sync(file: FileIO) -> None:
+    """Wait until a file's content is on the disk."""
+    os.fsync(file.fileno())
+
+
+def close(file: FileIO) -> None:
+    """Give a file back; some file systems tell only now what could not be written."""
+    file.close()
+
+
+def make_folder(path: Path) -> None:
+    """A folder, with its parents where they are missing, all of them synced; FileExistsError where there is one."""
+    if not path.parent.exists():
+        with suppress(FileExistsError):  # another process was faster
+            make_folder(path.parent)
+    os.mkdir(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the file system can say so."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # cannot sync folders; it keeps names by itself
+            raise
+    finally:
+        os.close(folder)
+
+
+def rename(path: Path, target: Path) -> None:
+    """Give a file or folder another name: that of none, of a file that it replaces, or of an empty folder."""
+    os.replace(path, target)
+
+
+def remove(path: Path) -> None:
+    """A file's name."""
+    os.unlink(path)
+
+
+def remove_folder(path: Path) -> None:
+    """An empty folder."""
+    os.rmdir(path)
+
+
+def lock(file: FileIO) -> bool:
+    """Take a file for this process until it is closed; whether no other has it, as far as the file system can tell."""
+    import fcntl
+
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
+
+
+def discard(stream: IO[str]) -> None:
+    """Whatever is still to be written to a stream goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+# Made of these
+
+
+def fill(file: FileIO, memory: memoryview, position: int) -> int:
+    """Fill `memory` from a place in a file; how many bytes came, fewer than it has where the file ends."""
+    done = 0
+    while done < len(memory) and (count := read_into(file, memory[done:], position + done)):
+        done += count
+    return done
+
+
+def read_at(file: FileIO, size: int, position: int) -> bytes:
+    """So many bytes from a place in a file; fewer where it ends."""
+    memory = memoryview(bytearray(size))
+    return bytes(memory[: fill(file, memory, position)])
+
+
+def read_lines(file: FileIO) -> Iterator[bytes]:
+    """A file's lines, each with the line feed that ends it."""
+    position = 0
+    begun: list[bytes] = []  # of a line whose end has not come yet
+    while piece := read_at(file, PIECE, position):
+        position += len(piece)
+        *lines, rest = piece.split(b"\n")
+        for line in lines:
+            yield b"".join((*begun, line, b"\n"))
+            begun = []
+        begun.append(rest)
+    if last := b"".join(begun):
+        yield last
+
+
+def list_below(path: Path) -> Iterator[Path]:
+    """All files of a folder and of the folders in it, sorted by their parts; a link to a folder is not followed."""
+    waiting = [path]  # not a call for each, whose depth a stranger's folder would say
+    while waiting:
+        each = waiting.pop()
+        if each.is_dir() and (each == path or not each.is_symlink()):
+            waiting += reversed(list_folder(each))
+        else:
+            yield each
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """A new file with its content, synced."""
+    file = create(path)
+    try:
+        write_at(file, data, 0)
+        sync(file)
+    finally:
+        close(file)
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """A file's content, new or in place of another, whole or not at all; synced."""
+    new = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    try:
+        write_bytes(new, data)
+        rename(new, path)
+    except BaseException:
+        with suppress(OSError):
+            remove(new)
+        raise
+    sync_folder(path.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """A folder and all that it holds; links are not followed."""
+    for each in list_folder(path):
+        if each.is_dir() and not each.is_symlink():
+            remove_tree(each)
+        else:
+            remove(each)
+    remove_folder(path)

@@ -1,0 +1,145 @@
+"""Whatever changes a result's bits: what a run that goes on must find as the one before it left it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featcal_fast import files
+from featcal_fast.checkpoints import TensorSource
+from featcal_fast.errors import DataError
+from featcal_fast.inputs.models import RecipeModels
+from featcal_fast.inputs.recipe import Recipe
+from featcal_fast.inputs.task_data import local_data
+from featcal_fast.streaming.machine import processor
+
+PACKAGES = ("featcal_fast", "torch", "triton", "transformers", "tokenizers", "safetensors", "pillow", "datasets") + (
+    "bitsandbytes",
+    "numpy",
+)
+# Environment variables by which libraries choose how to compute.
+SWITCHES = ("ATEN_", "CUBLAS_", "DNNL_", "FEATCAL_", "MKL_", "NVIDIA_TF32", "ONEDNN_", "OPENBLAS_", "TORCHINDUCTOR_")
+SHOWN = 4  # differences that an error names
+
+Facts = dict[str, Any]
+
+
+def fingerprint(recipe: Recipe, models: RecipeModels, device: torch.device) -> Facts:
+    """Of a job on this machine, as JSON has it: all but the calibration data's content, for which see `Digested`."""
+    job = recipe.to_dict()
+    for place in ("out", "root"):  # wherever it is
+        job.pop(place, None)
+    facts = {
+        "recipe": job,
+        "inputs": input_files(recipe, models),
+        "headers": {source.label: _headers(source) for source in (models.merged, *models.files)},
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "python": platform.python_version(),
+        "device": _device(device),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SWITCHES)},
+    }
+    plain: Facts = json.loads(json.dumps(facts))
+    return plain
+
+
+def input_files(recipe: Recipe, models: RecipeModels) -> dict[str, dict[str, list[int]]]:
+    """Bytes and time of modification (in nanoseconds) of every file of the models and of the calibration data.
+
+    Raises:
+        DataError: one cannot be looked at.
+    """
+    found = {source.label: _files(source.path) for source in models.files}
+    for task, expert in recipe.experts.items():
+        data = local_data(recipe, expert.data)
+        if isinstance(data, Path):
+            found[f"data of {task}"] = _files(data)
+    return found
+
+
+def differences(before: Facts, now: Facts) -> str:
+    """What is not as it was: `torch: 2.12.0, now 2.13.0; ...`; empty if all is."""
+    old, new = dict(_flat(before)), dict(_flat(now))
+    different = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    told = [f"{name}: {old.get(name, 'absent')}, now {new.get(name, 'absent')}" for name in different[:SHOWN]]
+    if more := len(different) - len(told):
+        told.append(f"and {more} more")
+    return "; ".join(told)
+
+
+class Digested:
+    """A task's batches, whose content leaves its SHA-256 when they are gone through.
+
+    Args:
+        batches: of tensors.
+
+    Attributes:
+        digest: empty before.
+    """
+
+    def __init__(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        self._batches, self.digest = batches, ""
+
+    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
+        sha = hashlib.sha256()
+        for batch in self._batches:
+            for name, value in sorted(batch.items()):
+                sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                sha.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            yield batch
+        self.digest = sha.hexdigest()
+
+
+def _files(path: Path) -> dict[str, list[int]]:
+    try:
+        every = list(_below(path)) if path.is_dir() else [path]
+        stats = {str(file.relative_to(path.parent)): files.stat(file) for file in every}
+    except OSError as error:
+        raise DataError(f"{path}: cannot be looked through: {error.strerror} ({error.filename})") from error
+    return {name: [found.st_size, found.st_mtime_ns] for name, found in stats.items()}
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for path in files.list_folder(folder):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from _below(path)
+        else:
+            yield path
+
+
+def _headers(source: TensorSource) -> str:
+    return hashlib.sha256(repr(sorted(source.tensors.items())).encode()).hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _device(device: torch.device) -> Facts:
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        return {"name": found.name, "multiprocessors": found.multi_processor_count, "cuda": torch.version.cuda}
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"name": f"cpu, {processor()}", "instructions": capability, "threads": torch.get_num_threads()}
+
+
+def _flat(facts: Facts, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in facts.items():
+        where = f"{prefix}: {name}" if prefix else name
+        if isinstance(value, dict):
+            yield from _flat(value, where)
+        else:
+            yield where, value

@@ -1,0 +1,256 @@
+"""A run that was stopped goes on, with the same bits: what it left, and what is left for the next one.
+
+The output's own files hold the weights of the layers that are done. Beside them are the hidden states that left the
+last of these layers, and a manifest: first what the job is (`fingerprint`), then, each time that everything so far is
+on the disk, a line that says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from featcal_fast.calibrate import Output
+from featcal_fast.checkpoints import CheckpointWriter, Manifest, WorkFolder, work_path, write_errors
+from featcal_fast.errors import FeatCalError, ResumeError
+from featcal_fast.inputs.models import RecipeModels
+from featcal_fast.job.fingerprint import Digested, Facts, differences
+from featcal_fast.job.interrupts import finish_first
+from featcal_fast.models.structure import Layer
+from featcal_fast.reporting.progress import Progress
+from featcal_fast.reporting.report import LayerReport, Report
+from featcal_fast.streaming.scratch import Snapshots
+from featcal_fast.streaming.sources import CheckpointSource
+from featcal_fast.streaming.streams import Streams
+
+SHARE = 0.05  # of a run's time that may go into keeping it, where nobody says how often to
+
+WAYS = "--resume goes on from there, --fresh starts over"
+
+
+class Past:
+    """What an earlier run into the same output has made durable: lines of its manifest.
+
+    Attributes:
+        layers: how many are done.
+        hashes: of the tensors that are written.
+        chunk: tokens that passed a layer at a time; None if nothing was run.
+        seconds: it took.
+        bytes_read: by model.
+    """
+
+    def __init__(self, entries: list[dict[str, Any]]) -> None:
+        self.facts: Facts = entries[0]["fingerprint"] if entries else {}
+        self.total: int = entries[0]["layers"] if entries else 0
+        self.lines = [entry for entry in entries[1:] if "layer" in entry]
+        last: dict[str, Any] = self.lines[-1] if self.lines else {}
+        self.layers: int = last.get("layer", -1) + 1
+        self.chunk: int | None = last.get("chunk")
+        self.seconds: float = last.get("seconds", 0.0)
+        self.bytes_read: dict[str, int] = last.get("bytes_read", {})
+        self.hashes: dict[str, str] = {}
+        self.states: dict[int, Any] = {}  # that are still needed, by layer
+        for line in self.lines:
+            self.hashes |= line["tensors"]
+            if line["states"] and (line is last or line["stage_ends"]):
+                self.states[line["layer"]] = line["states"]
+
+    def check(self, facts: Facts) -> None:
+        """Raises:
+        ResumeError: it was another job, or on another machine."""
+        if self.facts and (different := differences(self.facts, facts)):
+            raise ResumeError(
+                f"out: the interrupted run cannot be gone on with, its bits would be others: {different}; --fresh "
+                "starts over"
+            )
+
+    def check_chunk(self, chunk: int) -> None:
+        """Raises:
+        ResumeError: there is no memory for as many tokens at a time as passed a layer before."""
+        if self.chunk is not None and chunk < self.chunk:
+            raise ResumeError(
+                f"out: in the interrupted run {self.chunk:,} tokens passed a layer at a time, for which memory does "
+                f"not do now ({chunk:,} would fit); free memory and try again, or --fresh starts over"
+            )
+
+
+def find_past(work: WorkFolder, *, resume: bool, fresh: bool) -> Past:
+    """What an earlier run has left in the work folder: to go on with, or, with `fresh`, nothing any more.
+
+    Raises:
+        ResumeError: something was left, and nobody said what to do with it.
+    """
+    if fresh:
+        work.clear()
+    entries = work.manifest.entries
+    past = Past(entries)
+    if work.left_behind and not resume:
+        work.keep = True
+        raise ResumeError(left_behind(work.out))
+    if not past.layers and not work.finished:
+        work.clear()
+        return Past([])
+    work.keep = True
+    return past
+
+
+def left_behind(out: Path) -> str:
+    """What an interrupted run into `out` has left, and what can be done with it; empty if nothing."""
+    folder = work_path(out)
+    if not folder.is_dir():
+        return ""
+    entries: list[dict[str, Any]] = []
+    with suppress(OSError):
+        entries = Manifest(folder / "manifest").entries
+    past = Past(entries)
+    if entries and entries[-1].get("finished"):
+        return (
+            f"out: {folder} holds a finished model that could not be given its name, {out}: --resume gives it, "
+            "--fresh removes it and starts over"
+        )
+    if past.layers:
+        return f"out: an interrupted run into {out} has left {past.layers} of {past.total} layers in {folder}: {WAYS}"
+    return f"out: an interrupted run into {out} has left {folder}, without a layer done: --fresh removes it, and starts"
+
+
+@contextmanager
+def telling_what_is_kept(work: WorkFolder, progress: Progress) -> Iterator[None]:
+    """Whatever ends a run early says whether it can be gone on with."""
+    try:
+        yield
+    except ResumeError:
+        raise
+    except FeatCalError as error:
+        if work.keep:
+            error.args = (f"{error}; what is done is kept: {WAYS}",)
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        progress.interrupted(left_behind(work.out) if work.keep else "")
+        raise
+
+
+class Resumable(Output):
+    """Writes layers to the output, and now and then makes sure that the run can go on after them.
+
+    Args:
+        student: the merged model, for the output's names of its tensors.
+        writer: of the output.
+        work: where it is made.
+        models: that are read.
+        past: what is done already.
+        batches: of every task.
+        every: after how many layers what is done is made durable; None for as often as that takes a twentieth of the
+            time, 0 for never.
+    """
+
+    def __init__(
+        self,
+        student: CheckpointSource,
+        writer: CheckpointWriter,
+        work: WorkFolder,
+        models: RecipeModels,
+        past: Past,
+        batches: Mapping[str, Digested],
+        every: int | None,
+    ) -> None:
+        super().__init__(self._write)
+        self._student, self._writer, self._work, self._models = student, writer, work, models
+        self._past, self._batches, self._every = past, batches, every
+        self.first = self._durable = past.layers
+        self._recorded = set(past.hashes)  # tensors
+        self._started = self._since = time.perf_counter()
+        self._cost = 0.0  # seconds that it took the last time
+        if every != 0 or past.layers:
+            self.snapshots = Snapshots(work.states, [states["file"] for states in past.states.values()])
+
+    def __enter__(self) -> Resumable:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.snapshots is not None:
+            self.snapshots.close()
+
+    @property
+    def seconds(self) -> float:
+        """Of all runs so far."""
+        return self._past.seconds + time.perf_counter() - self._started
+
+    @property
+    def bytes_read(self) -> dict[str, int]:
+        """By model, of all runs so far."""
+        return {label: self._past.bytes_read.get(label, 0) + size for label, size in self._models.bytes_read.items()}
+
+    def restore(self, layer: Layer, report: Report, streams: Streams) -> None:
+        line = next((line for line in self._past.lines if line["layer"] == layer.index), None)
+        if line is None:  # it comes with a later one
+            return
+        self._check_data(line["data"])
+        report.layers += [LayerReport.from_dict(each) for each in line["reports"]]
+        report.kept |= line["kept"]
+        if layer.index in self._past.states:
+            streams.restore(self._past.states[layer.index])
+
+    def keep(self, layer: Layer, report: Report, streams: Streams) -> None:
+        if self._every == 0 or not self._due(layer):
+            return
+        began = time.perf_counter()
+        with finish_first():
+            self._make_durable(layer, report, streams)
+        self._since = time.perf_counter()
+        self._cost = self._since - began
+
+    def _write(self, index: int, parameters: dict[str, Tensor]) -> None:
+        self._writer.write({self._student.tensor_name(index, name): value for name, value in parameters.items()})
+
+    def _due(self, layer: Layer) -> bool:
+        if self._following(layer) is None or self._stage_ends(layer):
+            return True
+        if self._every is not None:
+            return layer.index + 1 - self._durable >= self._every
+        return time.perf_counter() - self._since >= self._cost * (1 - SHARE) / SHARE
+
+    def _make_durable(self, layer: Layer, report: Report, streams: Streams) -> None:
+        self._writer.sync()
+        hashes = self._writer.hashed()
+        written = hashes.keys() - self._recorded
+        line: dict[str, Any] = {
+            "layer": layer.index,
+            "stage_ends": self._stage_ends(layer),
+            "states": None if self._following(layer) is None else streams.save(),
+            "reports": [asdict(each) for each in report.layers[self._durable :]],
+            "kept": report.kept,
+            "tensors": {name: hashes[name] for name in sorted(written)},
+            "data": {task: each.digest for task, each in self._batches.items()},
+            "chunk": streams.chunk,
+            "seconds": self.seconds,
+            "bytes_read": self.bytes_read,
+        }
+        with write_errors(self._work.out):
+            self._work.manifest.append(line)
+        self._work.keep = True
+        self._durable = layer.index + 1
+        self._recorded |= written
+        if line["states"] is not None:
+            streams.saved()
+
+    def _following(self, layer: Layer) -> Layer | None:
+        layers = self._student.structure.layers
+        return layers[layer.index + 1] if layer.index + 1 < len(layers) else None
+
+    def _stage_ends(self, layer: Layer) -> bool:
+        following = self._following(layer)
+        return following is not None and following.stage != layer.stage
+
+    def _check_data(self, before: Mapping[str, str]) -> None:
+        for task, batches in self._batches.items():
+            if batches.digest != before[task]:
+                raise ResumeError(
+                    f"out: the interrupted run cannot be gone on with: the calibration data of task {task} has another "
+                    "content than it had; --fresh starts over"
+                )
