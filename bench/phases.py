@@ -60,6 +60,7 @@ def clocked(device: torch.device) -> Iterator[Callable[[], dict[str, float]]]:
         "LayerSystem.fold": "fold",
         "solve_layer": "solve",
         "Streams.advance_student": "advance",
+        "Streams.save": "keeping hidden states",
     }
 
     def seconds() -> dict[str, float]:

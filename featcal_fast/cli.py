@@ -94,7 +94,7 @@ def calibrate(
         int | None,
         typer.Option(
             min=1,
-            help="Layers after which what is done is made durable. Default: as often as takes a twentieth of the time.",
+            help="Layers after which what is done is made durable. Default: as often as takes a thirtieth of the time.",
         ),
     ] = None,
     no_checkpoint: NoCheckpoint = False,

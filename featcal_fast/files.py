@@ -28,8 +28,8 @@ def open_to_read(path: Path) -> FileIO:
 
 
 def open_to_write(path: Path) -> FileIO:
-    """An existing file, to be read and overwritten."""
-    return open(path, "r+b", buffering=0)
+    """An existing file, to be read and overwritten; no link to one."""
+    return open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))
 
 
 def create(path: Path) -> FileIO:

@@ -13,6 +13,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 import featcal_fast as ff
 from bench.gpu.sections import LeftOut, Row, Section
 from bench.gpu.timing import Run
@@ -39,10 +41,13 @@ class Job(NamedTuple):
 
     @property
     def disk_bytes(self) -> int:
-        """Of models, the result and, for the official code, the merged model and its result; and of images."""
-        models = 3 if self.linked else self.work.tasks + 4
-        side = self.work.config.get("image_size", 0)
-        return int(1.02 * models * model_bytes(self.work)) + 12 * self.work.tasks * self.work.samples * side**2
+        """Of models, the result and, for the official code, the merged model and its result; of images; and of the
+        hidden states that are kept to resume from, student's and experts', twice."""
+        work, models = self.work, 3 if self.linked else self.work.tasks + 4
+        side, width = work.config.get("image_size", 0), work.config.get("hidden_size", 0)
+        length = (side // work.config["patch_size"]) ** 2 + 1 if side else work.tokens
+        states = 4 * length * width * getattr(torch, work.dtype).itemsize
+        return int(1.02 * models * model_bytes(work)) + work.tasks * work.samples * (12 * side**2 + states)
 
 
 def jobs(dry: bool) -> list[Job]:

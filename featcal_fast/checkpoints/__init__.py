@@ -14,6 +14,7 @@ from featcal_fast.checkpoints.work import (
     check_output,
     held_bytes,
     nearest_existing,
+    states_path,
     work_path,
     write_errors,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "parse_header",
     "read_errors",
     "read_header",
+    "states_path",
     "work_path",
     "write_errors",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from featcal_fast import files
 from featcal_fast.errors import OutputError
+
+ATTEMPTS = 100  # at a file that others make and remove
 
 
 class Lock:
@@ -28,7 +31,7 @@ class Lock:
 
     def __init__(self, path: Path, what: str) -> None:
         self.path = path
-        while True:
+        for _ in range(ATTEMPTS):  # then, the file system gives files other numbers each time
             file = _open(path)
             if not files.lock(file):
                 owner = _owner(file)
@@ -48,18 +51,20 @@ class Lock:
 
     def release(self) -> None:
         """Give it back."""
-        with suppress(OSError):
+        with suppress(OSError):  # its folder may be gone, or no longer to be written to
             files.remove(self.path)
-        files.close(self._file)
+        with suppress(OSError):  # what its file says has no meaning any more
+            files.close(self._file)
 
 
 def _open(path: Path) -> FileIO:
-    while True:
-        with suppress(FileNotFoundError):  # removed since it was seen
-            try:
-                return files.create(path)
-            except FileExistsError:
+    for _ in range(ATTEMPTS):
+        try:
+            return files.create(path)
+        except FileExistsError:
+            with suppress(FileNotFoundError):  # removed since
                 return files.open_to_write(path)
+    raise FileExistsError(errno.EEXIST, "Cannot be opened or made", str(path))
 
 
 def _owner(file: FileIO) -> str:

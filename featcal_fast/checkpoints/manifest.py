@@ -38,6 +38,11 @@ class Manifest:
                 self.entries.append(entry)
                 self._end += len(line)
 
+    @property
+    def finished(self) -> bool:
+        """Whether the last line says so."""
+        return bool(self.entries) and self.entries[-1].get("finished") is True
+
     def append(self, entry: dict[str, Any]) -> None:
         """Write a line and wait until it is on the disk."""
         text = json.dumps(entry)

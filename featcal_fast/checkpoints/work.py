@@ -24,7 +24,7 @@ from featcal_fast.errors import OutputError
 ATTEMPTS = 100  # to make a folder that others remove
 STATES = ".featcal-fast-"  # a folder of hidden states in a scratch folder
 OWNER = "output"  # in a folder of hidden states: what they are for
-FINISHED = {"finished": True}  # the manifest's last line, of a model that only lacks its name
+LONGEST = 200  # bytes of an output's name; beyond, the folder in which it is made is called by a hash
 
 
 def nearest_existing(path: Path) -> Path:
@@ -36,7 +36,17 @@ def nearest_existing(path: Path) -> Path:
 def work_path(out: Path) -> Path:
     """Where the output `out` is made."""
     out = out.resolve()
-    return out.parent / f".{out.name}.partial"
+    name = out.name if len(out.name.encode(errors="surrogateescape")) <= LONGEST else _digest(out)
+    return out.parent / f".{name}.partial"
+
+
+def states_path(out: Path, scratch: str | Path) -> Path:
+    """Where its hidden states are kept in a scratch folder."""
+    return Path(scratch).resolve() / f"{STATES}{_digest(out)}"
+
+
+def _digest(out: Path) -> str:
+    return hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]
 
 
 def check_output(out: Path, inputs: list[Path], nbytes: int) -> None:
@@ -63,15 +73,16 @@ def check_output(out: Path, inputs: list[Path], nbytes: int) -> None:
         raise OutputError(f"out: {out} cannot be made, because {parent} is a file; choose another folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"out: {parent} cannot be written to; choose another folder")
-    free = files.free_bytes(parent) + held_bytes(out)
+    free = files.free_bytes(parent) + held_bytes(work_path(out))
     if free < nbytes:
         raise OutputError(f"out: {out} needs {nbytes / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB free")
 
 
-def held_bytes(out: Path) -> int:
-    """What an interrupted run's files take on the disk of `out`, which the next one takes over or removes."""
+def held_bytes(folder: Path) -> int:
+    """What an interrupted run's files in `work_path` or `states_path` take; the next one takes them over or removes
+    them."""
     with suppress(OSError):
-        return _disk_bytes(work_path(out))
+        return sum(files.stat(path).st_blocks * 512 for path in files.list_below(folder))
     return 0
 
 
@@ -118,7 +129,8 @@ class WorkFolder:
                 self._lock = self._take()
                 self.manifest = Manifest(self.path / "manifest")
                 for entry in self.manifest.entries[:1]:
-                    self.use_scratch(entry.get("scratch"))
+                    self.states = Path(entry.get("states") or self.states)
+                self.keep = self.left_behind
         except BaseException:
             with suppress(OSError, AttributeError):  # where another run has it, or this one never got it
                 self._lock.release()
@@ -144,27 +156,25 @@ class WorkFolder:
                 return Lock(self.path / "lock", f"out: {self.out}")
         raise OutputError(f"out: {self.path}, where {self.out} is made, cannot be had; remove it, or choose another")
 
-    def use_scratch(self, folder: str | Path | None) -> None:
-        """Keep hidden states in a folder of their own in `folder`, if one is given."""
-        if folder is not None:
-            digest = hashlib.sha256(str(self.out).encode()).hexdigest()[:8]
-            self.states = Path(folder) / f"{STATES}{digest}"
-
     def remove_unowned(self, folder: Path) -> None:
         """Of a scratch folder: hidden states of runs that have ended, in whatever way, and cannot go on."""
         for path in files.list_folder(folder):
-            if path.name.startswith(STATES) and path != self.states and (path / OWNER).is_file():
-                owner = Path(files.read_text(path / OWNER))
-                if not (work_path(owner) / "manifest").exists():
-                    files.remove_tree(path)
+            with suppress(OSError, ValueError):  # others' are in nobody's way
+                if path.name.startswith(STATES) and path != self.states and (path / OWNER).is_file():
+                    owner = Path(files.read_text(path / OWNER))
+                    # Where not even its parent can be seen, it may only be out of sight.
+                    if owner.parent.is_dir() and not (work_path(owner) / "manifest").exists():
+                        files.remove_tree(path)
 
-    def begin(self, facts: Mapping[str, Any], scratch: object) -> None:
+    def begin(self, facts: Mapping[str, Any], scratch: str | Path | None) -> None:
         """The manifest's first line: what the job is, and where its hidden states are kept."""
-        where = str(scratch.resolve()) if isinstance(scratch, Path) else None
-        self.use_scratch(where)
+        if scratch is not None:
+            self.states = states_path(self.out, scratch)
+        if self.states.exists():  # of a run that was killed while it made or removed it
+            files.remove_tree(self.states)
         files.make_folder(self.states)
         files.write_bytes(self.states / OWNER, str(self.out).encode())
-        self.manifest.append({**facts, "scratch": where})
+        self.manifest.append({**facts, "states": None if scratch is None else str(self.states)})
 
     @property
     def left_behind(self) -> bool:
@@ -174,7 +184,12 @@ class WorkFolder:
     @property
     def finished(self) -> bool:
         """Whether what it left is a whole model, which only lacks its name."""
-        return self.manifest.entries[-1:] == [FINISHED] and self.model.is_dir()
+        return self.manifest.finished and self.model.is_dir()
+
+    @property
+    def published(self) -> bool:
+        """Whether the model has its name, and only what had done its service is left."""
+        return self.manifest.finished and not self.model.exists()
 
     def clear(self) -> None:
         """Remove everything, and before all else what says that there is something."""
@@ -185,17 +200,23 @@ class WorkFolder:
             if path.exists():
                 files.remove_tree(path)
         self.manifest = Manifest(self.manifest.path)
+        self.states, self.keep = self.path / "states", False
+
+    def finish(self, facts: Mapping[str, Any]) -> None:
+        """The model is whole and on the disk, and shall be kept until it has its name; hidden states need not be."""
+        with write_errors(self.out):
+            self.manifest.append({**facts, "finished": True})
+        self.keep = True
+        with suppress(OSError):  # they go with the rest, then
+            files.remove_tree(self.states)
 
     def publish(self) -> None:
-        """Give the finished model its name; what else is here has done its service.
+        """Give the whole model its name; what else is here has done its service.
 
         Raises:
             OutputError: its name cannot be given; it stays here.
         """
         self.keep = True
-        with write_errors(self.out):
-            if not self.finished:
-                self.manifest.append(FINISHED)
         try:
             files.rename(self.model, self.out)
         except OSError as error:
@@ -206,13 +227,3 @@ class WorkFolder:
         with suppress(OSError):  # the folder is there all the same
             files.sync_folder(self.out.parent)
             self.keep = False
-
-
-def _disk_bytes(folder: Path) -> int:
-    total = 0
-    for path in files.list_folder(folder):
-        if path.is_dir() and not path.is_symlink():
-            total += _disk_bytes(path)
-        else:
-            total += files.stat(path).st_blocks * 512
-    return total

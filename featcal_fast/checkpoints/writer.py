@@ -63,6 +63,7 @@ class CheckpointWriter:
                     members.setdefault(info.file, {})[name] = info
                 for file in sorted(members):
                     self._open(file, members[file])
+                files.sync_folder(self.folder)
                 if self._resumed:
                     self._check_written()
                 self._copy_side_files()

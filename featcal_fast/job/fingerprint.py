@@ -22,12 +22,16 @@ from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.inputs.task_data import local_data
 from featcal_fast.streaming.machine import processor
 
-PACKAGES = ("featcal_fast", "torch", "triton", "transformers", "tokenizers", "safetensors", "pillow", "datasets") + (
-    "bitsandbytes",
-    "numpy",
+PACKAGES = (
+    *("featcal_fast", "torch", "triton", "transformers", "tokenizers", "safetensors"),
+    *("bitsandbytes", "datasets", "numpy", "pillow"),
 )
-# Environment variables by which libraries choose how to compute.
-SWITCHES = ("ATEN_", "CUBLAS_", "DNNL_", "FEATCAL_", "MKL_", "NVIDIA_TF32", "ONEDNN_", "OPENBLAS_", "TORCHINDUCTOR_")
+# Environment variables by which libraries choose how to compute; not those that say where they keep what they compile.
+SWITCHES = (
+    *("ATEN_", "CUBLAS_", "DNNL_", "MKL_", "NVIDIA_TF32", "ONEDNN_", "OPENBLAS_"),
+    *("TORCHDYNAMO_", "TORCHINDUCTOR_", "TORCH_ALLOW_TF32", "TORCH_COMPILE", "TRITON_"),
+)
+PLACES = ("_DIR", "_PATH")
 SHOWN = 4  # differences that an error names
 
 Facts = dict[str, Any]
@@ -45,7 +49,11 @@ def fingerprint(recipe: Recipe, models: RecipeModels, device: torch.device) -> F
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "python": platform.python_version(),
         "device": _device(device),
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SWITCHES)},
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(SWITCHES) and name not in PLACES
+        },
     }
     plain: Facts = json.loads(json.dumps(facts))
     return plain
@@ -121,6 +129,10 @@ def _headers(source: TensorSource) -> str:
     return hashlib.sha256(repr(sorted(source.tensors.items())).encode()).hexdigest()
 
 
+def _is_switch(name: str) -> bool:
+    return name.startswith(SWITCHES) and not name.endswith(PLACES)
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -129,11 +141,13 @@ def _version(package: str) -> str:
 
 
 def _device(device: torch.device) -> Facts:
-    if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        return {"name": found.name, "multiprocessors": found.multi_processor_count, "cuda": torch.version.cuda}
+    """The processor counts beside a GPU too: it makes adapters' weights and merges."""
     capability = torch.backends.cpu.get_cpu_capability()
-    return {"name": f"cpu, {processor()}", "instructions": capability, "threads": torch.get_num_threads()}
+    host = {"processor": processor(), "instructions": capability, "threads": torch.get_num_threads()}
+    if device.type != "cuda":
+        return host
+    found = torch.cuda.get_device_properties(device)
+    return {"name": found.name, "multiprocessors": found.multi_processor_count, "cuda": torch.version.cuda} | host
 
 
 def _flat(facts: Facts, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from featcal_fast.calibrate import Output
-from featcal_fast.checkpoints import CheckpointWriter, Manifest, WorkFolder, work_path, write_errors
+from featcal_fast.checkpoints import REPORT, CheckpointWriter, Manifest, WorkFolder, work_path, write_errors
 from featcal_fast.errors import FeatCalError, ResumeError
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.job.fingerprint import Digested, Facts, differences
@@ -29,7 +29,7 @@ from featcal_fast.streaming.scratch import Snapshots
 from featcal_fast.streaming.sources import CheckpointSource
 from featcal_fast.streaming.streams import Streams
 
-SHARE = 0.05  # of a run's time that may go into keeping it, where nobody says how often to
+PATIENCE = 30  # times what it took to keep a run the last time, until the next, where nobody says how often to
 
 WAYS = "--resume goes on from there, --fresh starts over"
 
@@ -46,8 +46,10 @@ class Past:
     """
 
     def __init__(self, entries: list[dict[str, Any]]) -> None:
-        self.facts: Facts = entries[0]["fingerprint"] if entries else {}
-        self.total: int = entries[0]["layers"] if entries else 0
+        first: dict[str, Any] = entries[0] if entries else {}
+        self.facts: Facts = first.get("fingerprint", {})
+        self.total: int = first.get("layers", 0)
+        self.finished = bool(entries) and "finished" in entries[-1]
         self.lines = [entry for entry in entries[1:] if "layer" in entry]
         last: dict[str, Any] = self.lines[-1] if self.lines else {}
         self.layers: int = last.get("layer", -1) + 1
@@ -64,7 +66,10 @@ class Past:
     def check(self, facts: Facts) -> None:
         """Raises:
         ResumeError: it was another job, or on another machine."""
-        if self.facts and (different := differences(self.facts, facts)):
+        compared = ("recipe", "inputs") if self.finished else tuple(facts)
+        if not self.facts:
+            return
+        if different := differences(*({name: each.get(name) for name in compared} for each in (self.facts, facts))):
             raise ResumeError(
                 f"out: the interrupted run cannot be gone on with, its bits would be others: {different}; --fresh "
                 "starts over"
@@ -86,37 +91,48 @@ def find_past(work: WorkFolder, *, resume: bool, fresh: bool) -> Past:
     Raises:
         ResumeError: something was left, and nobody said what to do with it.
     """
-    if fresh:
-        work.clear()
-    entries = work.manifest.entries
-    past = Past(entries)
-    if work.left_behind and not resume:
-        work.keep = True
-        raise ResumeError(left_behind(work.out))
-    if not past.layers and not work.finished:
-        work.clear()
-        return Past([])
-    work.keep = True
+    with write_errors(work.out):
+        if fresh or work.published:
+            work.clear()
+        if work.left_behind and not resume:
+            raise ResumeError(left_behind(work.out))
+        past = read_past(work.manifest)
+        if not past.layers and not work.finished:
+            work.clear()
+            return Past([])
     return past
+
+
+def read_past(manifest: Manifest) -> Past:
+    """What a manifest tells.
+
+    Raises:
+        ResumeError: it is of another form.
+    """
+    try:
+        return Past(manifest.entries)
+    except (KeyError, TypeError, AttributeError):
+        raise ResumeError(f"{manifest.path} is of another version of featcal_fast; --fresh starts over") from None
 
 
 def left_behind(out: Path) -> str:
     """What an interrupted run into `out` has left, and what can be done with it; empty if nothing."""
     folder = work_path(out)
-    if not folder.is_dir():
-        return ""
-    entries: list[dict[str, Any]] = []
-    with suppress(OSError):
-        entries = Manifest(folder / "manifest").entries
-    past = Past(entries)
-    if entries and entries[-1].get("finished"):
+    with write_errors(out):
+        if not folder.is_dir():
+            return ""
+        manifest = Manifest(folder / "manifest")
+    past = read_past(manifest)
+    if manifest.finished:
+        if not (folder / "model").is_dir():  # it has its name
+            return ""
         return (
             f"out: {folder} holds a finished model that could not be given its name, {out}: --resume gives it, "
             "--fresh removes it and starts over"
         )
     if past.layers:
         return f"out: an interrupted run into {out} has left {past.layers} of {past.total} layers in {folder}: {WAYS}"
-    return f"out: an interrupted run into {out} has left {folder}, without a layer done: --fresh removes it, and starts"
+    return f"out: an interrupted run into {out} has left {folder}, no layer of it done: --resume or --fresh starts over"
 
 
 @contextmanager
@@ -127,11 +143,14 @@ def telling_what_is_kept(work: WorkFolder, progress: Progress) -> Iterator[None]
     except ResumeError:
         raise
     except FeatCalError as error:
-        if work.keep:
+        if work.keep and not work.finished:
             error.args = (f"{error}; what is done is kept: {WAYS}",)
         raise
     except (KeyboardInterrupt, SystemExit):
-        progress.interrupted(left_behind(work.out) if work.keep else "")
+        if (work.out / REPORT).exists():
+            progress.interrupted(f"out: {work.out} was finished before the signal came")
+        else:
+            progress.interrupted(left_behind(work.out) if work.keep else "")
         raise
 
 
@@ -145,7 +164,7 @@ class Resumable(Output):
         models: that are read.
         past: what is done already.
         batches: of every task.
-        every: after how many layers what is done is made durable; None for as often as that takes a twentieth of the
+        every: after how many layers what is done is made durable; None for as often as that takes a thirtieth of the
             time, 0 for never.
     """
 
@@ -213,7 +232,7 @@ class Resumable(Output):
             return True
         if self._every is not None:
             return layer.index + 1 - self._durable >= self._every
-        return time.perf_counter() - self._since >= self._cost * (1 - SHARE) / SHARE
+        return time.perf_counter() - self._since >= PATIENCE * self._cost
 
     def _make_durable(self, layer: Layer, report: Report, streams: Streams) -> None:
         self._writer.sync()

@@ -18,12 +18,14 @@ from featcal_fast.inputs.load import load_data
 from featcal_fast.inputs.models import RecipeModels, output_folder
 from featcal_fast.inputs.recipe import Recipe, RecipeLike
 from featcal_fast.job.fingerprint import Digested, Facts, differences, fingerprint, input_files
-from featcal_fast.job.resume import Past, Resumable, find_past, left_behind, telling_what_is_kept
+from featcal_fast.job.interrupts import finish_first
+from featcal_fast.job.resume import Past, Resumable, find_past, left_behind, read_past, telling_what_is_kept
 from featcal_fast.planning.planner import choose_offload
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import Report
 from featcal_fast.streaming.hidden_states import Offload
 from featcal_fast.streaming.machine import find_device
+from featcal_fast.streaming.scratch import scratch_errors
 from featcal_fast.streaming.sources import CheckpointSource
 
 Batches = Mapping[str, Iterable[Mapping[str, Tensor]]]
@@ -59,7 +61,7 @@ def calibrate(
         resume: go on with what an interrupted run into the same folder has left, if it has.
         fresh: remove that, and start over.
         checkpoint_every: after how many layers all that is done is made durable; 0 for never, by default as often as
-            that takes no more than a twentieth of the time.
+            that takes about a thirtieth of the time.
 
     Returns:
         What happened, layer by layer.
@@ -67,8 +69,7 @@ def calibrate(
     Raises:
         FeatCalError: the recipe, a model, the data or the output folder is not usable, memory will not do (see
             `plan`), features are not finite, an input changed meanwhile, or an interrupted run has left something and
-            neither `resume` nor `fresh` is set. The output folder is not there, then; what was done before an error
-            stays beside it, if a run can go on from there.
+            neither is set. The output folder is not there, then; what can be gone on from stays beside it.
     """
     if resume and fresh:
         raise RecipeError("found both resume and fresh, expected one of them at most")
@@ -85,8 +86,10 @@ def calibrate(
             if work.finished:
                 report = Report.from_json(files.read_text(work.model / REPORT))
             else:
-                report = job.run(facts, device_memory, host_memory, scratch)
-            work.publish()
+                with _scratch_locked(work, scratch):
+                    report = job.run(facts, device_memory, host_memory, scratch)
+            with finish_first():
+                work.publish()
     return report
 
 
@@ -115,15 +118,16 @@ class _Job:
         past.check_chunk(plan.chunk)
         if past.layers:
             self.progress.resumed(past.layers)
-        with _scratch_locked(work, offload):
-            if not past.layers and self.every != 0:
-                with write_errors(work.out):
-                    work.begin({"fingerprint": facts, "layers": len(plan.layers)}, offload)
-            with CheckpointWriter(work, models.merged, past.hashes) as writer:
-                report = self._calibrate(writer, batches, offload, past.chunk or plan.chunk)
-                report.flops = sum(plan.flops.values())
-                writer.finish(report.to_json())
+        if not past.layers and self.every != 0:
+            with write_errors(work.out):
+                work.begin({"fingerprint": facts, "layers": len(plan.layers)}, scratch)
+        with CheckpointWriter(work, models.merged, past.hashes) as writer:
+            report = self._calibrate(writer, batches, offload, past.chunk or plan.chunk)
+            report.flops = sum(plan.flops.values())
+            writer.finish(report.to_json())
         _check_unchanged(work, recipe, models, facts)
+        with finish_first():
+            work.finish({"fingerprint": facts})
         return report
 
     def _calibrate(self, writer: CheckpointWriter, batches: Batches, offload: Offload, chunk: int) -> Report:
@@ -151,14 +155,14 @@ class _Job:
 
 
 @contextmanager
-def _scratch_locked(work: WorkFolder, offload: Offload) -> Iterator[None]:
+def _scratch_locked(work: WorkFolder, scratch: str | Path | None) -> Iterator[None]:
     """Folders for hidden states that are not the work folder's are this run's alone."""
-    folders = {offload.resolve()} if isinstance(offload, Path) else set()
+    folders = set() if scratch is None else {Path(scratch).resolve()}
     if work.path not in work.states.parents:
-        folders.add(work.states.parent.resolve())
+        folders.add(work.states.parent)
     with ExitStack() as stack:
         for folder in sorted(folders):
-            with write_errors(folder):
+            with scratch_errors(folder):
                 stack.callback(Lock(folder / ".featcal-fast.lock", f"scratch: {folder}").release)
                 work.remove_unowned(folder)
         yield
@@ -194,8 +198,7 @@ def merge(recipe: RecipeLike, *, out: str | Path | None = None) -> Path:
         )
     models = RecipeModels(recipe)
     with WorkFolder(output_folder(recipe, models)) as work:
-        if work.finished or Past(work.manifest.entries).layers:  # of a calibration, or of a merge that lacks its name
-            work.keep = True
+        if not work.published and (work.finished or read_past(work.manifest).layers):  # of a calibration
             raise ResumeError(left_behind(work.out))
         work.clear()
         before = input_files(recipe, models)
@@ -203,7 +206,8 @@ def merge(recipe: RecipeLike, *, out: str | Path | None = None) -> Path:
             writer.copy_rest()
             writer.finish()
         _check_unchanged(work, recipe, models, {"inputs": before})
-        work.publish()
+        with finish_first():
+            work.publish()
     return work.out
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from featcal_fast import files
-from featcal_fast.checkpoints import held_bytes, nearest_existing
+from featcal_fast.checkpoints import held_bytes, nearest_existing, states_path, work_path
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.inputs.task_data import TaskData
 from featcal_fast.planning.plan import Plan, format_bytes
@@ -43,8 +43,9 @@ def _disk_problems(plan: Plan, recipe: Recipe, offload: Offload) -> list[str]:
     places = [("scratch", offload, plan.disk[SCRATCH])] if isinstance(offload, Path) else []
     if recipe.out is not None:
         out = recipe.root / Path(recipe.out).expanduser()
-        kept = plan.disk.get(TO_RESUME, 0)
-        places.append(("out", nearest_existing(out), plan.disk["calibrated model"] + kept - held_bytes(out)))
+        places = [(what, folder, size - held_bytes(states_path(out, folder))) for what, folder, size in places]
+        kept = plan.disk.get(TO_RESUME, 0) - held_bytes(work_path(out))
+        places.append(("out", nearest_existing(out), plan.disk["calibrated model"] + kept))
     disks: dict[int, list[tuple[str, Path, int]]] = {}
     for place in places:
         disks.setdefault(files.stat(place[1]).st_dev, []).append(place)

@@ -87,9 +87,11 @@ class Report:
         kept: linear weights that keep their merged values, each with the reason.
         seconds: wall clock of the whole run, in seconds.
         flops: floating-point operations of the layers, where there was a plan.
-        bytes_read: bytes of tensors, by model, where there was a recipe; and of hidden states, where they were on disk.
+        bytes_read: bytes of tensors, by model, where there was a recipe; and of hidden states, where they were on disk:
+            of these, what the last run read, where one went on with another.
         bytes_written: bytes, likewise.
-        storage_error: `||W_kept - W||_F / ||W||_F` of experts kept in host memory, by task (`expert_storage`).
+        storage_error: `||W_kept - W||_F / ||W||_F` of experts kept in host memory, by task (`expert_storage`); of what
+            the last run read.
         recipe: the job, where there was a recipe.
         out: the folder written, where there is one.
         contents: SHA-256 of what is in it, which `featcal-fast check` compares: of `tensors`, of the `headers` of

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from featcal_fast.errors import DataError, FeatCalError, OutputError
+from featcal_fast.errors import DataError, FeatCalError, ResumeError
 from featcal_fast.forward.calls import BatchCalls, move, pinned
 from featcal_fast.forward.hooks import OnActivation
 from featcal_fast.forward.runner import BlockRunner
@@ -121,12 +121,13 @@ class HiddenStates:
         """Take the hidden states of every batch from a file, in place of those that entered the stage.
 
         Raises:
-            OutputError: they are not those of these batches.
-            ResumeError: the file holds others than were kept.
+            ResumeError: they are not those of these batches, or not those that were kept.
         """
         found = [(each.shape[0], each.shape[1]) for each in saved]
         if found != self._shapes:
-            raise OutputError(f"task {self._task}: the hidden states that were kept are of other batches; start afresh")
+            raise ResumeError(
+                f"task {self._task}: hidden states that were kept are of other batches; --fresh starts over"
+            )
         for batch, each in enumerate(saved):
             self.store(batch, slice(0, each.shape[0]), source.get(each).to(self.device))
 
@@ -295,9 +296,10 @@ class _HostMemory:
         del self._held[slot]
 
     def save(self, slot: _Slot, into: StateFile) -> Saved:
-        if torch.cuda.is_available():
+        held = self._held[slot]
+        if held.is_pinned():
             torch.cuda.current_stream().synchronize()  # the copies' own
-        return into.add(self._held[slot])
+        return into.add(held)
 
 
 class _Disk:

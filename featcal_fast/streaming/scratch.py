@@ -56,7 +56,7 @@ class StateFile:
         """
         memory = _bytes(data)
         self.written += memory.nbytes
-        with _errors(self._where):
+        with scratch_errors(self._where):
             files.write_at(self._file, memory, position)
 
     def read_to(self, data: Tensor, position: int) -> None:
@@ -67,7 +67,7 @@ class StateFile:
         """
         rest = _bytes(data)
         self.read += rest.nbytes
-        with _errors(self._where):
+        with scratch_errors(self._where):
             while rest:
                 count = files.read_into(self._file, rest, position)
                 if not count:
@@ -96,12 +96,12 @@ class StateFile:
 
     def reserve(self, nbytes: int) -> None:
         """Take the room on the disk."""
-        with _errors(self._where):
+        with scratch_errors(self._where):
             files.reserve(self._file, nbytes)
 
     def sync(self) -> None:
         """Wait until it is on the disk."""
-        with _errors(self._where):
+        with scratch_errors(self._where):
             files.sync(self._file)
 
 
@@ -120,7 +120,7 @@ class Scratch:
     """
 
     def __init__(self, folder: Path) -> None:
-        with _errors(folder):
+        with scratch_errors(folder):
             self.current = StateFile(files.create_unnamed(folder), folder)
         self.generation = 0
 
@@ -152,8 +152,9 @@ class Snapshots:
         self._durable = set(durable)
         self._names: list[str] = []  # of the stage: of `current`, and of the other
         self._files: dict[str, FileIO] = {}
+        self._left: list[FileIO] = []  # of the stage before, where its hidden states may be until this one has them
         self._states: list[StateFile] = []
-        with _errors(folder), _still_there(folder):
+        with scratch_errors(folder), _still_there(folder):
             for path in files.list_folder(folder):
                 if path.name.startswith(PREFIX) and path.name not in self._durable:
                     files.remove(path)
@@ -164,10 +165,11 @@ class Snapshots:
         Raises:
             ResumeError: of this one, it is gone.
         """
-        with _errors(self.folder):
+        with scratch_errors(self.folder):
             for name in self._names:
                 if name not in self._durable:
                     files.remove(self.folder / name)
+                    self._left.append(self._files.pop(name))
             self._names = sorted((f"{PREFIX}{stage}{turn}" for turn in "ab"), key=self._durable.__contains__)
             for name in self._names:
                 self._files[name] = self._open(name)
@@ -175,11 +177,13 @@ class Snapshots:
         self._take()
 
     def reserve(self, nbytes: int) -> None:
-        """Take room for a stage's hidden states in both files.
+        """A stage has its hidden states: take room for them in both files.
 
         Raises:
             OutputError: there is none.
         """
+        while self._left:
+            self._left.pop().close()
         for name in self._names:
             StateFile(self._files[name], self.folder).reserve(nbytes)
 
@@ -202,7 +206,7 @@ class Snapshots:
 
     def close(self) -> None:
         """Close all files."""
-        for file in self._files.values():
+        for file in (*self._files.values(), *self._left):
             with suppress(OSError):
                 file.close()
 
@@ -233,7 +237,7 @@ def _still_there(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _errors(where: Path) -> Iterator[None]:
+def scratch_errors(where: Path) -> Iterator[None]:
     """What the operating system refuses, in words."""
     try:
         yield
