@@ -49,11 +49,7 @@ def fingerprint(recipe: Recipe, models: RecipeModels, device: torch.device) -> F
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "python": platform.python_version(),
         "device": _device(device),
-        "environment": {
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name.startswith(SWITCHES) and name not in PLACES
-        },
+        "environment": {name: value for name, value in sorted(os.environ.items()) if _is_switch(name)},
     }
     plain: Facts = json.loads(json.dumps(facts))
     return plain
