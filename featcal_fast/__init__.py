@@ -7,6 +7,7 @@ from featcal_fast import reference
 from featcal_fast.calibrate import calibrate_model
 from featcal_fast.errors import FeatCalError
 from featcal_fast.inputs.recipe import ExpertRecipe, MergeRecipe, Recipe
+from featcal_fast.job.check import Check, check
 from featcal_fast.job.run import calibrate, merge
 from featcal_fast.planning.plan import Plan
 from featcal_fast.planning.planner import plan
@@ -16,6 +17,7 @@ from featcal_fast.version import __version__
 
 __all__ = [
     "PRESETS",
+    "Check",
     "ExpertRecipe",
     "FeatCalError",
     "MergeRecipe",
@@ -26,6 +28,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "calibrate_model",
+    "check",
     "merge",
     "plan",
     "reference",

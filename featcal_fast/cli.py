@@ -153,6 +153,8 @@ def plan(
     Example:
         featcal-fast plan recipe.yaml --device-memory 22GiB --rate 150
     """
+    from featcal_fast.inputs.recipe import Recipe
+    from featcal_fast.job.resume import left_behind
     from featcal_fast.planning.planner import plan as make
 
     if rate is not None and not 0 < rate < math.inf:
@@ -175,6 +177,8 @@ def plan(
     console.print(found.summary(known), soft_wrap=True, highlight=False)
     if console.stdout.failed:
         raise OutputError("standard output cannot be written: the plan is not shown")
+    if (out := Recipe.load(recipe).folder) and (left := left_behind(out)):
+        console.print(left, soft_wrap=True, highlight=False, markup=False)
     found.check()
 
 
@@ -215,7 +219,8 @@ def check(
 
     found = run(out)
     console = _Console()
-    lines = [left_behind(out)] if found.status == NOT_OURS else found.problems
+    besides = [f"not of the model: {name}" for name in found.unlisted]
+    lines = [left_behind(out)] if found.status == NOT_OURS else [*found.problems, *besides]
     for line in (*filter(None, lines), found.summary()):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     raise typer.Exit(found.status)
@@ -291,7 +296,7 @@ class BarProgress(Progress):
 
     def resumed(self, layers: int) -> None:
         self._before = layers
-        self._console.print(f"resuming after layer {layers}", highlight=False)
+        self._console.print(f"resuming: {layers} layers were done", highlight=False)
 
     def interrupted(self, left: str) -> None:
         told = left or "interrupted: nothing is left of it"
@@ -306,28 +311,29 @@ class _Stdout(io.TextIOBase):
     """The standard output, which may be closed or full: what cannot be shown is no reason to end a job."""
 
     def __init__(self) -> None:
-        self.failed = sys.stdout is None
+        self._stream = sys.stdout  # as it is now: a bar puts a stream of its own, which writes here, in its place
+        self.failed = self._stream is None
 
     def write(self, text: str) -> int:
         if not self.failed:
             try:
-                sys.stdout.write(text)
-                sys.stdout.flush()
+                self._stream.write(text)
+                self._stream.flush()
             except (OSError, ValueError):
                 self.failed = True
                 with suppress(OSError, ValueError):
-                    files.discard(sys.stdout)  # what Python still holds would change the exit code
+                    files.discard(self._stream)  # what Python still holds would change the exit code
         return len(text)
 
     def isatty(self) -> bool:
-        return not self.failed and sys.stdout.isatty()
+        return not self.failed and self._stream.isatty()
 
     def fileno(self) -> int:
-        return sys.__stdout__.fileno() if sys.__stdout__ is not None else -1
+        return -1 if self._stream is None else self._stream.fileno()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        return getattr(sys.stdout, "encoding", None) or "utf-8"
+        return getattr(self._stream, "encoding", None) or "utf-8"
 
 
 class _Console(Console):
@@ -351,6 +357,12 @@ def main() -> None:
         app()
     except FeatCalError as error:
         Console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
+        raise SystemExit(1) from None
+    except OSError as error:  # of a help page, say; all others are errors of ours
+        if error.filename is not None:
+            raise
+        files.discard(sys.stdout)
+        Console(stderr=True).print(f"error: standard output cannot be written: {error.strerror}", style="red")
         raise SystemExit(1) from None
 
 

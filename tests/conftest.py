@@ -1,6 +1,7 @@
-"""Fixtures of the tests: one thread, and model folders with a tokenizer or an image processor."""
+"""Fixtures of the tests: one thread, model folders with a tokenizer or an image processor, jobs that are run often."""
 
 import json
+from functools import lru_cache
 
 import pytest
 import torch
@@ -55,3 +56,16 @@ def vision(tmp_path):
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory):
+    """Cases by kind of model and by whether hidden states are `on_disk`; each is made once."""
+    from runs import make_case  # takes seconds
+
+    @lru_cache
+    def case(kind, on_disk=False):
+        sizes = {"llama": {"layers": 2}, "clip": {"layers": 3}}.get(kind, {})
+        return make_case(kind, tmp_path_factory.mktemp(kind), on_disk=on_disk, **sizes)
+
+    return case

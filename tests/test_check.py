@@ -315,13 +315,13 @@ def test_every_flipped_bit_is_found(out: Path) -> None:
 
 def _no_folder(out: Path) -> str:
     shutil.rmtree(out)
-    return "report.json does not exist"
+    return "there is no such folder"
 
 
 def _a_file(out: Path) -> str:
     shutil.rmtree(out)
     out.write_text("")
-    return "report.json does not exist"
+    return "there is no such folder"
 
 
 def _no_report(out: Path) -> str:
@@ -393,3 +393,16 @@ class _Failing:
         if self.calls == self.number + 1:
             raise OSError(5, "Input/output error")
         return self.function(*args)
+
+
+def test_of_many_tensors_that_are_missing_a_few_are_named(tmp_path: Path) -> None:
+    """A shard of a large model has hundreds."""
+    contents = {"tensors": {f"layers.{i}.weight": "0" for i in range(99)}, "headers": {"gone": "0"}, "files": {}}
+    (tmp_path / "report.json").write_text(json.dumps({"contents": contents}))
+    problems = check(tmp_path).problems
+    assert problems[:2] == [
+        "gone is missing",
+        "tensor layers.0.weight is missing: no file with a sound header holds it",
+    ]
+    assert problems[-1] == "so are 95 tensors more"
+    assert len(problems) == 6

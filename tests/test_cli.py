@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pico
@@ -13,16 +15,17 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(*arguments: str, code: int = 0) -> str:
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "featcal_fast.cli", *arguments]
+
+
+def environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-m", "featcal_fast.cli", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return {**os.environ, "PYTHONPATH": path, "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    result = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, check=False)
     assert result.returncode == code, result.stderr
     return result.stdout if code == 0 else result.stderr
 
@@ -30,9 +33,9 @@ def run(*arguments: str, code: int = 0) -> str:
 def test_help_teaches() -> None:
     text = run("--help")
     assert "base_model: models/base" in text
-    for command in ("calibrate", "merge", "demo"):
-        assert command in text
-        assert f"featcal-fast {command}" in run(command, "--help")
+    for name in ("calibrate", "merge", "demo"):
+        assert name in text
+        assert f"featcal-fast {name}" in run(name, "--help")
     assert run("--version").startswith("featcal-fast 0.")
 
 
@@ -46,8 +49,27 @@ def test_calibrate_and_merge(tmp_path: Path) -> None:
     assert "layer 3/3: drift" in text
     assert "Feature drift to the experts" in text
     assert (tmp_path / "mine" / "report.json").is_file()
+    assert "mine is whole" in run("check", str(tmp_path / "mine"))
+    (tmp_path / "mine" / "config.json").unlink()
+    assert subprocess.run(command("check", str(tmp_path / "mine")), env=environment(), check=False).returncode == 1
     assert "Wrote" in run("merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "merged-again"))
     assert (tmp_path / "merged-again" / "model.safetensors").is_file()
+
+
+def test_on_a_terminal_there_is_a_bar(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(pico.save(pico.job("clip", 2), tmp_path)))
+    ours, theirs = pty.openpty()
+    job = command("calibrate", str(tmp_path / "recipe.yaml"), "--device", "cpu")
+    with subprocess.Popen(job, env=environment() | {"TERM": "xterm"}, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # how the end of a terminal is told
+            while part := os.read(ours, 65536):
+                shown += part
+        assert process.wait(60) == 0
+    os.close(ours)
+    assert b"Wrote" in shown
+    assert b"\x1b[?25l" in shown, "the cursor is hidden while a bar is drawn"
 
 
 def test_an_error_is_one_line(tmp_path: Path) -> None:

@@ -280,5 +280,5 @@ def parse_header(data: bytes, file: str) -> tuple[dict[str, Header], int]:
             headers[name] = Header(file, tuple(shape), dtype, position, position + nbytes)
             position += nbytes
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(repr(error)) from error
+        raise ValueError(f"its JSON is none of a safetensors header ({type(error).__name__}: {error})") from error
     return headers, position

@@ -79,8 +79,8 @@ def output_folder(recipe: Recipe, models: RecipeModels) -> Path:
         RecipeError: the recipe names none.
         OutputError: it cannot be written.
     """
-    if recipe.out is None:
+    folder = recipe.folder
+    if folder is None:
         raise RecipeError("out: missing; expected the folder to write, in the recipe or as --out")
-    folder = recipe.root / Path(recipe.out).expanduser()
     check_output(folder, models.folders, models.nbytes + models.side_bytes)
     return folder

@@ -154,6 +154,11 @@ class Recipe:
         }
         return cls(**values, root=root)
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder to write, where the recipe names one."""
+        return None if self.out is None else self.root / Path(self.out).expanduser()
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, as a YAML file would hold it."""
         values = asdict(self)

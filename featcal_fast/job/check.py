@@ -20,6 +20,7 @@ NAME = "featcal_fast"  # what reports say of their maker, among versions
 KINDS = ("tensors", "headers", "files")  # of its `contents`: hashes by name
 MAX_REPORT = 2**28  # bytes
 PIECE = 2**24  # bytes that are hashed at a time
+NAMED = 4  # tensors of those that are missing
 LONGEST = 200  # characters of a name that are shown
 
 
@@ -47,6 +48,7 @@ class Check:
 
     @property
     def whole(self) -> bool:
+        """Whether all is as it was written."""
         return self.status == WHOLE
 
     def summary(self) -> str:
@@ -91,7 +93,8 @@ def _read_contents(out: Path) -> dict[str, dict[str, str]]:
     try:
         report = _read_report(out)
     except (FileNotFoundError, NotADirectoryError):
-        raise _NothingToCompare(NOT_OURS, f"{out / REPORT} does not exist") from None
+        what = f"{REPORT} does not exist" if out.is_dir() else "there is no such folder"
+        raise _NothingToCompare(NOT_OURS, what) from None
     except OSError as error:
         raise _NothingToCompare(DAMAGED, f"{REPORT} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -135,9 +138,11 @@ class _Comparison:
     def run(self) -> None:
         for name in self.contents["headers"]:
             self._read(name, self._check_shard)
-        for tensor in self.contents["tensors"]:
-            if tensor not in self.seen:
-                self._note(f"tensor {shown(tensor)} is missing: no file with a sound header holds it")
+        missing = [tensor for tensor in self.contents["tensors"] if tensor not in self.seen]
+        for tensor in missing[:NAMED]:
+            self._note(f"tensor {shown(tensor)} is missing: no file with a sound header holds it")
+        if len(missing) > NAMED:
+            self._note(f"so are {len(missing) - NAMED} tensors more")
         for name in self.contents["files"]:
             self._read(name, self._check_file)
         self._list_others()

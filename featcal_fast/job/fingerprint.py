@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def differences(before: Facts, now: Facts) -> str:
     """What is not as it was: `torch: 2.12.0, now 2.13.0; ...`; empty if all is."""
     old, new = dict(_flat(before)), dict(_flat(now))
     different = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    told = [f"{name}: {old.get(name, 'absent')}, now {new.get(name, 'absent')}" for name in different[:SHOWN]]
+    told = [f"{name}: {_shown(old.get(name))}, now {_shown(new.get(name))}" for name in different[:SHOWN]]
     if more := len(different) - len(told):
         told.append(f"and {more} more")
     return "; ".join(told)
@@ -144,6 +145,13 @@ def _device(device: torch.device) -> Facts:
         return host
     found = torch.cuda.get_device_properties(device)
     return {"name": found.name, "multiprocessors": found.multi_processor_count, "cuda": torch.version.cuda} | host
+
+
+def _shown(value: Any) -> str:
+    """A fact for a reader; lists are a file's bytes and time."""
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(each, int) for each in value):
+        return f"{value[0]:,} bytes of {datetime.fromtimestamp(value[1] / 1e9):%Y-%m-%d %H:%M:%S.%f}"
+    return "absent" if value is None else str(value)
 
 
 def _flat(facts: Facts, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -71,8 +71,8 @@ class Past:
             return
         if different := differences(*({name: each.get(name) for name in compared} for each in (self.facts, facts))):
             raise ResumeError(
-                f"out: the interrupted run cannot be gone on with, its bits would be others: {different}; --fresh "
-                "starts over"
+                f"out: the interrupted run cannot be gone on with, its bits might be others: {different}; put that "
+                "back and --resume, or start over with --fresh"
             )
 
     def check_chunk(self, chunk: int) -> None:

@@ -73,8 +73,8 @@ def calibrate(
     """
     if resume and fresh:
         raise RecipeError("found both resume and fresh, expected one of them at most")
-    if checkpoint_every is not None and checkpoint_every < 0:
-        raise RecipeError(f"checkpoint_every: found {checkpoint_every}, expected a number of layers, or 0 for never")
+    if checkpoint_every is not None and (type(checkpoint_every) is not int or checkpoint_every < 0):
+        raise RecipeError(f"checkpoint_every: found {checkpoint_every!r}, expected a number of layers, or 0 for never")
     recipe, device = _with_out(recipe, out), find_device(device)
     models = RecipeModels(recipe)
     with WorkFolder(output_folder(recipe, models)) as work:
@@ -160,6 +160,8 @@ def _scratch_locked(work: WorkFolder, scratch: str | Path | None) -> Iterator[No
     folders = set() if scratch is None else {Path(scratch).resolve()}
     if work.path not in work.states.parents:
         folders.add(work.states.parent)
+        if not work.states.exists():
+            raise ResumeError(f"{work.states} is gone, which the interrupted run wrote; --fresh starts over")
     with ExitStack() as stack:
         for folder in sorted(folders):
             with scratch_errors(folder):

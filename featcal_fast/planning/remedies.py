@@ -41,8 +41,7 @@ def problems(plan: Plan, data: Mapping[str, TaskData], recipe: Recipe, offload: 
 def _disk_problems(plan: Plan, recipe: Recipe, offload: Offload) -> list[str]:
     """Where a disk lacks room for what a job writes there."""
     places = [("scratch", offload, plan.disk[SCRATCH])] if isinstance(offload, Path) else []
-    if recipe.out is not None:
-        out = recipe.root / Path(recipe.out).expanduser()
+    if (out := recipe.folder) is not None:
         places = [(what, folder, size - held_bytes(states_path(out, folder))) for what, folder, size in places]
         kept = plan.disk.get(TO_RESUME, 0) - held_bytes(work_path(out))
         places.append(("out", nearest_existing(out), plan.disk["calibrated model"] + kept))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -242,9 +243,8 @@ def scratch_errors(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(
-            f"scratch: {where} cannot hold hidden states: {error.strerror}; free space or choose another folder"
-        ) from error
+        remedy = "make it first" if error.errno == errno.ENOENT else "free space or choose another folder"
+        raise OutputError(f"scratch: {where} cannot hold hidden states: {error.strerror}; {remedy}") from error
 
 
 def checksum(data: Tensor, before: int = 0) -> int:
