@@ -162,10 +162,13 @@ def _fails(case: Case, folder: Path, act: Callable[[Operation], Any], names: Seq
         with operations(act, names):
             case.run(folder)
     except FeatCalError as error:
-        told = str(error)
+        failure = (
+            error  # kept, as notebooks do, and with it all that it refers to: files and locks must not hang on that
+        )
     else:
         case.check(folder)  # what failed was not needed
         return
+    told = str(failure)
     inputs = Path(case.recipe["base_model"]).parent
     assert re.search(rf"({re.escape(str(folder))}|{re.escape(str(inputs))})/\S", told), told
     assert any(os.strerror(code) in told for code in ERRORS), told

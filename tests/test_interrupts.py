@@ -112,7 +112,6 @@ def _until(there: Callable[[], bool]) -> None:
         (signal.SIGTERM, 143, "writing", True),
         (signal.SIGHUP, 129, "writing", False),
         (signal.SIGTERM, 143, "computing", False),
-        (signal.SIGINT, 130, "computing", True),
     ],
 )
 def test_a_signal_ends_a_job_when_its_write_is_done_and_it_says_how_to_go_on(

@@ -23,7 +23,7 @@ from runs import EXHAUSTIVE, Case, Cases, Layers, check_all, contents, done, exi
 
 import featcal_fast as ff
 from featcal_fast import files
-from featcal_fast.checkpoints import work_path
+from featcal_fast.checkpoints import Manifest, work_path
 from featcal_fast.errors import OutputError, ResumeError
 from featcal_fast.job import fingerprint
 from featcal_fast.reporting.progress import Progress
@@ -470,6 +470,17 @@ DAMAGES = [
     *(_tensor, _short_shard, _no_shard, _no_model, _no_states, _short_states, _states),
     *(_last_line_cut, _last_line, _first_line, _binary, _no_manifest),
 ]
+
+
+def test_what_follows_a_damaged_line_of_a_manifest_never_counts_again(tmp_path: Path) -> None:
+    path = tmp_path / "manifest"
+    for number in range(3):
+        Manifest(path).append({"layer": number})
+    _flipped(path, path.stat().st_size // 2)
+    manifest = Manifest(path)
+    assert manifest.entries == [{"layer": 0}]
+    manifest.append({"layer": 1})
+    assert Manifest(path).entries == manifest.entries == [{"layer": 0}, {"layer": 1}]
 
 
 @pytest.mark.parametrize("on_disk", [False, True])

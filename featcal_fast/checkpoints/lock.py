@@ -33,11 +33,15 @@ class Lock:
         self.path = path
         for _ in range(ATTEMPTS):  # then, the file system gives files other numbers each time
             file = _open(path)
-            if not files.lock(file):
-                owner = _owner(file)
+            try:
+                if not files.lock(file):
+                    owner = _owner(file)
+                    raise OutputError(f"{what} is in use by another run{owner}; wait for it, or choose another folder")
+                there = files.is_at(file, path)
+            except BaseException:
                 files.close(file)
-                raise OutputError(f"{what} is in use by another run{owner}; wait for it, or choose another folder")
-            if files.is_at(file, path):
+                raise
+            if there:
                 break
             files.close(file)  # the run before this one gave it back, and so removed it, in the meantime
         self._file = file
