@@ -348,8 +348,8 @@ def test_the_readme_has_a_table_of_a_gpu():
 def test_a_job_without_room_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jobs.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20))
     job = next(job for job in jobs.jobs(dry=False) if job.name == "llama-8b")
-    assert 40 * 2**30 < job.disk_bytes < 50 * 2**30
-    with pytest.raises(LeftOut, match=r"about 4\d\.\d GiB of disk; .* has 0\.0 free; --folder names another"):
+    assert 60 * 2**30 < job.disk_bytes < 70 * 2**30  # three models, and the hidden states that are kept
+    with pytest.raises(LeftOut, match=r"about 6\d\.\d GiB of disk; .* has 0\.0 free; --folder names another"):
         jobs._place(job, replace(DRY, folders=(tmp_path,)))
 
 

@@ -162,9 +162,7 @@ def _fails(case: Case, folder: Path, act: Callable[[Operation], Any], names: Seq
         with operations(act, names):
             case.run(folder)
     except FeatCalError as error:
-        failure = (
-            error  # kept, as notebooks do, and with it all that it refers to: files and locks must not hang on that
-        )
+        failure = error  # kept, as notebooks do, with all that it refers to: no lock may hang on that
     else:
         case.check(folder)  # what failed was not needed
         return
