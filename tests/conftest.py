@@ -69,3 +69,9 @@ def cases(tmp_path_factory):
         return make_case(kind, tmp_path_factory.mktemp(kind), on_disk=on_disk, **sizes)
 
     return case
+
+
+@pytest.fixture
+def case(cases):
+    """Three layers, hidden states in memory."""
+    return cases("clip")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from file_operations import operations
 
 import featcal_fast as ff
 from featcal_fast.checkpoints import Manifest, work_path
+from featcal_fast.errors import ResumeError
 from featcal_fast.job import run as job
 from featcal_fast.job.resume import Past
 from featcal_fast.planning.plan import Plan
@@ -51,6 +53,10 @@ class Case:
     operations: list[str] = field(default_factory=list)
     whole: dict[str, Any] = field(default_factory=dict)
     plan: Plan | None = None
+
+    def changed(self, **changes: Any) -> Case:
+        """A case of another job."""
+        return replace(self, recipe={**copy.deepcopy(self.recipe), **changes})
 
     def run(self, folder: Path, **options: Any) -> Report:
         """Calibrate into `folder / "out"`, durable after every layer."""
@@ -127,6 +133,15 @@ def stopped(case: Case, folder: Path, after: int = 2, **options: Any) -> Path:
     with pytest.raises(KeyboardInterrupt), operations():
         case.run(folder, progress=Stop(after), **options)
     return folder / "out"
+
+
+def refusal(case: Case, folder: Path) -> str:
+    """Go on with what was left; why that was refused, or nothing."""
+    try:
+        case.resume(folder)
+    except ResumeError as error:
+        return str(error)
+    return ""
 
 
 def done(out: Path) -> int:

@@ -10,19 +10,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from runs import Case, Cases, stopped
+from runs import Case, stopped
 
 import featcal_fast as ff
 from featcal_fast import files
 from featcal_fast.checkpoints import Manifest, held_bytes, states_path, work_path
 from featcal_fast.checkpoints.work import OWNER, STATES
 from featcal_fast.errors import OutputError, ResumeError
-
-
-@pytest.fixture
-def case(cases: Cases) -> Case:
-    """Three layers, hidden states in memory."""
-    return cases("clip")
 
 
 def scratch(folder: Path) -> Path:
