@@ -237,10 +237,13 @@ def replace_bytes(path: Path, data: bytes) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """A folder and all that it holds; links are not followed."""
-    for each in list_folder(path):
-        if each.is_dir() and not each.is_symlink():
-            remove_tree(each)
-        else:
-            remove(each)
-    remove_folder(path)
+    """A folder and all that it holds, however deep; links are not followed."""
+    folders = [path]
+    for folder in folders:
+        for each in list_folder(folder):
+            if each.is_dir() and not each.is_symlink():
+                folders.append(each)
+            else:
+                remove(each)
+    for folder in reversed(folders):
+        remove_folder(folder)
