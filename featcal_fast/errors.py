@@ -1,8 +1,25 @@
 """Errors a user can act on: each message names the culprit, what was found, what was expected, what to do."""
 
+from __future__ import annotations
+
+import reprlib
+import unicodedata
+
+LONGEST = 4000  # characters of a message
+_shorter = reprlib.Repr()
+_shorter.maxlevel, _shorter.maxstring, _shorter.maxother, _shorter.maxlong = 3, 80, 80, 40
+
 
 class FeatCalError(Exception):
-    """Base class of every error that featcal_fast raises on purpose."""
+    """Base class of every error that featcal_fast raises on purpose.
+
+    Args:
+        message: may hold names and values of a stranger's: what would act on a terminal, or cannot be written at all,
+            is shown by its number, and no more than 4,000 characters of it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class RecipeError(FeatCalError):
@@ -43,3 +60,23 @@ class DeviceError(FeatCalError):
 
 class MemoryBudgetError(FeatCalError):
     """The job needs more memory than there is, or than it was allowed."""
+
+
+def shown(value: object) -> str:
+    """A value for a message, as `repr` has it, but never long: texts, lists and numbers are cut in the middle."""
+    return _shorter.repr(value)
+
+
+def printable(text: str) -> str:
+    """A text without control characters, marks that turn its direction, and halves of characters."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        each.encode("unicode_escape").decode() if each != "\n" and unicodedata.category(each) in _HIDDEN else each
+        for each in text
+    )
+
+
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}

@@ -11,20 +11,26 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat as stat_module
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from io import FileIO
 from pathlib import Path
 from typing import IO
 from uuid import uuid4
 
 PIECE = 2**20  # bytes of a text at a time
+LARGEST = 16 * 2**20  # bytes of what is read as a whole, a document or a line, unless its reader allows more
 
 
 def open_to_read(path: Path) -> FileIO:
-    """An existing file."""
-    return open(path, "rb", buffering=0)
+    """An existing file; what is none (a pipe, a device) may keep its reader waiting forever, and is an OSError."""
+    file = FileIO(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat_module.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return file
 
 
 def open_to_write(path: Path) -> FileIO:
@@ -53,16 +59,6 @@ def is_at(file: FileIO, path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), stat(path))
     except FileNotFoundError:
         return False
-
-
-def read_bytes(path: Path) -> bytes:
-    """A whole file."""
-    return path.read_bytes()
-
-
-def read_text(path: Path) -> str:
-    """A whole file in UTF-8."""
-    return read_bytes(path).decode()
 
 
 def list_folder(path: Path) -> list[Path]:
@@ -187,17 +183,37 @@ def read_at(file: FileIO, size: int, position: int) -> bytes:
     return bytes(memory[: fill(file, memory, position)])
 
 
-def read_lines(file: FileIO) -> Iterator[bytes]:
-    """A file's lines, each with the line feed that ends it."""
-    position = 0
+def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
+    """A whole file, however little of it there is to `stat`; an OSError where it is larger than it may be."""
+    pieces: list[bytes] = []
+    with closing(open_to_read(path)) as file:
+        size = 0
+        while piece := read_at(file, PIECE if size else 4096, size):
+            pieces.append(piece)
+            size += len(piece)
+            if size > largest:
+                raise OSError(errno.EFBIG, f"it is larger than {largest / 2**20:g} MiB", str(path))
+    return b"".join(pieces)
+
+
+def read_text(path: Path, largest: int = LARGEST) -> str:
+    """A whole file in UTF-8, likewise."""
+    return read_bytes(path, largest).decode()
+
+
+def read_lines(file: FileIO, longest: int = LARGEST) -> Iterator[bytes]:
+    """A file's lines, each with the line feed that ends it; an OSError where one is longer than it may be."""
+    position = number = 0
     begun: list[bytes] = []  # of a line whose end has not come yet
     while piece := read_at(file, PIECE, position):
         position += len(piece)
         *lines, rest = piece.split(b"\n")
         for line in lines:
             yield b"".join((*begun, line, b"\n"))
-            begun = []
+            begun, number = [], number + 1
         begun.append(rest)
+        if len(begun) * PIECE > longest + PIECE:
+            raise OSError(errno.EFBIG, f"line {number + 1} is longer than {longest / 2**20:g} MiB")
     if last := b"".join(begun):
         yield last
 
