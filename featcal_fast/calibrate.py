@@ -19,13 +19,23 @@ from featcal_fast.forward.hooks import Activations
 from featcal_fast.layer.layout import find_layout
 from featcal_fast.layer.moments import TaskMoments
 from featcal_fast.layer.selection import check_settings
-from featcal_fast.layer.solve import Update, check_finite, load_update, relative_changes, solve_layer
+from featcal_fast.layer.solve import (
+    MAX_CONDITION_FLOAT32,
+    Update,
+    check_finite,
+    load_update,
+    max_condition,
+    relative_changes,
+    solve_layer,
+)
 from featcal_fast.layer.systems import Anchor, LayerSystem
 from featcal_fast.models.structure import Layer
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import GroupReport, LayerReport, Report
+from featcal_fast.reporting.warnings import about_run, about_settings
 from featcal_fast.settings import Settings
 from featcal_fast.streaming.chunks import Chunk
+from featcal_fast.streaming.culprit import Culprits
 from featcal_fast.streaming.hidden_states import HOST, HiddenStates, Offload
 from featcal_fast.streaming.machine import find_device
 from featcal_fast.streaming.scratch import Snapshots
@@ -86,11 +96,12 @@ def calibrate_model(
         What happened, layer by layer.
 
     Raises:
-        DataError: a task without batches, or batches without a task.
+        DataError: a task without batches, or batches without a task, or a batch that a model cannot take.
         DeviceError: there is no such device.
         ModelMismatchError: the models differ in architecture.
-        UnsupportedModelError: no family fits.
-        SolveError: features that are not finite.
+        UnsupportedModelError: no family fits, or a layer's forward fails, draws random numbers, or does not give each
+            module every token once.
+        SolveError: numbers that are not finite; it says whose.
         MemoryBudgetError: the device's memory will not do, however few samples it takes at a time.
     """
     device = find_device(device) if device is not None else next(merged.parameters()).device
@@ -107,6 +118,8 @@ def calibrate_model(
         Output(lambda _index, parameters: updates.append(parameters)),
         progress or Progress(),
     )
+    condition = max_condition(settings, len(experts))
+    report.warnings = [*about_settings(settings, condition, MAX_CONDITION_FLOAT32), *about_run(report)]
     with torch.no_grad():
         for block, parameters in zip(student.structure.blocks, updates, strict=True):
             own = dict(block.named_parameters())
@@ -178,32 +191,38 @@ def calibrate_layer(
     began = time.perf_counter()
     student = streams.next_block()
     anchor = Anchor(student, streams.next_block(), settings.anchor_rho)
-    layout = find_layout(student, layer, *streams.drift.sample(), settings)
+    layout, made = find_layout(student, layer, *streams.drift.sample(), settings)
+    streams.drift.begin(layer, student, made)
     system = LayerSystem(layout, anchor, settings, streams.device, streams.counts)
     moments = TaskMoments(layout, student, streams.counts, settings, streams.device)
 
     for task, expert in streams.experts(layer):
-        moments.reset()
+        moments.reset(task)
         for chunk in streams.chunks(task):
             with chunk:
                 states = streams.expert_states[task], streams.student_states[task]
                 accumulate(chunk, layer, (expert, student), states, moments)
-        system.fold(moments, expert, task)
+        moments.check_complete(*streams.counted(task))
+        system.fold(moments, expert)
         streams.drift.advance_expert(layer, task, expert)
         del expert  # before the next but one is read
 
-    update = solve_layer(system, moments, streams.counts.tasks)
-    streams.drift.advance_merged(layer, student)
-    changes = relative_changes(layout, update, student)
-    parameters = streams.to_host(load_update(student, update))
-    streams.drift.advance_calibrated(layer, student)
-    # Besides the solve, the one time that the host waits for the device within a layer.
-    (before, after), changed, sums = read_scalars(streams.drift.distances(), changes, update.sums)
-    check_finite(system.systems, sums)
+    with Culprits(streams, layer, layout):
+        update = solve_layer(system, moments, streams.counts.tasks)
+        streams.drift.advance_merged(layer, student)
+        changes = relative_changes(layout, update, student)
+        parameters = streams.to_host(load_update(student, update))
+        streams.drift.advance_calibrated(layer, student)
+        # Besides the solve, the one time that the host waits for the device within a layer.
+        (before, after), changed, sums, repeats = read_scalars(
+            streams.drift.distances(), changes, update.sums, streams.drift.repeats()
+        )
+        streams.drift.check_repeats(layer, repeats)
+        check_finite(system.systems, sums, [before, after, *changed])
     streams.advance_student(layer, student)
     write(layer.index, parameters.synchronize())  # while a GPU advances
 
-    groups = _group_reports(moments, update, changed)
+    groups = _group_reports(system, moments, update, changed)
     seconds = time.perf_counter() - began
     return LayerReport(layer.index, before, after, seconds, groups, list(moments.norms)), layout.kept
 
@@ -229,7 +248,7 @@ def accumulate(
     """
     activations, hidden = forward_expert(chunk, layer, blocks[0], states[0], moments)
     forward_student(chunk, layer, blocks[1], states[1], moments, activations)
-    states[0].store(chunk.batch, chunk.rows, hidden)
+    states[0].keep(chunk, hidden)
 
 
 def forward_expert(
@@ -237,10 +256,10 @@ def forward_expert(
 ) -> tuple[tuple[Activations, Activations], Tensor]:
     """What the expert's linear modules are given, and make of it; and the hidden states after its layer."""
     inputs, outputs = Activations(), Activations()
-    hidden = states.capture(
-        chunk, layer, block, moments.groups, inputs.__setitem__, moments.outputs, outputs.__setitem__
-    )
+    wanted = [*moments.groups, *moments.layout.unused]
+    hidden = states.capture(chunk, layer, block, wanted, inputs.__setitem__, moments.outputs, outputs.__setitem__)
     assert hidden is not None
+    moments.check_unused(inputs)
     return (inputs, outputs), hidden
 
 
@@ -256,7 +275,7 @@ def forward_student(
     last = moments.layout.last
     if last is None:
         return
-    captured = dict.fromkeys([*moments.groups, *moments.norms, last])
+    captured = dict.fromkeys([*moments.groups, *moments.norms, *moments.layout.unused, last])
     tokens = chunk.tokens
     states.capture(
         chunk,
@@ -268,7 +287,9 @@ def forward_student(
     )
 
 
-def _group_reports(moments: TaskMoments, update: Update, changes: list[float]) -> list[GroupReport]:
+def _group_reports(
+    system: LayerSystem, moments: TaskMoments, update: Update, changes: list[float]
+) -> list[GroupReport]:
     return [
         GroupReport(
             modules=list(group.modules),
@@ -277,6 +298,8 @@ def _group_reports(moments: TaskMoments, update: Update, changes: list[float]) -
             space=moments.groups[group.leader].space,
             solver=update.solver[group.leader],
             change=change,
+            tokens=solved.tokens,
+            raised=update.raised.get(group.leader, 0.0),
         )
-        for group, change in zip(moments.layout.groups, changes, strict=True)
+        for group, solved, change in zip(moments.layout.groups, system.systems, changes, strict=True)
     ]

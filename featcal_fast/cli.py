@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import signal
 import sys
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, TextIO, cast
@@ -18,12 +20,12 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from featcal_fast import files
-from featcal_fast.errors import FeatCalError, OutputError
+from featcal_fast.errors import FeatCalError, OutputError, printable
 from featcal_fast.job.interrupts import ENDING
 from featcal_fast.job.throughput import known_rate, remember_rate
-from featcal_fast.planning.plan import parse_bytes
+from featcal_fast.planning.plan import format_bytes
 from featcal_fast.reporting.progress import Progress
-from featcal_fast.reporting.report import LayerReport
+from featcal_fast.reporting.report import LayerReport, drift_text
 from featcal_fast.streaming.malloc import configure_process
 from featcal_fast.version import __version__
 
@@ -48,6 +50,9 @@ No data at hand? `featcal-fast demo` makes four small experts from real scans of
 """
 
 LONG_ENOUGH = 20  # seconds of a run whose rate says something
+FAULT = 70  # exit code for what is nobody's fault but ours, as sysexits.h has it
+DEBUG = "--debug"
+OUTPUT_FAILED = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EFBIG}
 
 app = typer.Typer(
     help=EXAMPLE, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -69,10 +74,17 @@ Scratch = Annotated[
 NoCheckpoint = Annotated[
     bool, typer.Option("--no-checkpoint", help="Keep nothing to resume from: an interrupted run starts over.")
 ]
+Scan = Annotated[
+    bool, typer.Option("--scan", help="Read all weights of all models first, and see that they are finite.")
+]
+Debug = Annotated[bool, typer.Option(DEBUG, help="Where an error is told, show the traceback too.")]  # see `main`
 
 
 @app.callback(invoke_without_command=True)
-def version(show: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    debug: Debug = False,
+) -> None:
     if show:
         typer.echo(f"featcal-fast {__version__}")
         raise typer.Exit
@@ -98,6 +110,8 @@ def calibrate(
         ),
     ] = None,
     no_checkpoint: NoCheckpoint = False,
+    scan: Scan = False,
+    debug: Debug = False,
 ) -> None:
     """Calibrate the model that RECIPE.yaml describes and write it, with report.json, to a new folder.
 
@@ -118,18 +132,19 @@ def calibrate(
         out=out,
         device=device,
         progress=BarProgress(console),
-        device_memory=_bytes(device_memory),
-        host_memory=_bytes(host_memory),
+        device_memory=device_memory,
+        host_memory=host_memory,
         scratch=scratch,
         resume=resume,
         fresh=fresh,
         checkpoint_every=0 if no_checkpoint else checkpoint_every,
+        scan=scan,
     )
     if report.seconds > LONG_ENOUGH:
         remember_rate(torch.device(report.device), report.rate)
     console.print(report.table())
-    console.print(report.summary(), soft_wrap=True, highlight=False)
-    console.print(f"Wrote {report.out}", soft_wrap=True, highlight=False)
+    console.say(report.summary())
+    console.say(f"Wrote {report.out}")
 
 
 @app.command()
@@ -140,6 +155,8 @@ def plan(
     host_memory: HostMemory = None,
     scratch: Scratch = None,
     no_checkpoint: NoCheckpoint = False,
+    scan: Scan = False,
+    debug: Debug = False,
     rate: Annotated[
         float | None,
         typer.Option(help="TFLOP/s, for a rough estimate of the time. Default: the last run's here."),
@@ -166,19 +183,22 @@ def plan(
     found = make(
         recipe,
         device=device,
-        device_memory=_bytes(device_memory),
-        host_memory=_bytes(host_memory),
+        device_memory=device_memory,
+        host_memory=host_memory,
         scratch=scratch,
         checkpoint_every=0 if no_checkpoint else None,
+        scan=scan,
+        progress=(progress := BarProgress(console)),
     )
+    progress.close()
     for table in found.tables():
         console.print(table)
     known = known_rate(torch.device(found.device)) if rate is None else rate * 1e12
-    console.print(found.summary(known), soft_wrap=True, highlight=False)
+    console.say(found.summary(known))
     if console.stdout.failed:
         raise OutputError("standard output cannot be written: the plan is not shown")
     if (out := Recipe.load(recipe).folder) and (left := left_behind(out)):
-        console.print(left, soft_wrap=True, highlight=False, markup=False)
+        console.say(left)
     found.check()
 
 
@@ -186,6 +206,7 @@ def plan(
 def merge(
     recipe: RecipePath,
     out: Annotated[Path | None, typer.Option(help="Folder to write, in place of the recipe's `out`.")] = None,
+    debug: Debug = False,
 ) -> None:
     """Write the merged model that RECIPE.yaml's `merge` describes, uncalibrated.
 
@@ -198,12 +219,13 @@ def merge(
     console = _Console()
     with console.status("merging"):
         folder = run(recipe, out=out)
-    console.print(f"Wrote {folder}", soft_wrap=True, highlight=False)
+    console.say(f"Wrote {folder}")
 
 
 @app.command()
 def check(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `calibrate` wrote.")],
+    debug: Debug = False,
 ) -> None:
     """Compare every tensor and file of a calibrated model with the hashes in its report.json.
 
@@ -222,7 +244,7 @@ def check(
     besides = [f"not of the model: {name}" for name in found.unlisted]
     lines = [left_behind(out)] if found.status == NOT_OURS else [*found.problems, *besides]
     for line in (*filter(None, lines), found.summary()):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.say(line)
     raise typer.Exit(found.status)
 
 
@@ -232,6 +254,7 @@ def demo(
         "featcal-demo"
     ),
     device: Device = None,
+    debug: Debug = False,
 ) -> None:
     """Repair the merge of four small vision transformers, trained here on real scans of digits, in two minutes.
 
@@ -245,37 +268,37 @@ def demo(
     run(out, console=Console(), device=device)
 
 
-def _bytes(text: str | None) -> int | None:
-    return None if text is None else parse_bytes(text)
-
-
 class BarProgress(Progress):
     """A bar with layer, task, tokens/s and time left on a terminal; a line a layer elsewhere."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: _Console) -> None:
         self._console = console
         self._bar: Bar | None = None
         self._id = TaskID(0)
         self._layers, self._before, self._done, self._started = 0, 0, 0, 0.0
+
+    def warning(self, text: str) -> None:
+        self._console.say(f"warning: {text}")
+
+    def scanned(self, model: str, done: int, total: int) -> None:
+        if self._bar is None:
+            self._start(total)
+        if self._bar:
+            self._bar.update(self._id, completed=done, description=f"scanning  {printable(model)}")
+        if done == total:
+            self.close()
+            self._console.say(f"scanned {format_bytes(total)} of weights: all are finite")
 
     def stage(self, layers: int, tokens: int) -> None:
         if self._bar:
             self._bar.update(self._id, total=self._done + layers * tokens)
             return
         self._layers, self._started = self._before + layers, time.perf_counter()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
-        self._id = self._bar.add_task("starting", total=layers * tokens, rate="")
-        self._bar.start()
+        self._start(layers * tokens)
 
     def task(self, layer: int, task: str) -> None:
         if self._bar:
-            self._bar.update(self._id, description=f"layer {layer + 1}/{self._layers}  {task}")
+            self._bar.update(self._id, description=f"layer {layer + 1}/{self._layers}  {printable(task)}")
 
     def tokens(self, count: int) -> None:
         self._done += count
@@ -287,24 +310,33 @@ class BarProgress(Progress):
         if not self._console.is_terminal:
             done = report.index + 1 - self._before
             left = (time.perf_counter() - self._started) / done * (self._layers - report.index - 1)
-            self._console.print(
-                f"layer {report.index + 1}/{self._layers}: drift {report.drift_before:.4f} -> "
-                f"{report.drift_after:.4f}, "
-                f"{report.seconds:.1f} s, {left:.0f} s left",
-                highlight=False,
+            drift = f"{drift_text(report.drift_before)} -> {drift_text(report.drift_after)}"
+            self._console.say(
+                f"layer {report.index + 1}/{self._layers}: drift {drift}, {report.seconds:.1f} s, {left:.0f} s left"
             )
 
     def resumed(self, layers: int) -> None:
         self._before = layers
-        self._console.print(f"resuming: {layers} layers were done", highlight=False)
+        self._console.say(f"resuming: {layers} layers were done")
 
     def interrupted(self, left: str) -> None:
-        told = left or "interrupted: nothing is left of it"
-        Console(stderr=True).print(told, style="red", soft_wrap=True, highlight=False, markup=False)
+        _complain(left or "interrupted: nothing is left of it")
 
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
+            self._bar = None
+
+    def _start(self, total: int) -> None:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._id = self._bar.add_task("starting", total=total, rate="")
+        self._bar.start()
 
 
 class _Stdout(io.TextIOBase):
@@ -337,11 +369,21 @@ class _Stdout(io.TextIOBase):
 
 
 class _Console(Console):
-    """A terminal, or whatever stands in its place."""
+    """A terminal, or whatever stands in its place. Nothing in what it is given is markup: names may be a stranger's."""
 
     def __init__(self) -> None:
         self.stdout = _Stdout()
-        super().__init__(file=cast(TextIO, self.stdout))
+        super().__init__(file=cast(TextIO, self.stdout), markup=False, emoji=False, highlight=False)
+
+    def say(self, text: str) -> None:
+        """Lines of text; warnings in yellow."""
+        for line in text.split("\n"):
+            self.print(printable(line), style="yellow" if line.startswith("warning: ") else None, soft_wrap=True)
+
+
+def _complain(text: str, style: str = "red") -> None:
+    """Lines on standard error."""
+    Console(stderr=True).print(text, style=style, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def _exit(number: int, _frame: object) -> None:
@@ -349,21 +391,38 @@ def _exit(number: int, _frame: object) -> None:
 
 
 def main() -> None:
-    """Entry point: an expected error is one line on stderr and exit code 1."""
+    """Entry point: an expected error is one line on stderr and exit code 1, any other one too, and 70.
+
+    With `--debug` the traceback comes before it.
+    """
     for number in ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _exit)  # an exception, so that what is being written is finished
     try:
         app()
-    except FeatCalError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
-        raise SystemExit(1) from None
-    except OSError as error:  # of a help page, say; all others are errors of ours
-        if error.filename is not None:
-            raise
+    except Exception as error:
+        _trace(error)
+        raise SystemExit(_told(error)) from None
+
+
+def _trace(error: Exception) -> None:
+    if DEBUG in sys.argv:
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            _complain(printable(line), style="dim")
+
+
+def _told(error: Exception) -> int:
+    """The exit code that an error ends the process with, once it is told."""
+    if isinstance(error, FeatCalError):
+        _complain(f"error: {error}")
+        return 1
+    if isinstance(error, OSError) and error.filename is None and error.errno in OUTPUT_FAILED:  # of a help page, say
         files.discard(sys.stdout)
-        Console(stderr=True).print(f"error: standard output cannot be written: {error.strerror}", style="red")
-        raise SystemExit(1) from None
+        _complain(f"error: standard output cannot be written: {error.strerror}")
+        return 1
+    what = printable(f"{type(error).__name__}: {error}").replace("\n", " ")
+    _complain(f"unexpected error: {what}; this is a fault of featcal_fast: run it again with {DEBUG} and report that")
+    return FAULT
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ import reprlib
 import unicodedata
 
 LONGEST = 4000  # characters of a message
-_shorter = reprlib.Repr()
-_shorter.maxlevel, _shorter.maxstring, _shorter.maxother, _shorter.maxlong = 3, 80, 80, 40
 
 
 class FeatCalError(Exception):
@@ -60,6 +58,22 @@ class DeviceError(FeatCalError):
 
 class MemoryBudgetError(FeatCalError):
     """The job needs more memory than there is, or than it was allowed."""
+
+
+class _Shorter(reprlib.Repr):
+    """The standard library's, for integers of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 3, 80, 80, 40
+
+    def repr_int(self, value: int, level: int) -> str:
+        if abs(value) < 10**self.maxlong:
+            return super().repr_int(value, level)
+        return f"<an integer of {value.bit_length()} bits>"  # Python refuses to write out one of 5,000 digits
+
+
+_shorter = _Shorter()
 
 
 def shown(value: object) -> str:

@@ -9,6 +9,7 @@ a plot, and the models and data that the demo makes.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
 import stat as stat_module
@@ -26,16 +27,20 @@ LARGEST = 16 * 2**20  # bytes of what is read as a whole, a document or a line, 
 
 def open_to_read(path: Path) -> FileIO:
     """An existing file; what is none (a pipe, a device) may keep its reader waiting forever, and is an OSError."""
-    file = FileIO(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    return _regular(FileIO(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)), path)
+
+
+def open_to_write(path: Path) -> FileIO:
+    """An existing file, to be read and overwritten; no link to one, nor what is none."""
+    flag = os.O_NOFOLLOW | os.O_NONBLOCK
+    return _regular(open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | flag)), path)
+
+
+def _regular(file: FileIO, path: Path) -> FileIO:
     if not stat_module.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return file
-
-
-def open_to_write(path: Path) -> FileIO:
-    """An existing file, to be read and overwritten; no link to one."""
-    return open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))
 
 
 def create(path: Path) -> FileIO:
@@ -63,12 +68,22 @@ def is_at(file: FileIO, path: Path) -> bool:
 
 def list_folder(path: Path) -> list[Path]:
     """What a folder holds, sorted."""
-    return sorted(path.iterdir())
+    return sorted(path.iterdir(), key=lambda each: each.name)  # paths compare part by part, which takes longer
 
 
 def stat(path: Path) -> os.stat_result:
     """A file's size and times; of a link, those of what it points to."""
     return path.stat()
+
+
+def resolve(path: Path) -> Path:
+    """Where a path leads, through all links; it need not exist. An OSError where nobody can say."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        stat(path)  # says so of links in a circle, of names that are too long, and of folders that cannot be entered
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # Python's word for links in a circle, until 3.13
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
 
 
 def free_bytes(folder: Path) -> int:
@@ -107,18 +122,40 @@ def sync(file: FileIO) -> None:
     os.fsync(file.fileno())
 
 
+def share(size: int) -> memoryview:
+    """Memory that copies of this process have in common with it, of so many bytes, all zero; a file without a name."""
+    return memoryview(mmap.mmap(-1, size))
+
+
 def close(file: FileIO) -> None:
     """Give a file back; some file systems tell only now what could not be written."""
     file.close()
 
 
-def make_folder(path: Path) -> None:
-    """A folder, with its parents where they are missing, all of them synced; FileExistsError where there is one."""
-    if not path.parent.exists():
-        with suppress(FileExistsError):  # another process was faster
-            make_folder(path.parent)
-    os.mkdir(path)
-    sync_folder(path.parent)
+def make_folder(path: Path) -> list[Path]:
+    """A folder, with its parents where they are missing, all of them synced; FileExistsError where there is one.
+
+    Returns what was made, from the top down; of a folder that cannot be made nothing stays.
+    """
+    missing = [path]
+    while not missing[-1].parent.exists():
+        missing.append(missing[-1].parent)
+    made: list[Path] = []
+    try:
+        while missing:
+            each = missing.pop()
+            try:
+                os.mkdir(each)
+            except FileExistsError:
+                if not missing:
+                    raise
+                continue  # another process was faster
+            made.append(each)
+            sync_folder(each.parent)
+    except BaseException:
+        remove_empty(made)
+        raise
+    return made
 
 
 def sync_folder(path: Path) -> None:
@@ -164,6 +201,13 @@ def discard(stream: IO[str]) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+def silence() -> None:
+    """Whatever this process has still to say, by whatever library, goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):  # standard output and error
+        os.dup2(nowhere, number)
 
 
 # Made of these
@@ -252,8 +296,18 @@ def replace_bytes(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def remove_empty(folders: list[Path]) -> None:
+    """Folders, each in the one before, as far as nothing is in them."""
+    with suppress(OSError):
+        for folder in reversed(folders):
+            remove_folder(folder)
+
+
 def remove_tree(path: Path) -> None:
-    """A folder and all that it holds, however deep; links are not followed."""
+    """A folder and all that it holds, however deep; links are not followed, and one to a folder is only a name."""
+    if path.is_symlink():
+        remove(path)
+        return
     folders = [path]
     for folder in folders:
         for each in list_folder(folder):

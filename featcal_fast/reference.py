@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from featcal_fast.errors import SolveError
 from featcal_fast.forward.calls import BatchCalls, stage_inputs
 from featcal_fast.layer.precision import ieee_float32
 from featcal_fast.layer.selection import reason_to_keep
@@ -203,6 +204,7 @@ def calibrate_model(
 
     Raises:
         UnsupportedModelError: no family fits.
+        SolveError: a parameter comes out NaN or Inf: a judge must be finite.
     """
     models = {"merged": merged, "base": base, **experts}
     for model in models.values():
@@ -230,11 +232,18 @@ def calibrate_model(
             _update_linear(name, [task.linear[name] for task in stats], others, old, anchor, oriented(block), settings)
         for name in stats[0].norms:
             _update_norm(name, [task.norms[name] for task in stats], others, old, anchor, oriented(block), settings)
+        _check_finite(layer, block)
         for states in student.values():
             for state in states:
-                state.hidden = state.calls.run(layer.number, block, state.hidden)
+                state.hidden = _passed(layer.number, block, state)
         seconds[f"layer {layer.index}"] = time.perf_counter() - started
     return seconds
+
+
+def _check_finite(layer: Layer, block: nn.Module) -> None:
+    for name, value in block.named_parameters():
+        if not value.isfinite().all():
+            raise SolveError(f"reference: {layer.path}.{name} came out as NaN or Inf, expected finite values")
 
 
 @dataclass
@@ -293,9 +302,10 @@ def layer_stats(
         for name in ours:
             d = _token_weights(layer, name, ours[name], ours_state)
             if d is not None:
-                xs[name].append(ours[name].flatten(0, -2))
-                xe[name].append(theirs[name].flatten(0, -2))
-                ds[name].append(d)
+                counts = d != 0  # padding may hold NaN, and 0 * NaN is NaN
+                xs[name].append(ours[name].flatten(0, -2)[counts])
+                xe[name].append(theirs[name].flatten(0, -2)[counts])
+                ds[name].append(d[counts])
     stats = LayerStats()
     for name in names:
         if not xs[name]:
@@ -348,10 +358,19 @@ def _inputs(number: int, block: nn.Module, state: State, names: list[str]) -> tu
         return lambda _module, args: inputs.update({name: args[0]})
 
     handles = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
-    out = state.calls.run(number, block, state.hidden)
+    out = _passed(number, block, state)
     for handle in handles:
         handle.remove()
     return inputs, out
+
+
+def _passed(number: int, block: nn.Module, state: State) -> Tensor:
+    """The block's output. Where padding makes NaN (rows of attention that are masked all over), it is 0.
+
+    The next block gives padding the weight 0, and 0 * NaN is NaN.
+    """
+    out = state.calls.run(number, block, state.hidden)
+    return out if state.mask is None else torch.where(state.mask[..., None] != 0, out, out.nan_to_num(0.0, 0.0, 0.0))
 
 
 def _update_linear(

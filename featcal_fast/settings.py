@@ -2,39 +2,74 @@
 
 from __future__ import annotations
 
-import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
-from featcal_fast.errors import RecipeError
+from featcal_fast.errors import RecipeError, shown
+from featcal_fast.untrusted.patterns import PatternError, full_matches
 
 FORWARD_DTYPES = ("auto", "bfloat16")
 MOMENT_DTYPES = ("auto", "float32", "bfloat16")
 SOLVE_DTYPES = ("auto", "float32", "float64")
+CHOICES = {"forward_dtype": FORWARD_DTYPES, "moment_dtype": MOMENT_DTYPES, "solve_dtype": SOLVE_DTYPES}
+# Beyond these float32 overflows or divides by nothing, or a value means something else than its writer thought.
+RANGES: dict[str, tuple[float, float]] = {
+    "ridge_lambda": (0, 10**6),
+    "anchor_rho": (-100, 100),
+    "teacher_alpha": (0, 1),
+    "covariance_eps": (1e-12, 1),
+}
+MOST_SUFFIXES = 1000  # in a list of patterns
+MOST_DIGITS = 40  # of a number that is a text
 Patterns = str | tuple[str, ...]
 
 
 def _patterns(name: str, value: object) -> Patterns | None:
-    if value is None or isinstance(value, str):
+    if value is None:
+        return value
+    if isinstance(value, str):
         try:
-            re.compile(value or "")
-        except re.error as error:
-            raise RecipeError(f"settings.{name}: {value!r} is not a regular expression: {error}") from error
+            full_matches([value], [])
+        except PatternError as error:
+            raise RecipeError(f"settings.{name}: {error}") from error
         return value
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(item, str) and item for item in value):
-        raise RecipeError(f"settings.{name}: found {value!r}, expected a regular expression or a list of name suffixes")
+        raise RecipeError(
+            f"settings.{name}: found {shown(value)}, expected a regular expression or a list of name suffixes"
+        )
+    if len(value) > MOST_SUFFIXES:
+        raise RecipeError(f"settings.{name}: found {len(value)} name suffixes, expected at most {MOST_SUFFIXES}")
     return tuple(value)
 
 
-def number(value: object) -> float | None:
-    """`value` where it is a finite number, or a text like `1e-5`, which YAML does not take for one; else None."""
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        value = float(value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return value
-    return None
+def number(key: str, value: object, least: float, most: float) -> float:
+    """`value` where it is a number of a range; a text like `1e-5`, which some readers of YAML take for none, counts.
+
+    Args:
+        key: what it stands under, for the error.
+        value: to look at.
+        least: the smallest that it may be.
+        most: the largest.
+
+    Raises:
+        RecipeError: no number, or out of the range.
+    """
+    found = value
+    if isinstance(found, str) and len(found) <= MOST_DIGITS and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", found):
+        found = float(found)
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not least <= found <= most:  # as NaN is not
+        raise RecipeError(f"{key}: found {shown(value)}, expected a number from {least:,} to {most:,}")
+    return found
+
+
+def unknown_key(where: str, key: object, known: Iterable[str]) -> RecipeError:
+    """The error for a key that there is not, with the one that is probably meant."""
+    near = get_close_matches(str(key), known, n=1) if isinstance(key, str) else []
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+    return RecipeError(f"{where}{key if isinstance(key, str) and len(key) <= 80 else shown(key)}: unknown key; {hint}")
 
 
 @dataclass(frozen=True)
@@ -43,10 +78,11 @@ class Settings:
 
     Attributes:
         ridge_lambda: weight of the anchor against the sum over tasks (eq. 12); each task's moment is scaled to norm
-            1, so the same value means less with more tasks. Zero is allowed and leaves only `covariance_eps`.
-        anchor_rho: the anchor is `rho * merged + (1 - rho) * base` (eq. 11); above 1 it extrapolates past the merge.
-        teacher_alpha: the target feature is `alpha * expert + (1 - alpha) * student` (eq. 10).
-        covariance_eps: added to the diagonal (eq. 17), and the floor of the task weights' denominators.
+            1, so the same value means less with more tasks. 0 to 1e6; zero leaves only `covariance_eps`.
+        anchor_rho: the anchor is `rho * merged + (1 - rho) * base` (eq. 11), -100 to 100; above 1 it extrapolates
+            past the merge.
+        teacher_alpha: the target feature is `alpha * expert + (1 - alpha) * student` (eq. 10), 0 to 1.
+        covariance_eps: added to the diagonal (eq. 17), and the floor of the task weights' denominators; 1e-12 to 1.
         calibrate_bias: also update the biases of linear modules (appendix G).
         calibrate_layernorm: also update LayerNorm's weight and bias (appendix G; RMSNorm keeps its merged value).
         forward_dtype: `auto` runs the models' layers as they are; `bfloat16` rounds what enters their products,
@@ -60,7 +96,7 @@ class Settings:
         compile_blocks: whether layers' forwards go through torch.compile; None for on a GPU only. What they make is the
             same within the rounding of its dtype.
         include: calibrate only the modules of these names: a string is a regular expression that the full name
-            must match, a list holds suffixes (`q_proj`, `mlp.down_proj`), as in PEFT's `target_modules`.
+            must match, a list holds suffixes (`q_proj`, `mlp.down_proj`), 1,000 at most, as in PEFT's `target_modules`.
         exclude: leave out the modules of these names, likewise.
 
     Raises:
@@ -81,34 +117,22 @@ class Settings:
     exclude: Patterns | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ridge_lambda", "anchor_rho", "teacher_alpha", "covariance_eps"):
-            value = number(getattr(self, name))
-            if value is None:
-                raise RecipeError(f"settings.{name}: found {getattr(self, name)!r}, expected a number")
-            object.__setattr__(self, name, value)
+        for name, (least, most) in RANGES.items():
+            object.__setattr__(self, name, number(f"settings.{name}", getattr(self, name), least, most))
         for name in ("calibrate_bias", "calibrate_layernorm"):
             if not isinstance(getattr(self, name), bool):
-                raise RecipeError(f"settings.{name}: found {getattr(self, name)!r}, expected true or false")
+                raise RecipeError(f"settings.{name}: found {shown(getattr(self, name))}, expected true or false")
         if self.compile_blocks is not None and not isinstance(self.compile_blocks, bool):
-            found = self.compile_blocks
-            raise RecipeError(f"settings.compile_blocks: found {found!r}, expected true, false or null (on a GPU only)")
-        if self.ridge_lambda < 0:
-            raise RecipeError(f"settings.ridge_lambda: found {self.ridge_lambda}, expected 0 or more")
-        if not 0 <= self.teacher_alpha <= 1:
-            raise RecipeError(f"settings.teacher_alpha: found {self.teacher_alpha}, expected a value in [0, 1]")
-        if self.covariance_eps <= 0:
-            raise RecipeError(f"settings.covariance_eps: found {self.covariance_eps}, expected more than 0")
-        if self.forward_dtype not in FORWARD_DTYPES:
-            raise RecipeError(f"settings.forward_dtype: found {self.forward_dtype!r}, expected one of {FORWARD_DTYPES}")
-        if self.moment_dtype not in MOMENT_DTYPES:
-            raise RecipeError(f"settings.moment_dtype: found {self.moment_dtype!r}, expected one of {MOMENT_DTYPES}")
-        if self.solve_dtype not in SOLVE_DTYPES:
-            raise RecipeError(f"settings.solve_dtype: found {self.solve_dtype!r}, expected one of {SOLVE_DTYPES}")
+            found = shown(self.compile_blocks)
+            raise RecipeError(f"settings.compile_blocks: found {found}, expected true, false or null (on a GPU only)")
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices or not isinstance(value, str):
+                raise RecipeError(f"settings.{name}: found {shown(value)}, expected one of {', '.join(choices)}")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Settings:
+    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
         """Settings from a recipe's mapping.
 
         Args:
@@ -118,17 +142,18 @@ class Settings:
             The settings.
 
         Raises:
-            RecipeError: an unknown preset or key, or a value out of range.
+            RecipeError: no mapping, an unknown preset or key, or a value out of range.
         """
+        if not isinstance(values, Mapping):
+            raise RecipeError(f"settings: found {shown(values)}, expected a mapping")
         values = dict(values)
         preset = values.pop("preset", "default")
         if not isinstance(preset, str) or preset not in PRESETS:
-            raise RecipeError(f"settings.preset: found {preset!r}, expected one of {', '.join(PRESETS)}")
+            raise RecipeError(f"settings.preset: found {shown(preset)}, expected one of {', '.join(PRESETS)}")
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
-                near = get_close_matches(str(key), [*known, "preset"], n=1, cutoff=0)[0]
-                raise RecipeError(f"settings.{key}: unknown key; did you mean {near!r}?")
+                raise unknown_key("settings.", key, ["preset", *known])
         return replace(PRESETS[preset], **values)
 
 

@@ -1,11 +1,29 @@
-"""Fixtures of the tests: one thread, model folders with a tokenizer or an image processor, jobs that are run often."""
+"""Two processes for the whole suite, and what tests share: one thread, the command line, model folders, jobs."""
 
 import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import pytest
 import torch
 from data_files import TEMPLATE, save_tokenizer
+
+PROCESSES = min(2, len(os.sched_getaffinity(0)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite takes two processes, if pytest-xdist is there and the command line says nothing else.
+
+    A few files that are named are sooner done in one: each process takes ten seconds to import what tests need.
+    """
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
+    unsaid = config.getoption("numprocesses", 0) is None and not config.option.usepdb
+    if whole and unsaid and PROCESSES > 1:
+        config.option.numprocesses, config.option.dist = PROCESSES, "worksteal"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -56,6 +74,28 @@ def vision(tmp_path):
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable]:
+    """Does in this process what would be typed, quicker than in one of its own; exit code, output and errors."""
+    from featcal_fast import cli
+    from featcal_fast.job.interrupts import ENDING
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["featcal-fast", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("NO_COLOR", "1")
+    # For programs only, says its docstring: pytest is none of ours.
+    monkeypatch.setattr("featcal_fast.cli.configure_process", lambda: None)
+    before = {number: signal.getsignal(number) for number in ENDING}
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

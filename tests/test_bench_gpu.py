@@ -325,7 +325,9 @@ def test_it_needs_no_more_than_torch_and_transformers(tmp_path: Path):
     """It runs from a checkout; what only terminals and demos need may be absent, also where jobs run."""
     (tmp_path / "sitecustomize.py").write_text(ABSENT)  # of every process
     code = "import importlib.util; assert importlib.util.find_spec('rich') is None\n"
-    code += "from bench.gpu import __main__ as command; command.main(['--dry-run', '--sections', 'fold,jobs'])"
+    code += "from bench.gpu import jobs, __main__ as command\nevery = jobs.jobs\n"
+    code += "jobs.jobs = lambda dry: every(dry)[1:]\n"  # the first is a shorter one of the second's kind
+    code += "command.main(['--dry-run', '--sections', 'fold,jobs'])"
     done = python(code, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Whole jobs" in done.stdout

@@ -55,7 +55,7 @@ def test_what_was_written_is_whole(out: Path, monkeypatch: pytest.MonkeyPatch) -
     opened: list[Path] = []
     monkeypatch.setattr(files, "open_to_read", _recorded(files.open_to_read, opened))
     found = check(out)
-    assert len(opened) == 5
+    assert len(opened) == 6
     assert found.whole
     assert (found.status, found.problems, found.unlisted) == (0, [], [])
     assert (found.tensors, found.shards, found.files) == (4, 2, 3)
@@ -295,10 +295,10 @@ def test_damage_is_named(breakage: Callable[[Path], list[str]], out: Path, monke
     assert all(path.resolve().is_relative_to(out) for path in opened)
 
 
-def _recorded(function: Callable[[Path], Any], opened: list[Path]) -> Callable[[Path], Any]:
-    def recorded(path: Path) -> Any:
+def _recorded(function: Callable[..., Any], opened: list[Path]) -> Callable[..., Any]:
+    def recorded(path: Path, *more: Any) -> Any:
         opened.append(path)
-        return function(path)
+        return function(path, *more)
 
     return recorded
 

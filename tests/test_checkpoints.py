@@ -72,13 +72,13 @@ def test_values_that_overflow_the_layouts_dtype_are_refused(tmp_path: Path) -> N
 
 def test_a_full_disk_is_noticed_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(ff.FeatCalError, match=r"needs 1000000.0 GB, but .* GB free"):
-        check_output(tmp_path / "out", [], nbytes=10**15)
+        check_output(tmp_path / "out", {}, nbytes=10**15)
 
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with pytest.raises(ff.FeatCalError, match="already holds something"):
-        check_output(tmp_path / "out", [], nbytes=1)
+        check_output(tmp_path / "out", {}, nbytes=1)
     assert (tmp_path / "out").read_text() == "a file"
 
 
@@ -125,7 +125,7 @@ def test_an_output_that_is_a_link_is_written_where_it_points(checkpoint: Checkpo
         if there:
             target.mkdir()
         link.symlink_to(target)
-        check_output(link, [], nbytes=1)
+        check_output(link, {}, nbytes=1)
         with writing(link, checkpoint) as writer:
             writer.copy_rest()
         assert link.is_symlink()
@@ -137,7 +137,7 @@ def test_a_mount_point_cannot_be_the_output(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
     with pytest.raises(ff.FeatCalError, match="disk is a mount point; name a folder in it"):
-        check_output(tmp_path / "disk", [], nbytes=1)
+        check_output(tmp_path / "disk", {}, nbytes=1)
 
 
 def test_a_finished_model_is_not_lost_when_its_place_is_taken(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in processes of its own."""
+"""The command line as a user meets it: in processes of its own, unless that would show nothing more."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def command(*arguments: str) -> list[str]:
+def started(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "featcal_fast.cli", *arguments]
 
 
@@ -25,25 +26,26 @@ def environment() -> dict[str, str]:
 
 
 def run(*arguments: str, code: int = 0) -> str:
-    result = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, check=False)
+    result = subprocess.run(started(*arguments), env=environment(), capture_output=True, text=True, check=False)
     assert result.returncode == code, result.stderr
     return result.stdout if code == 0 else result.stderr
 
 
-def test_help_teaches() -> None:
+def test_help_teaches(command: Callable) -> None:
     text = run("--help")
     assert "base_model: models/base" in text
     for name in ("calibrate", "merge", "demo"):
         assert name in text
-        assert f"featcal-fast {name}" in run(name, "--help")
-    assert run("--version").startswith("featcal-fast 0.")
+        assert f"featcal-fast {name}" in command(name, "--help")[1]
+    assert command("--version")[1].startswith("featcal-fast 0.")
 
 
-def test_calibrate_and_merge(tmp_path: Path) -> None:
+def test_calibrate_and_merge(tmp_path: Path, command: Callable) -> None:
     recipe = pico.save(pico.job("clip", 2), tmp_path)
     del recipe["merged_model"]
     recipe["merge"] = {"method": "task_arithmetic", "scaling": 0.3}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert "peaks: host" in run("plan", str(tmp_path / "recipe.yaml"), "--device", "cpu")
     text = run("calibrate", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "mine"), "--device", "cpu")
     assert "18 of 18 linear weights calibrated" in text
     assert "layer 3/3: drift" in text
@@ -51,7 +53,7 @@ def test_calibrate_and_merge(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "report.json").is_file()
     assert "mine is whole" in run("check", str(tmp_path / "mine"))
     (tmp_path / "mine" / "config.json").unlink()
-    assert subprocess.run(command("check", str(tmp_path / "mine")), env=environment(), check=False).returncode == 1
+    assert command("check", str(tmp_path / "mine"))[0] == 1
     assert "Wrote" in run("merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "merged-again"))
     assert (tmp_path / "merged-again" / "model.safetensors").is_file()
 
@@ -59,7 +61,7 @@ def test_calibrate_and_merge(tmp_path: Path) -> None:
 def test_on_a_terminal_there_is_a_bar(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(pico.save(pico.job("clip", 2), tmp_path)))
     ours, theirs = pty.openpty()
-    job = command("calibrate", str(tmp_path / "recipe.yaml"), "--device", "cpu")
+    job = started("calibrate", str(tmp_path / "recipe.yaml"), "--device", "cpu")
     with subprocess.Popen(job, env=environment() | {"TERM": "xterm"}, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
         shown = b""
@@ -85,16 +87,12 @@ def test_importing_is_light() -> None:
         "import time, torch; t = time.perf_counter(); import featcal_fast; "
         "print(time.perf_counter() - t, torch.cuda.is_initialized())"
     )
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {**os.environ, "PYTHONPATH": path}
-    best = min(
-        float(seconds)
-        for seconds, initialised in (
-            subprocess.run(
-                [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-            ).stdout.split()
-            for _ in range(3)
-        )
-        if initialised == "False"
-    )
-    assert best < 2.0
+
+    def seconds() -> float:
+        run = [sys.executable, "-c", code]
+        done = subprocess.run(run, env=environment(), capture_output=True, text=True, check=True)
+        spent, initialised = done.stdout.split()
+        assert initialised == "False"
+        return float(spent)
+
+    assert any(seconds() < 2.0 for _ in range(3)), "one of three: the machine may do something else"

@@ -142,6 +142,8 @@ def test_a_slow_disk_is_as_slow_as_was_asked(here: list[str], tmp_path: Path) ->
 def test_cost(here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "AXES", {"samples": [4, 8], "width": [64, 128]})
     monkeypatch.setattr(cost, "START", replace(cost.START, samples=8))
+    monkeypatch.setattr(cost, "WIDTH", 64)
+    monkeypatch.setattr(cost, "LAYERS", 2)
     cost.main(["--device", "cpu", "--runs", "2", "--toy", "--folder", str(tmp_path)])
     assert len(here) == 8
     found = json.loads((tmp_path / "cost-cpu.json").read_text())

@@ -25,9 +25,10 @@ from torch._dynamo.backends.common import aot_autograd
 
 import featcal_fast as ff
 from featcal_fast import reference
+from featcal_fast.errors import UnsupportedModelError
 from featcal_fast.forward import compiled
 from featcal_fast.forward import runner as runners
-from featcal_fast.forward.calls import BatchCalls, stage_inputs
+from featcal_fast.forward.calls import BatchCalls, Origin, stage_inputs
 from featcal_fast.forward.runner import BlockRunner, should_compile
 from featcal_fast.models import find_structure
 from featcal_fast.reporting.progress import Progress
@@ -208,11 +209,15 @@ def test_what_cannot_be_compiled_runs_as_it_is_after_one_warning(
 @pytest.mark.usefixtures("plain")
 def test_a_blocks_own_error_is_the_one_that_is_raised() -> None:
     block, hidden, calls = entering(pico.llama(), pico.texts(1, 0)[0])
-    with pytest.warns(UserWarning, match="LlamaDecoderLayer"), pytest.raises(RuntimeError) as found:
+    calls.origin = Origin("expert math", "model.layers", "math", 2, slice(0, 4))
+    with pytest.warns(UserWarning, match="LlamaDecoderLayer"), pytest.raises(UnsupportedModelError) as found:
         BlockRunner(True).run(calls, 0, block, hidden[..., :-1])
-    with pytest.raises(RuntimeError) as expected:
+    with pytest.raises(UnsupportedModelError) as expected:
         calls.run(0, block, hidden[..., :-1])
     assert str(found.value) == str(expected.value)
+    assert str(found.value).startswith(
+        "expert math, model.layers.0: running its layer on batch 2, samples 0 to 3 of task math: RuntimeError: "
+    )
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import nn
 
 import featcal_fast as ff
 from featcal_fast import reference
+from featcal_fast.errors import SolveError
 from featcal_fast.forward.hooks import ActivationHooks
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import LayerReport
@@ -220,7 +221,8 @@ def test_a_failed_run_leaves_the_merged_model_untouched() -> None:
 def test_features_that_are_not_finite_are_named() -> None:
     job = pico.job("clip", 1)
     job.batches["task0"][1]["pixel_values"][0, 0, 0, 0] = float("inf")
-    with pytest.raises(ff.FeatCalError, match=r"self_attn.*not finite"):
+    message = r"task task0, batch 1, sample 0: what the merged model makes of it is not finite .* encoder.layers.0"
+    with pytest.raises(SolveError, match=message):
         ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches=job.batches)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pico
@@ -18,7 +16,6 @@ import featcal_fast as ff
 from featcal_fast.inputs.task_data import TaskData
 from featcal_fast.planning.plan import format_bytes, parse_bytes
 
-ROOT = Path(__file__).resolve().parent.parent
 WIDTH, INNER, KEYS, LAYERS, VOCABULARY = 64, 160, 32, 3, 100  # of the pico Llama
 ROWS, TOKENS, BATCH = 20, 20, 4
 GIB = 2**30
@@ -133,10 +130,8 @@ def test_texts_count_as_long_as_they_are(recipe: dict, tmp_path: Path, bare: Pat
 
 
 def test_data_sets_count_as_long_as_they_may_be(recipe: dict, tmp_path: Path) -> None:
-    (tmp_path / "tables").mkdir()
-    (tmp_path / "tables" / "train.parquet").write_bytes(b"")
     for expert in recipe["experts"].values():
-        expert["data"] = str(tmp_path / "tables")
+        expert["data"] = "org/of-the-hub"
     plan = ff.plan({**recipe, "max_length": 50, "samples": 2})
     assert plan.tokens == {"task0": 100, "task1": 100}
     assert not plan.exact
@@ -240,31 +235,26 @@ def test_bytes_are_read_and_said_with_units() -> None:
     assert [format_bytes(size) for size in (12, 2048, 3 * 2**20, 1.5 * GIB)] == ["12 B", "2 KiB", "3 MiB", "1.5 GiB"]
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
-    environment["XDG_CACHE_HOME"] = "/nonexistent"  # no rate of a run before
-    code = [sys.executable, "-m", "featcal_fast.cli", "plan", *arguments]
-    return subprocess.run(code, env=environment, capture_output=True, text=True, check=False)
-
-
-def test_the_command_says_it_all_and_its_exit_code_whether_it_fits(recipe: dict, tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    good = command(str(path), "--device", "cpu", "--rate", "2")
-    assert good.returncode == 0, good.stderr
+def test_the_command_says_it_all_and_its_exit_code_whether_it_fits(
+    recipe: dict, tmp_path: Path, command: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")  # no rate of a run before
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    job = ("plan", str(tmp_path / "recipe.yaml"), "--device", "cpu")
+    code, shown, errors = command(*job, "--rate", "2")
+    assert code == 0, errors
     for text in ("q_proj, k_proj, v_proj", "RMSNorm has no closed-form update", "peaks: host", "at 2 TFLOP/s"):
-        assert text in good.stdout
-    assert "time:" not in command(str(path), "--device", "cpu").stdout
+        assert text in shown
+    assert "time:" not in command(*job)[1]
     for rate in ("0", "-1", "nan"):
-        assert "--rate" in command(str(path), "--device", "cpu", "--rate", rate).stderr
-    small = command(str(path), "--device", "cpu", "--host-memory", "10MiB")
-    assert small.returncode == 1
-    assert "host memory: the job needs" in small.stderr
+        assert "--rate" in command(*job, "--rate", rate)[2]
+    code, _, errors = command(*job, "--host-memory", "10MiB")
+    assert code == 1
+    assert "host memory: the job needs" in errors
     (tmp_path / "task1" / "model.safetensors").unlink()
-    broken = command(str(path), "--device", "cpu")
-    assert broken.returncode == 1
-    assert "expert task1" in broken.stderr
+    code, _, errors = command(*job)
+    assert code == 1
+    assert "expert task1" in errors
 
 
 @pytest.mark.parametrize("name", ["data.csv", "data.txt"])
@@ -284,12 +274,16 @@ def test_tensors_that_are_no_model_inputs_are_refused(recipe: dict, tmp_path: Pa
             run({**recipe, "batch_size": None})
 
 
-def test_a_picture_beside_tables_is_not_the_data(recipe: dict, tmp_path: Path) -> None:
+def test_a_picture_beside_tables_is_not_the_data(
+    recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "clone"
     folder.mkdir()
     (folder / "banner.png").write_bytes(b"")
-    (folder / "train.parquet").write_bytes(b"")
+    datasets.Dataset.from_dict({"input_ids": [[1, 2, 3]] * 40}).to_parquet(folder / "train.parquet")
     recipe["experts"]["task0"]["data"] = str(folder)
     plan = ff.plan({**recipe, "samples": 32})
-    assert not plan.exact
-    assert plan.tokens["task0"] == 32 * 512
+    assert plan.exact
+    assert plan.tokens["task0"] == 32 * 3

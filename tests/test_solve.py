@@ -37,7 +37,7 @@ def layer(settings: ff.Settings, features: torch.Tensor) -> tuple[LayerSystem, T
         moments.groups["fc"].add(
             features, features, [expert.fc(features)], None, len(features), lambda _, addition: addition()
         )
-        system.fold(moments, expert, "task")
+        system.fold(moments, expert)
     return system, moments, block, expert
 
 
@@ -216,5 +216,5 @@ def test_features_that_are_not_finite_never_become_weights(solve_dtype: str) -> 
     features = torch.randn(TOKENS, IN)
     features[3, 4] = float("nan")
     system, moments, *_ = layer(ff.Settings(solve_dtype=solve_dtype), features)
-    with pytest.raises(ff.FeatCalError, match="fc: the features of these modules are not finite"):
+    with pytest.raises(ff.FeatCalError, match="fc: found NaN or Inf, expected finite numbers"):
         check_finite(system.systems, [float(each) for each in solve_layer(system, moments, tasks=1).sums])

@@ -2,16 +2,18 @@
 
 from featcal_fast.checkpoints.adapter import LoraExpert
 from featcal_fast.checkpoints.cached import STORAGES, CachedExpert, cached_bytes
+from featcal_fast.checkpoints.documents import leads_out, read_errors
 from featcal_fast.checkpoints.find import find_checkpoint, find_expert
 from featcal_fast.checkpoints.lock import Lock
 from featcal_fast.checkpoints.manifest import Manifest
 from featcal_fast.checkpoints.quantised import BitsAndBytesCheckpoint
 from featcal_fast.checkpoints.reader import Checkpoint, TensorSource, WrappedSource, canonical
-from featcal_fast.checkpoints.shards import TensorInfo, is_finite, leads_out, parse_header, read_errors, read_header
+from featcal_fast.checkpoints.shards import TensorInfo, is_finite, parse_header, read_header
 from featcal_fast.checkpoints.side_files import REPORT
 from featcal_fast.checkpoints.work import (
     WorkFolder,
     check_output,
+    check_scratch,
     held_bytes,
     nearest_existing,
     states_path,
@@ -37,6 +39,7 @@ __all__ = [
     "cached_bytes",
     "canonical",
     "check_output",
+    "check_scratch",
     "find_checkpoint",
     "find_expert",
     "held_bytes",

@@ -23,11 +23,14 @@ from torch import Tensor
 
 from featcal_fast.checkpoints.reader import ADAPTER_CONFIG, Checkpoint, canonical, read_json
 from featcal_fast.checkpoints.shards import Shards, TensorInfo, is_finite
-from featcal_fast.errors import CheckpointError, ModelMismatchError, UnsupportedModelError
+from featcal_fast.checkpoints.targets import Targets
+from featcal_fast.errors import CheckpointError, ModelMismatchError, UnsupportedModelError, shown
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 ROWS = 2048  # of a weight that its change is formed for at a time
+LARGEST_ALPHA = 1e6  # a thousand times what anyone trains with
+MOST_SAVED = 100  # modules
 OUTPUTS = ("lm_head.", "embed_out.")  # layers that may share the embedding's weight
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
 # What makes an adapter something else than W + scale * B A, by its key in adapter_config.json.
@@ -83,16 +86,14 @@ class LoraExpert:
         self.tensors = dict(self.base.tensors)
         self.low_rank: dict[str, LowRank] = {}  # by the base's tensor
         self.replaced: dict[str, str] = {}  # the base's tensor -> the adapter's
-        factors: dict[str, dict[str, str]] = defaultdict(dict)
-        for name in self.shards.tensors:
-            inner = name.removeprefix(PREFIX).replace(".base_layer.", ".")
-            if match := FACTOR.fullmatch(inner):
-                factors[match["module"]][f"{match['embedding'] or ''}{match['factor']}"] = name
-            else:
-                self._replace(name, re.sub(r"\.modules_to_save(\.default)?\.", ".", inner))
+        self.targets = Targets(self.values, f"{label}: {path / ADAPTER_CONFIG}")
+        factors = self._sort()
+        modules = list(factors)
+        ranks = self.targets.by_pattern("rank_pattern", modules, self.values.get("r"))
+        alphas = self.targets.by_pattern("alpha_pattern", modules, self.values.get("lora_alpha", 8))
         for module, found in factors.items():
-            self._adapt(module, found)
-        self._check_complete(factors)
+            self._adapt(module, found, ranks[module], alphas[module])
+        self._check_complete(modules)
 
     @cached_property
     def config(self) -> Any:
@@ -108,8 +109,8 @@ class LoraExpert:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """Tensor names by canonical name."""
-        return {canonical(name): name for name in self.tensors}
+        """Tensor names by canonical name; the base's."""
+        return self.base.names
 
     @property
     def bytes_read(self) -> int:
@@ -165,7 +166,27 @@ class LoraExpert:
             )
         return weight
 
-    def _adapt(self, module: str, factors: Mapping[str, str]) -> None:
+    def _sort(self) -> dict[str, dict[str, str]]:
+        """The names of factors by module and kind; what else is there takes the place of the base's."""
+        factors: dict[str, dict[str, str]] = defaultdict(dict)
+        for name in self.shards.tensors:
+            inner = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+            if match := FACTOR.fullmatch(inner):
+                kind = f"{match['embedding'] or ''}{match['factor']}"
+                self._check_single(name, factors[match["module"]].get(kind))
+                factors[match["module"]][kind] = name
+            else:
+                self._replace(name, re.sub(r"\.modules_to_save(\.default)?\.", ".", inner))
+        return factors
+
+    def _check_single(self, name: str, other: str | None) -> None:
+        if other is not None:
+            raise CheckpointError(
+                f"{self.label}: {self.shards.where(name)} and {other} are for the same tensor; nobody can tell which "
+                "of them counts"
+            )
+
+    def _adapt(self, module: str, factors: Mapping[str, str], rank: Any, alpha: Any) -> None:
         embedding = any(key.startswith("embedding") for key in factors)
         keys = ("embedding_A", "embedding_B") if embedding else ("A", "B")
         some = next(iter(factors.values()))
@@ -180,6 +201,8 @@ class LoraExpert:
                     f"{self.label}: {self.shards.where(some)} is there, but its factor lora_{key} is missing; the "
                     "download is incomplete"
                 )
+        for key in sorted(factors.keys() - set(keys)):
+            self._check_single(factors[key], factors[keys[0]])
         own = self._base_name(f"{module}.weight", some)
         a, b = (self.shards.tensors[factors[key]].shape for key in keys)
         transposed = embedding or bool(self.values.get("fan_in_fan_out"))
@@ -194,13 +217,13 @@ class LoraExpert:
                 f"{self.label}: {self.shards.where(some)} belongs to a weight of shape {shape}, but {own} of the base "
                 f"model ({self.base.path}) has {self.tensors[own].shape}; the adapter was made for {self._made_for}"
             )
-        rank = self._pattern("rank_pattern", module, self.values.get("r", a[0]))
+        rank = a[0] if rank is None else rank
         if rank != a[0]:
             raise CheckpointError(
-                f"{self.label}: {self.shards.where(factors[keys[0]])} has rank {a[0]}, expected the {rank} of "
+                f"{self.label}: {self.shards.where(factors[keys[0]])} has rank {a[0]}, expected the {shown(rank)} of "
                 f"{ADAPTER_CONFIG}; the two files do not belong together"
             )
-        alpha = self._pattern("alpha_pattern", module, self.values.get("lora_alpha", 8))
+        self._check_single(some, self.low_rank[own].a if own in self.low_rank else None)
         scale = alpha / (rank**0.5 if self.values.get("use_rslora") else rank)
         self.low_rank[own] = LowRank(factors[keys[0]], factors[keys[1]], scale, transposed)
 
@@ -212,11 +235,17 @@ class LoraExpert:
         own, info = self._base_name(inner, name), self.shards.tensors[name]
         base = self.base.tensors[own]
         vocabulary = base.shape[:1] == (getattr(self.base.config, "vocab_size", None),)
-        if info.shape != base.shape and not (vocabulary and info.shape[1:] == base.shape[1:]):
+        if info.shape != base.shape and not (vocabulary and info.shape[1:] == base.shape[1:] and 0 not in info.shape):
             raise ModelMismatchError(
                 f"{self.label}: {self.shards.where(name)} has shape {info.shape}, but {own} of the base model "
                 f"({self.base.path}) has {base.shape}; the adapter was made for {self._made_for}"
             )
+        if info.dtype.is_floating_point != base.dtype.is_floating_point:
+            raise UnsupportedModelError(
+                f"{self.label}: {self.shards.where(name)} has dtype {info.dtype}, but {own} of the base model "
+                f"({self.base.path}) has {base.dtype}; expected plain floating-point weights"
+            )
+        self._check_single(name, self.replaced.get(own))
         self.replaced[own] = name
         self.tensors[own] = TensorInfo(info.file, info.shape, base.dtype)
 
@@ -232,19 +261,13 @@ class LoraExpert:
             raise ModelMismatchError(f"{adapts} has not; the adapter was made for {self._made_for}")
         return own
 
-    def _pattern(self, key: str, module: str, default: float) -> float:
-        """The value of the first pattern that a module's name ends with (regular expressions, as PEFT reads them)."""
-        patterns: Mapping[str, float] = self.values.get(key) or {}
-        for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return default
-
     def _check_kind(self) -> None:
         where = f"{self.label}: {self.path / ADAPTER_CONFIG}"
         kind = self.values.get("peft_type")
         if kind != "LORA":
-            raise UnsupportedModelError(f"{where}: found peft_type {kind}, expected LORA; merge this adapter first")
+            raise UnsupportedModelError(
+                f"{where}: found peft_type {_text(kind)}, expected LORA; merge this adapter first"
+            )
         for key, variant in VARIANTS.items():
             if self.values.get(key):
                 raise UnsupportedModelError(
@@ -253,8 +276,8 @@ class LoraExpert:
         initialisation = self.values.get("init_lora_weights")
         if initialisation not in INITIALISATIONS:
             raise UnsupportedModelError(
-                f"{where}: found init_lora_weights {initialisation!r}, which changed the base model's weights too; "
-                "expected a plain LoRA adapter; merge this one first, or convert it "
+                f"{where}: found init_lora_weights {shown(initialisation)}, which changed the base model's weights, "
+                "too; expected a plain LoRA adapter; merge this one first, or convert it "
                 "(peft: save_pretrained with path_initial_model_for_weight_conversion)"
             )
 
@@ -264,24 +287,28 @@ class LoraExpert:
             if key in self.values and not fits(self.values[key]):
                 found = self.values[key]
                 raise CheckpointError(
-                    f"{self.label}: {self.path / ADAPTER_CONFIG}: {key}: found {found!r}, expected {expected}"
+                    f"{self.label}: {self.path / ADAPTER_CONFIG}: {key}: found {shown(found)}, expected {expected}"
                 )
 
-    def _check_complete(self, factors: Iterable[str]) -> None:
+    def _check_complete(self, modules: Iterable[str]) -> None:
         """Every module that the config tells to adapt has factors, and every one that it tells to save is there."""
         if not self.low_rank and not self.replaced:
             raise CheckpointError(
                 f"{self.label}: {self.path / WEIGHTS} holds no lora_A and lora_B; the adapter changes nothing"
             )
-        adapted = {canonical(f"{module}.weight") for module in factors}
+        adapted = {canonical(f"{module}.weight") for module in modules}
         kinds, roots = {_any_layer(name) for name in adapted}, {_root(name) for name in adapted}
-        for name, own in self.base.names.items():
-            module = own.removesuffix(".weight")
-            # Of another root may be what the adapted model has not: the text tower beside a vision model, say. Experts
-            # are matrices of one parameter in a model, each of its own in a checkpoint.
-            if name in adapted or module == own or len(self.base.tensors[own].shape) != 2 or _root(name) not in roots:
-                continue
-            if self._is_target(module, _any_layer(name) in kinds) and ".experts." not in module:
+        # Of another root may be what the adapted model has not: the text tower beside a vision model, say. Experts are
+        # matrices of one parameter in a model, each of its own in a checkpoint.
+        others = {
+            own.removesuffix(".weight"): _any_layer(name) in kinds
+            for name, own in self.base.names.items()
+            if name not in adapted and own.endswith(".weight") and len(self.base.tensors[own].shape) == 2
+            if _root(name) in roots and ".experts." not in own
+        }
+        named, all_targets = self.targets.named(list(others))
+        for module, like_others in others.items():
+            if module in named or (like_others and module in all_targets):
                 raise CheckpointError(
                     f"{self.label}: {self.path / WEIGHTS} has no lora_A and lora_B for {module}, which "
                     f"{ADAPTER_CONFIG} says is adapted; the download is incomplete"
@@ -294,27 +321,15 @@ class LoraExpert:
                     f"{saved} among its modules_to_save; the download is incomplete"
                 )
 
-    def _is_target(self, module: str, adapted: bool) -> bool:
-        """Whether a module is adapted, as PEFT reads the config; `adapted`: whether it is in some layer."""
-        targets, layers = self.values.get("target_modules"), self.values.get("layers_to_transform")
-        excluded = self.values.get("exclude_modules")
-        if excluded and _matches(module, excluded):
-            return False
-        if not targets or targets == "all-linear":
-            return adapted and layers in (None, [])
-        if isinstance(targets, str) or layers in (None, []):
-            return _matches(module, targets)
-        patterns = self.values.get("layers_pattern") or [r"[^.]*"]
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            if index := re.match(rf".*\.{pattern}\.(\d+)\.", f"model.{module}"):
-                chosen = layers if isinstance(layers, list) else [layers]
-                return _matches(module, targets) and int(index[1]) in chosen
-        return False
-
     @property
     def _made_for(self) -> str:
         found = self.values.get("base_model_name_or_path")
-        return f"another base model ({ADAPTER_CONFIG} names {found})" if found else "another base model"
+        return f"another base model ({ADAPTER_CONFIG} names {_text(found)})" if found else "another base model"
+
+
+def _text(value: object) -> str:
+    """A name for a message."""
+    return value if isinstance(value, str) and len(value) <= 200 else shown(value)
 
 
 def _any_layer(name: str) -> str:
@@ -326,26 +341,12 @@ def _root(name: str) -> str:
     return re.split(r"\.\d+\.", name)[0]
 
 
-def _matches(module: str, patterns: str | list[str]) -> bool:
-    """As PEFT reads it: a string is a regular expression for a full name, a list holds last parts of names."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, module) is not None
-    return any(module == part or module.endswith(f".{part}") for part in patterns)
-
-
-def _is_expression(value: object) -> bool:
-    try:
-        return isinstance(value, str) and re.compile(value) is not None
-    except re.error:
-        return False
-
-
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= LARGEST_ALPHA  # type: ignore[arg-type]
 
 
-def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+def _is_names(value: object, most: float = math.inf) -> bool:
+    return isinstance(value, list) and len(value) <= most and all(isinstance(item, str) for item in value)
 
 
 def _is_layers(value: object) -> bool:
@@ -353,19 +354,26 @@ def _is_layers(value: object) -> bool:
 
 
 def _is_pattern_values(value: object) -> bool:
-    return isinstance(value, Mapping) and all(_is_expression(key) and _is_number(own) for key, own in value.items())
+    return isinstance(value, Mapping) and all(map(_is_number, value.values()))
 
 
-NAMES = (lambda value: value is None or _is_expression(value) or _is_names(value), "a regular expression or a list")
-PATTERN_VALUES = (lambda value: value is None or _is_pattern_values(value), "numbers by regular expression")
+NAMES = (lambda value: value is None or isinstance(value, str) or _is_names(value), "a regular expression or a list")
+FLAG = (lambda value: value is None or isinstance(value, bool), "true or false")
+NUMBER = f"a number of at most {LARGEST_ALPHA:,.0f}"
+PATTERN_VALUES = (lambda value: value is None or _is_pattern_values(value), f"{NUMBER} by regular expression")
 VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (lambda value: type(value) is int and value > 0, "an integer above 0"),
-    "lora_alpha": (_is_number, "a number"),
+    "lora_alpha": (_is_number, NUMBER),
+    "use_rslora": FLAG,
+    "fan_in_fan_out": FLAG,
     "rank_pattern": PATTERN_VALUES,
     "alpha_pattern": PATTERN_VALUES,
     "target_modules": NAMES,
     "exclude_modules": NAMES,
     "layers_pattern": NAMES,
     "layers_to_transform": (lambda value: value is None or _is_layers(value), "a layer's number, or a list of them"),
-    "modules_to_save": (lambda value: value is None or _is_names(value), "a list of names"),
+    "modules_to_save": (
+        lambda value: value is None or _is_names(value, MOST_SAVED),
+        f"a list of at most {MOST_SAVED} names",
+    ),
 }

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from featcal_fast import files
 from featcal_fast.checkpoints.adapter import WEIGHTS, LoraExpert
+from featcal_fast.checkpoints.documents import read_errors
 from featcal_fast.checkpoints.quantised import BitsAndBytesCheckpoint
 from featcal_fast.checkpoints.reader import ADAPTER_CONFIG, Checkpoint, TensorSource, quant_method, read_json
-from featcal_fast.checkpoints.shards import read_errors
-from featcal_fast.errors import CheckpointError
+from featcal_fast.errors import CheckpointError, shown
 
+REFERENCE = 1024  # bytes of the file that names a commit
 # Of a model of the hub; `*` stands for folders too. Pickled are modules beside the model, which are copied, not opened.
 FILES = ["*.safetensors", "*.json", "*.model", "*.spm", "*.tiktoken", "*.txt", "*.md", "*.jinja", "*/pytorch_model.bin"]
 
@@ -53,29 +54,36 @@ def find_expert(reference: str, root: Path, label: str, base: Checkpoint) -> Ten
 
 def find_folder(reference: str, root: Path, label: str) -> Path:
     """The folder of the model that a recipe names; it need not exist where a path is named."""
-    path = root / Path(reference).expanduser()
+    try:
+        path = root / Path(reference).expanduser()
+    except RuntimeError as error:  # no such user
+        raise CheckpointError(f"{label}: {shown(reference)}: {error}; name the folder by its full path") from error
     with read_errors(label, path):
         if (path / "snapshots").is_dir() and not (path / "config.json").is_file():
             return _snapshot(path, label)
         if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", reference):
             return path
+    repo, _, revision = reference.partition("@")
+    if ".." in revision:
+        raise CheckpointError(f"{label}: {shown(reference)}: found the revision {shown(revision)}, expected no `..`")
     from huggingface_hub import snapshot_download
 
-    repo, _, revision = reference.partition("@")
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=FILES))
     except Exception as error:  # the hub client has many ways to fail, all of them final here
-        reason = str(error).splitlines()[0]
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(
-            f"{label}: {reference!r} is neither a folder ({path}) nor a model that could be had from the hub: {reason}"
+            f"{label}: {shown(reference)} is neither a folder ({path}) nor a model that could be had from the hub: "
+            f"{reason[:500]}"
         ) from error
 
 
 def _snapshot(path: Path, label: str) -> Path:
     """The snapshot that a model's folder in the hub's cache stands for: that of `main`, or the only one."""
     main = path / "refs" / "main"
-    found = [folder.name for folder in files.list_folder(path / "snapshots") if folder.is_dir()]
-    name = files.read_bytes(main).decode(errors="replace").strip() if main.is_file() else None
+    inner = files.list_folder(path / "snapshots")
+    found = [folder.name for folder in inner if folder.is_dir() and not folder.is_symlink()]
+    name = files.read_bytes(main, REFERENCE).decode(errors="replace").strip() if main.is_file() else None
     if name not in found:
         if len(found) != 1:
             raise CheckpointError(

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from featcal_fast import files
+from featcal_fast.untrusted.documents import parse_json
 
 DIGITS = 16  # of a line's checksum
+LARGEST = 2**28  # bytes; a tensor takes some 150
 
 
 class Manifest:
@@ -31,7 +33,7 @@ class Manifest:
         self.entries: list[dict[str, Any]] = []
         self._end = 0
         with suppress(FileNotFoundError):
-            for line in files.read_bytes(path).splitlines(keepends=True):
+            for line in files.read_bytes(path, LARGEST).splitlines(keepends=True):
                 entry = _parse(line)
                 if entry is None:
                     break
@@ -65,8 +67,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     with suppress(ValueError):
         checksum, _, text = line.decode().partition(" ")
         if text.endswith("\n") and checksum == _checksum(text[:-1]):
-            entry: dict[str, Any] = json.loads(text)
-            return entry
+            entry = parse_json(text)
+            return entry if isinstance(entry, dict) else None
     return None
 
 

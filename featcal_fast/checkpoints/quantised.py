@@ -14,7 +14,7 @@ float32 beside it, each row's largest absolute value.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,15 @@ import torch
 from torch import Tensor
 
 from featcal_fast.checkpoints.reader import Checkpoint
-from featcal_fast.checkpoints.shards import TensorInfo, is_finite
-from featcal_fast.errors import CheckpointError, UnsupportedModelError
+from featcal_fast.checkpoints.shards import MAX_DIMENSIONS, TensorInfo, is_finite
+from featcal_fast.errors import CheckpointError, UnsupportedModelError, shown
+from featcal_fast.untrusted.documents import parse_json
 
 STATE = ".quant_state.bitsandbytes__"
+STATE_BYTES = 2**16  # of the description of one weight; they have 200
+LARGEST_OFFSET = 1e6  # of scales, which are sizes of weights
+BLOCKSIZES = {2**power for power in range(4, 17)}
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -181,64 +186,93 @@ class BitsAndBytesCheckpoint(Checkpoint):
         return sum(self.shards.tensors[part].nbytes for part in parts)
 
     def _add(self, packed: QuantisedWeight) -> None:
+        if packed.name in self.packed:
+            raise CheckpointError(
+                f"{self.label}: {self.shards.where(packed.name)} is described twice; nobody can tell which of both "
+                "counts"
+            )
         self.packed[packed.name] = packed
 
     def _four_bit(self, state: str) -> FourBit:
         name, _, kind = state.partition(STATE)
         values = self._state(state)
-        shape, dtype = tuple(values["shape"]), DTYPES.get(values["dtype"])
+        shape, dtype, blocksize = tuple(values["shape"]), DTYPES.get(values["dtype"]), values["blocksize"]
         nested = values.get("nested_blocksize")
         if kind not in ("nf4", "fp4") or dtype is None or values.get("nested_dtype", "float32") != "float32":
             raise self._unknown(state, f"{kind} of {values['dtype']}")
-        blocks = -(-torch.Size(shape).numel() // values["blocksize"])
-        sizes = {name: -(-torch.Size(shape).numel() // 2), f"{name}.quant_map": 16, f"{name}.absmax": blocks}
+        blocks, one = -(-math.prod(shape) // blocksize), torch.float32
+        scales = torch.uint8 if nested else one
+        parts = {f"{name}.quant_map": ((16,), one), f"{name}.absmax": ((blocks,), scales)}
         if nested:
-            sizes |= {f"{name}.nested_quant_map": 256, f"{name}.nested_absmax": -(-blocks // nested)}
-        for part, size in sizes.items():
-            self._check_size(name, part, size, in_bytes=part == name)
-        info = TensorInfo(self.shards.headers[name].file, shape, dtype)
-        return FourBit(name, info, tuple(sizes), values["blocksize"], nested, values.get("nested_offset", 0.0))
+            parts[f"{name}.nested_quant_map"] = (256,), one
+            parts[f"{name}.nested_absmax"] = (-(-blocks // nested),), one
+        codes, expected = self._part(name, name), -(-math.prod(shape) // 2)
+        if codes.nbytes != expected:
+            raise self._foreign(name, f"{codes.nbytes} bytes", f"{expected}")
+        for part, (own, its) in parts.items():
+            self._check_part(name, part, own, {its})
+        info = TensorInfo(codes.file, shape, dtype)
+        return FourBit(name, info, (name, *parts), blocksize, nested, values.get("nested_offset", 0.0))
 
     def _eight_bit(self, scales: str) -> EightBit:
         name = f"{scales.removesuffix('SCB')}weight"
         layout = f"{name}_format"
-        if layout in self.shards.headers and self.shards.read([layout], packed=True)[layout].any():
-            raise self._unknown(layout, "LLM.int8 in tiles")
-        dtype = DTYPES.get(str(self.json.get("dtype", self.json.get("torch_dtype", "float16"))))
-        stored = self.shards.tensors.get(name)
-        if dtype is None or (stored is not None and (stored.dtype != torch.int8 or len(stored.shape) != 2)):
-            raise self._unknown(name, f"LLM.int8 of {self.json.get('dtype')}, stored as {stored}")
-        self._check_size(name, name, None)
-        assert stored is not None
-        self._check_size(name, scales, stored.shape[0])
+        if layout in self.shards.headers:
+            self._check_part(name, layout, (), set(INTEGERS))
+            if self.shards.read([layout], packed=True)[layout].any():
+                raise self._unknown(layout, "LLM.int8 in tiles")
+        found = self.json.get("dtype", self.json.get("torch_dtype", "float16"))
+        dtype, stored = DTYPES.get(found) if isinstance(found, str) else None, self._part(name, name)
+        if dtype is None or stored.dtype != torch.int8 or len(stored.shape) != 2 or not stored.nbytes:
+            raise self._unknown(name, f"LLM.int8 of {shown(found)}, stored as {stored}")
+        self._check_part(name, scales, stored.shape[:1], set(DTYPES.values()))
         return EightBit(name, TensorInfo(stored.file, stored.shape, dtype), (name, scales))
 
     def _state(self, name: str) -> dict[str, Any]:
+        """What describes a 4-bit weight, of the right types."""
+        info = self.shards.tensors[name]
+        if info.dtype != torch.uint8 or info.nbytes > STATE_BYTES:
+            raise self._foreign(name, f"{info.nbytes} bytes of {info.dtype}", f"at most {STATE_BYTES} of torch.uint8")
         try:
-            text = self.shards.read([name], packed=True)[name].numpy().tobytes().decode()
-            values = json.loads(text)
-            sizes = [values["blocksize"], values.get("nested_blocksize", 1), *values["shape"]]
-            if any(not isinstance(size, int) or size < 1 for size in sizes):
-                raise ValueError(f"found the sizes {sizes}")
-            return {**values, "dtype": str(values["dtype"]), "nested_offset": float(values.get("nested_offset", 0))}
+            values = parse_json(self.shards.read([name], packed=True)[name].numpy().tobytes())
+            shape, nested, offset = values["shape"], values.get("nested_blocksize"), values.get("nested_offset", 0)
+            sizes = [values["blocksize"], *([] if nested is None else [nested])]
+            if not isinstance(shape, list) or not 0 < len(shape) <= MAX_DIMENSIONS:
+                raise ValueError(f"found the shape {shown(shape)}")
+            if any(type(size) is not int or size < 1 for size in shape):
+                raise ValueError(f"found the shape {shown(shape)}")
+            if any(type(size) is not int or size not in BLOCKSIZES for size in sizes):
+                raise ValueError(f"found the block sizes {shown(sizes)}, expected powers of two")
+            if type(offset) not in (int, float) or abs(offset) > LARGEST_OFFSET:
+                raise ValueError(f"found the nested_offset {shown(offset)}")
+            if not isinstance(values["dtype"], str):
+                raise ValueError(f"found the dtype {shown(values['dtype'])}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{self.label}: {self.shards.where(name)} does not describe a quantised weight: {error!r}"
             ) from error
+        return {**values, "nested_offset": float(offset)}
 
-    def _check_size(self, weight: str, part: str, size: int | None, in_bytes: bool = False) -> None:
+    def _part(self, weight: str, part: str) -> TensorInfo:
         stored = self.shards.tensors.get(part)
         if stored is None:
             raise CheckpointError(
                 f"{self.label}: {self.path}: tensor {part} is missing, a part of the quantised weight {weight}; the "
                 "download is incomplete"
             )
-        found = stored.nbytes if in_bytes else torch.Size(stored.shape).numel()
-        if size is not None and found != size:
-            raise CheckpointError(
-                f"{self.label}: {self.shards.where(part)} has {found} {'bytes' if in_bytes else 'values'}, expected "
-                f"{size}; weight and description do not belong together"
-            )
+        return stored
+
+    def _check_part(self, weight: str, part: str, shape: tuple[int, ...], dtypes: set[torch.dtype]) -> None:
+        stored = self._part(weight, part)
+        if stored.shape != shape or stored.dtype not in dtypes:
+            expected = " or ".join(sorted(map(str, dtypes)))
+            raise self._foreign(part, f"shape {stored.shape} and {stored.dtype}", f"{shape} and {expected}")
+
+    def _foreign(self, part: str, found: str, expected: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.label}: {self.shards.where(part)} has {found}, expected {expected}; weight and description do not "
+            "belong together"
+        )
 
     def _unknown(self, name: str, found: str) -> UnsupportedModelError:
         return UnsupportedModelError(

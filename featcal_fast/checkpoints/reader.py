@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from featcal_fast import files
-from featcal_fast.checkpoints.shards import DTYPES, Shards, TensorInfo, read_errors
+from featcal_fast.checkpoints.config import transformers_config
+from featcal_fast.checkpoints.documents import read_document, read_errors
+from featcal_fast.checkpoints.shards import DTYPES, Shards, TensorInfo
 from featcal_fast.checkpoints.side_files import SideFiles, find_side_files
-from featcal_fast.errors import CheckpointError, UnsupportedModelError
+from featcal_fast.errors import CheckpointError, UnsupportedModelError, shown
 
 ADAPTER_CONFIG = "adapter_config.json"
 FLOATS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
@@ -115,6 +115,23 @@ def canonical(name: str) -> str:
     return name
 
 
+def canonical_names(names: Iterable[str], where: str) -> dict[str, str]:
+    """Names by canonical name.
+
+    Raises:
+        CheckpointError: two have one.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        other = found.setdefault(canonical(name), name)
+        if other != name:
+            raise CheckpointError(
+                f"{where} holds tensors {other} and {name}, which are the same one of a model; nobody can tell which "
+                "of them counts"
+            )
+    return found
+
+
 class Checkpoint:
     """A folder with `config.json` and safetensors weights in floating point, sharded or not.
 
@@ -138,18 +155,22 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> Any:
-        """The transformers config."""
-        from transformers import AutoConfig
+        """The transformers config.
 
-        try:
-            return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # whatever transformers makes of values that are not what they should be
-            raise UnsupportedModelError(f"{self.label}: {self.path / 'config.json'} cannot be used: {error}") from error
+        Raises:
+            CheckpointError: a value of `config.json` is out of its range, or of a wrong type.
+            UnsupportedModelError: transformers knows no such model, or makes nothing of its values.
+        """
+        return transformers_config(self.json, self.path / "config.json", self.label)
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """Tensor names by canonical name."""
-        return {canonical(name): name for name in self.tensors}
+        """Tensor names by canonical name.
+
+        Raises:
+            CheckpointError: two tensors have one.
+        """
+        return canonical_names(self.tensors, f"{self.label}: {self.path}")
 
     @property
     def bytes_read(self) -> int:
@@ -210,7 +231,8 @@ def quant_method(config: Mapping[str, Any]) -> str | None:
     quantised = config.get("quantization_config")
     if not quantised:
         return None
-    return str(quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised)
+    found = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised
+    return (found if isinstance(found, str) else shown(found))[:80]
 
 
 def read_json(path: Path, file: str, label: str) -> dict[str, Any]:
@@ -230,10 +252,7 @@ def read_json(path: Path, file: str, label: str) -> dict[str, Any]:
                     "it into its base model first (peft: merge_and_unload, save_pretrained)"
                 )
             raise CheckpointError(f"{label}: {path} is not a checkpoint: {file} is missing")
-        try:
-            values = json.loads(files.read_text(path / file))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{label}: {path / file} is not valid JSON: {error}") from error
+        values = read_document(path / file, label)
     if not isinstance(values, dict):
         raise CheckpointError(f"{label}: {path / file}: found a JSON {type(values).__name__}, expected an object")
     return values

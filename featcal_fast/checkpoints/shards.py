@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from featcal_fast import files
-from featcal_fast.errors import CheckpointError, UnsupportedModelError
+from featcal_fast.checkpoints.documents import (
+    NOT_THE_FILE,
+    POINTER,
+    inside,
+    is_file_name,
+    is_plain,
+    read_document,
+    read_errors,
+)
+from featcal_fast.errors import CheckpointError, UnsupportedModelError, shown
+from featcal_fast.untrusted.documents import no_collection, parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
+MAX_HEADER = 2**24  # bytes; of a model of 10**5 tensors in one file it has half of that
+MAX_INDEX = 2**25
+MAX_TENSORS = 500_000  # of one folder; the largest models have 140,000
+MAX_NAME, MAX_DTYPE = 500, 32  # characters of a tensor's name, and of that of its dtype
 MAX_DIMENSIONS = 64  # as torch has it
 DTYPES = {
     "F64": torch.float64,
@@ -36,7 +49,7 @@ DTYPES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor's place and form, as `read` gives it."""
 
@@ -49,8 +62,7 @@ class TensorInfo:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """A tensor's entry in its file's header; `start` and `end` count from the beginning of the file."""
 
     file: str
@@ -58,24 +70,6 @@ class Header:
     dtype: str
     start: int
     end: int
-
-
-@contextmanager
-def read_errors(label: str, path: Path) -> Iterator[None]:
-    """Turn what the operating system says of a model's file into a CheckpointError."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{label}: {error.filename or path} cannot be read: {error.strerror or error}; check that the download is "
-            "complete, its rights, and the disk"
-        ) from error
-
-
-def leads_out(path: Path, folder: Path) -> bool:
-    """Whether a file that exists is a link out of a model's folder; links into the hub's cache stay in the model."""
-    root, target = folder.resolve(), path.resolve()
-    return root not in (target, *target.parents) and target.parent != root.parent.parent / "blobs"
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -119,7 +113,7 @@ class Shards:
                 raise self._no_weights(single)
         self.headers: dict[str, Header] = {}
         for file in self.files:
-            self.headers |= self._read_header(file)
+            self._add(self._read_header(file))
         for name, file in listed.items():
             if name not in self.headers or self.headers[name].file != file:
                 raise CheckpointError(
@@ -128,6 +122,7 @@ class Shards:
                 )
 
     @cached_property
+    @no_collection()
     def tensors(self) -> dict[str, TensorInfo]:
         """All tensors, by name.
 
@@ -164,7 +159,10 @@ class Shards:
         found = {}
         for file, members in by_file.items():
             path = self.path / file
-            with read_errors(self.label, path), closing(files.open_to_read(self._inside(path))) as handle:
+            with (
+                read_errors(self.label, path),
+                closing(files.open_to_read(inside(path, self.path, self.label))) as handle,
+            ):
                 for name in sorted(members, key=lambda name: self.headers[name].start):
                     found[name] = self._read_tensor(handle, name)
                     if not packed and found[name].is_floating_point() and not is_finite(found[name]):
@@ -177,7 +175,13 @@ class Shards:
 
     def _read_tensor(self, handle: FileIO, name: str) -> Tensor:
         info = self.tensors[name]
-        tensor = torch.empty(info.shape, dtype=info.dtype)
+        try:
+            tensor = torch.empty(info.shape, dtype=info.dtype)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{self.label}: {self.where(name)} takes {info.nbytes / 2**30:.1f} GiB, more than this machine's "
+                "memory has room for"
+            ) from error
         # A view of the memory itself; numpy has no bfloat16, so it goes as bytes.
         memory = tensor.reshape(-1).view(torch.uint8).numpy().data
         if files.fill(handle, memory, self.headers[name].start) < info.nbytes:
@@ -188,6 +192,19 @@ class Shards:
             self.bytes_read += info.nbytes
         return tensor
 
+    def _add(self, headers: dict[str, Header]) -> None:
+        for name in headers.keys() & self.headers.keys():
+            raise CheckpointError(
+                f"{self.label}: {self.path}: both {self.headers[name].file} and {headers[name].file} hold tensor "
+                f"{name}; nobody can tell which of them counts; download this model again"
+            )
+        self.headers |= headers
+        if len(self.headers) > MAX_TENSORS:
+            raise CheckpointError(
+                f"{self.label}: {self.path} holds more than {MAX_TENSORS} tensors, more than any model that can be "
+                "calibrated"
+            )
+
     def _read_header(self, file: str) -> dict[str, Header]:
         path = self.path / file
         with read_errors(self.label, path):
@@ -195,7 +212,7 @@ class Shards:
                 raise CheckpointError(
                     f"{self.label}: {path} is missing, though {self.index} names it; the download is incomplete"
                 )
-            with closing(files.open_to_read(self._inside(path))) as handle:
+            with closing(files.open_to_read(inside(path, self.path, self.label))) as handle:
                 size = files.stat(path).st_size
                 try:
                     headers, end = parse_header(read_header(handle, size), file)
@@ -208,26 +225,25 @@ class Shards:
         return headers
 
     def _read_index(self) -> dict[str, str]:
-        path = self._inside(self.path / self.index)
-        try:
-            listed = json.loads(files.read_text(path))["weight_map"]
-            items = {str(name): str(file) for name, file in listed.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{self.label}: {path} is not a weight index: {error!r}") from error
-        for name, file in items.items():
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"{self.label}: {path} places tensor {name} in {file!r}; expected the name of a .safetensors file "
-                    "in the folder"
-                )
-        return items
-
-    def _inside(self, path: Path) -> Path:
-        if leads_out(path, self.path):
+        path = self.path / self.index
+        document = read_document(path, self.label, MAX_INDEX)
+        listed = document.get("weight_map") if isinstance(document, dict) else None
+        if not isinstance(listed, dict) or not listed:
             raise CheckpointError(
-                f"{self.label}: {path} is a link to {path.resolve()}, outside of the model folder; expected a file"
+                f"{self.label}: {path} is not a weight index: found {shown(document)}, expected a weight_map of files "
+                "by tensor"
             )
-        return path
+        fitting: set[str] = set()
+        for tensor, file in listed.items():
+            if isinstance(file, str) and file in fitting:
+                continue
+            if not is_file_name(file) or not file.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{self.label}: {path} places tensor {shown(tensor)} in {shown(file)}; expected the name of a "
+                    ".safetensors file in the folder"
+                )
+            fitting.add(file)
+        return listed
 
     def _no_weights(self, single: str) -> CheckpointError:
         pickled = sorted(file.name for file in files.list_folder(self.path) if file.suffix in (".bin", ".pt", ".pth"))
@@ -249,12 +265,16 @@ def read_header(file: FileIO, size: int) -> bytes:
     Raises:
         ValueError: it is longer than the file, or than any header.
     """
-    length = int.from_bytes(files.read_at(file, 8, 0), "little")
+    begin = files.read_at(file, 8, 0)
+    length = int.from_bytes(begin, "little")
+    if begin == POINTER[:8]:
+        raise ValueError(NOT_THE_FILE)
     if length > MAX_HEADER or 8 + length > size:
-        raise ValueError(f"a header of {length} bytes in a file of {size}")
+        raise ValueError(f"a header of {length} bytes in a file of {size}, expected at most {MAX_HEADER}")
     return files.read_at(file, 8 + length, 0)
 
 
+@no_collection()
 def parse_header(data: bytes, file: str) -> tuple[dict[str, Header], int]:
     """What a safetensors file holds, and where it ends.
 
@@ -265,20 +285,53 @@ def parse_header(data: bytes, file: str) -> tuple[dict[str, Header], int]:
     Raises:
         ValueError: there are gaps between the tensors, or one is not of the size that its shape says.
     """
-    headers, position = {}, len(data)
-    try:
-        entries = {name: entry for name, entry in json.loads(data[8:]).items() if name != "__metadata__"}
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            (start, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
-            if any(type(value) is not int or value < 0 for value in (start, end, *shape)):
-                raise ValueError(f"tensor {name} has the shape {shape} at {start} to {end}")
-            if not isinstance(dtype, str) or len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) >= 2**63:
-                raise ValueError(f"tensor {name} is {dtype} of shape {shape}")
-            nbytes = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else end - start
-            if len(data) + start != position or end - start != nbytes:
-                raise ValueError(f"tensor {name}, {dtype} of shape {shape}, lies at {start} to {end}")
-            headers[name] = Header(file, tuple(shape), dtype, position, position + nbytes)
-            position += nbytes
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"its JSON is none of a safetensors header ({type(error).__name__}: {error})") from error
+    entries = parse_json(data[8:])
+    if not isinstance(entries, dict):
+        raise ValueError(f"its header is {shown(entries)}, expected tensors by name")
+    metadata, headers, position = entries.pop("__metadata__", None), {}, len(data)
+    for name, entry in entries.items():
+        if not _is_entry(entry):
+            raise ValueError(
+                f"in its header tensor {shown(name)} is {shown(entry)}, expected its dtype, shape and data_offsets"
+            )
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        (start, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+        nbytes = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else max(end - start, 0)
+        if len(data) + start != position or end - start != nbytes:
+            raise ValueError(f"tensor {shown(name)}, {shown(dtype)} of shape {shown(shape)}, lies at {start} to {end}")
+        headers[name] = Header(file, tuple(shape), dtype, position, position + nbytes)
+        position += nbytes
+    _check_names(headers)
+    if metadata is not None and not _are_texts(metadata):
+        raise ValueError(f"its __metadata__ is {shown(metadata)}, expected texts by name")
     return headers, position
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether a header says of a tensor what it must, in numbers that torch can count to."""
+    if not isinstance(entry, dict):
+        return False
+    offsets, shape, dtype = entry.get("data_offsets"), entry.get("shape"), entry.get("dtype")
+    return (
+        isinstance(dtype, str)
+        and 0 < len(dtype) <= MAX_DTYPE
+        and isinstance(offsets, list)
+        and len(offsets) == 2
+        and isinstance(shape, list)
+        and len(shape) <= MAX_DIMENSIONS
+        and {int}.issuperset(map(type, offsets + shape))
+        and min(offsets + shape) >= 0
+        and math.prod(shape if 0 not in shape else (size or 1 for size in shape)) < 2**63
+    )
+
+
+def _check_names(names: Iterable[str]) -> None:
+    for name in names:
+        if not name or len(name) > MAX_NAME or not is_plain(name):
+            raise ValueError(
+                f"found a tensor of the name {shown(name)}, expected one of 1 to {MAX_NAME} printable characters"
+            )
+
+
+def _are_texts(metadata: object) -> bool:
+    return isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())

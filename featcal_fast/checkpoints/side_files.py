@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from featcal_fast import files
-from featcal_fast.checkpoints.shards import Shards, leads_out, read_errors
-from featcal_fast.errors import CheckpointError
+from featcal_fast.checkpoints.documents import is_file_name, leads_out, read_errors
+from featcal_fast.checkpoints.shards import Shards
+from featcal_fast.errors import CheckpointError, shown
 
+MOST = 10_000  # files and folders beside the weights
 REPORT = "report.json"  # of the run that wrote a folder; what is made of it gets its own
 # What ends in one of these holds weights, or a graph that is of no use without them. In a model's root they are the
 # model's own; in a subfolder they are those of another module, but for EXPORTS.
@@ -53,11 +55,21 @@ def find_side_files(shards: Shards) -> SideFiles:
     replaced = {*shards.files, shards.index, REPORT}
     with read_errors(label, root):
         waiting = [(path, False) for path in reversed(files.list_folder(root))]
+    seen = 0
     while waiting:
         path, followed = waiting.pop()  # and whether a link led to it
         name = path.relative_to(root)
         if name.name.startswith(".") or name.as_posix() in replaced:
             continue
+        if (seen := seen + 1) > MOST:
+            raise CheckpointError(
+                f"{label}: {root} holds more than {MOST} files beside the weights; expected a model's folder"
+            )
+        if not is_file_name(name.name):
+            raise CheckpointError(
+                f"{label}: {root}: the name {shown(name.as_posix())} holds control characters, or is not UTF-8; rename "
+                "or remove it"
+            )
         if _holds_weights(name):
             found.left_out.append(name.as_posix())
             continue

@@ -19,7 +19,7 @@ from typing import Any
 from featcal_fast import files
 from featcal_fast.checkpoints.lock import Lock
 from featcal_fast.checkpoints.manifest import Manifest
-from featcal_fast.errors import OutputError
+from featcal_fast.errors import OutputError, ResumeError, shown
 
 ATTEMPTS = 100  # to make a folder that others remove
 STATES = ".featcal-fast-"  # a folder of hidden states in a scratch folder
@@ -29,53 +29,95 @@ LONGEST = 200  # bytes of an output's name; beyond, the folder in which it is ma
 
 def nearest_existing(path: Path) -> Path:
     """`path`, or the nearest of its parents that exists."""
-    path = path.resolve()
+    path = files.resolve(path)
     return next(each for each in (path, *path.parents) if each.exists())
 
 
 def work_path(out: Path) -> Path:
-    """Where the output `out` is made."""
-    out = out.resolve()
+    """Where the output `out` is made.
+
+    Raises:
+        OSError: nobody can say where `out` leads.
+    """
+    out = files.resolve(out)
     name = out.name if len(out.name.encode(errors="surrogateescape")) <= LONGEST else _digest(out)
     return out.parent / f".{name}.partial"
 
 
 def states_path(out: Path, scratch: str | Path) -> Path:
     """Where its hidden states are kept in a scratch folder."""
-    return Path(scratch).resolve() / f"{STATES}{_digest(out)}"
+    return files.resolve(Path(scratch)) / f"{STATES}{_digest(out)}"
 
 
 def _digest(out: Path) -> str:
-    return hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]
+    return hashlib.sha256(str(files.resolve(out)).encode(errors="surrogateescape")).hexdigest()[:8]
 
 
-def check_output(out: Path, inputs: list[Path], nbytes: int) -> None:
+def check_output(out: Path, inputs: Mapping[str, Path], nbytes: int) -> None:
     """Refuse an output folder before any work is done.
+
+    Args:
+        out: the folder.
+        inputs: files and folders that are read, by what they are.
+        nbytes: that will be written.
 
     Raises:
         OutputError: it holds something, lies in an input folder, cannot be made, or the disk lacks `nbytes`.
     """
-    resolved = out.resolve()
-    for folder in inputs:
-        if resolved == folder.resolve() or folder.resolve() in resolved.parents:
-            raise OutputError(
-                f"out: {out} lies in the input folder {folder}, which is never written to; choose another folder"
-            )
     with write_errors(out):
-        if out.exists() and (not out.is_dir() or files.list_folder(out)):
-            work = work_path(out)
+        resolved, work = files.resolve(out), work_path(out)
+        _check_outside("out", out, resolved, inputs)
+        if resolved.exists() and (not resolved.is_dir() or files.list_folder(resolved)):
             beside = f", and {work} beside it, which a run has left" if work.exists() else ""
             raise OutputError(f"out: {out} already holds something; choose another folder, or remove it{beside}")
-    if resolved.is_mount():  # a finished folder is renamed to it, which cannot be done to a mount point
-        raise OutputError(f"out: {out} is a mount point; name a folder in it, for example {out / 'calibrated'}")
-    parent = nearest_existing(resolved.parent)
-    if not parent.is_dir():
-        raise OutputError(f"out: {out} cannot be made, because {parent} is a file; choose another folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"out: {parent} cannot be written to; choose another folder")
-    free = files.free_bytes(parent) + held_bytes(work_path(out))
-    if free < nbytes:
-        raise OutputError(f"out: {out} needs {nbytes / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB free")
+        if resolved.exists() and resolved.samefile("."):  # whoever works in it would be left in a folder without a name
+            raise OutputError(f"out: {out} is the working directory; name a folder in it: {out / 'calibrated'}")
+        if resolved.is_mount():  # a finished folder is renamed to it, which cannot be done to a mount point
+            raise OutputError(f"out: {out} is a mount point; name a folder in it, for example {out / 'calibrated'}")
+        parent = nearest_existing(resolved.parent)
+        if not parent.is_dir():
+            raise OutputError(f"out: {out} cannot be made, because {parent} is a file; choose another folder")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(f"out: {parent} cannot be written to; choose another folder")
+        free = files.free_bytes(parent) + held_bytes(work)
+        if free < nbytes:
+            raise OutputError(f"out: {out} needs {size_text(nbytes)}, but {parent} has {size_text(free)} free")
+
+
+def check_scratch(scratch: Path, inputs: Mapping[str, Path], out: Path | None) -> None:
+    """Refuse a folder for hidden states before any work is done.
+
+    Raises:
+        OutputError: it lies in an input folder, or in the output's, or is not there.
+    """
+    try:
+        resolved = files.resolve(scratch)
+        _check_outside("scratch", scratch, resolved, inputs)
+        if out is not None and {files.resolve(out), work_path(out)}.intersection((resolved, *resolved.parents)):
+            raise OutputError(f"scratch: {scratch} lies in the output folder {out}; choose another folder")
+        files.stat(scratch)  # `nothing/..` is resolved, but not there
+    except OSError as error:
+        raise OutputError(
+            f"scratch: {scratch} cannot hold hidden states: {error.strerror}; make it first, or choose another folder"
+        ) from error
+
+
+def _check_outside(key: str, path: Path, resolved: Path, inputs: Mapping[str, Path]) -> None:
+    for name, folder in inputs.items():
+        with suppress(OSError):  # whoever reads it says so
+            if files.resolve(folder) in (resolved, *resolved.parents):
+                raise OutputError(
+                    f"{key}: {path} lies in the input folder {folder} ({name}), which is never written to; choose "
+                    "another folder"
+                )
+
+
+def size_text(nbytes: float) -> str:
+    """A number of bytes, in words."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size / 10:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes:.0f} bytes"
 
 
 def held_bytes(folder: Path) -> int:
@@ -118,24 +160,26 @@ class WorkFolder:
     """
 
     def __init__(self, out: Path) -> None:
-        self.out = out.resolve()  # of a link, what it points to
-        self.path = work_path(out)
+        with write_errors(out):
+            self.out, self.path = files.resolve(out), work_path(out)  # of a link, what it points to
         self.model, self.states = self.path / "model", self.path / "states"
         self.keep = False
+        self._made: list[Path] = []  # folders, from the top down
 
     def __enter__(self) -> WorkFolder:
         try:
             with write_errors(self.out):
+                self._refuse_links(self.path)
                 self._lock = self._take()
                 self.manifest = Manifest(self.path / "manifest")
                 for entry in self.manifest.entries[:1]:
-                    self.states = Path(entry.get("states") or self.states)
+                    self._find_states(entry.get("states"))
+                self._refuse_links(self.model, self.states)
                 self.keep = self.left_behind
         except BaseException:
             with suppress(OSError, AttributeError):  # where another run has it, or this one never got it
                 self._lock.release()
-            with suppress(OSError):  # it holds something, and stays
-                files.remove_folder(self.path)
+            self._remove_folders()
             raise
         return self
 
@@ -145,23 +189,39 @@ class WorkFolder:
                 self.clear()
         self._lock.release()
         if not self.keep:
-            with suppress(OSError):  # by now another run may have it
-                files.remove_folder(self.path)
+            self._remove_folders()
 
     def _take(self) -> Lock:
         for _ in range(ATTEMPTS):
-            with suppress(FileExistsError):
-                files.make_folder(self.path)
             with suppress(FileNotFoundError):  # the run before this one has removed the folder just now
+                with suppress(FileExistsError):
+                    self._made = files.make_folder(self.path)
                 return Lock(self.path / "lock", f"out: {self.out}")
         raise OutputError(f"out: {self.path}, where {self.out} is made, cannot be had; remove it, or choose another")
+
+    def _remove_folders(self) -> None:
+        """The work folder, and those around it that this run has made; what holds something stays."""
+        files.remove_empty(self._made or [self.path])
+
+    def _refuse_links(self, *paths: Path) -> None:
+        for path in paths:
+            if path.is_symlink():
+                raise OutputError(f"out: {path}, where {self.out} is made, is a link, which no run leaves; remove it")
+
+    def _find_states(self, named: object) -> None:
+        """Hidden states are where the manifest says. It may be anyone's, and they are to be removed: a folder of theirs
+        is told by its name."""
+        if isinstance(named, str) and Path(named).name.startswith(STATES):
+            self.states = Path(named)
+        elif named is not None:
+            raise ResumeError(f"{self.manifest.path} names no folder of hidden states: {shown(named)}; remove it")
 
     def remove_unowned(self, folder: Path) -> None:
         """Of a scratch folder: hidden states of runs that have ended, in whatever way, and cannot go on."""
         for path in files.list_folder(folder):
             with suppress(OSError, ValueError):  # others' are in nobody's way
                 if path.name.startswith(STATES) and path != self.states and (path / OWNER).is_file():
-                    owner = Path(files.read_text(path / OWNER))
+                    owner = Path(files.read_bytes(path / OWNER).decode(errors="surrogateescape"))
                     # Where not even its parent can be seen, it may only be out of sight.
                     if owner.parent.is_dir() and not (work_path(owner) / "manifest").exists():
                         files.remove_tree(path)
@@ -173,7 +233,7 @@ class WorkFolder:
         if self.states.exists():  # of a run that was killed while it made or removed it
             files.remove_tree(self.states)
         files.make_folder(self.states)
-        files.write_bytes(self.states / OWNER, str(self.out).encode())
+        files.write_bytes(self.states / OWNER, str(self.out).encode(errors="surrogateescape"))
         self.manifest.append({**facts, "states": None if scratch is None else str(self.states)})
 
     @property

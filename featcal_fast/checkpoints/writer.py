@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from featcal_fast import files
+from featcal_fast.checkpoints.documents import read_errors
 from featcal_fast.checkpoints.reader import TensorSource
-from featcal_fast.checkpoints.shards import DTYPES, INDEX, SINGLE, TensorInfo, is_finite, read_errors
+from featcal_fast.checkpoints.shards import DTYPES, INDEX, SINGLE, TensorInfo, is_finite
 from featcal_fast.checkpoints.side_files import REPORT
 from featcal_fast.checkpoints.work import WorkFolder, write_errors
 from featcal_fast.errors import OutputError, ResumeError

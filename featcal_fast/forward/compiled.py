@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from featcal_fast.forward.hooks import given_input
+
 BACKEND: Any = "inductor"  # of torch.compile
 # By how many dimensions a tensor has that a block is called with, those that count samples or tokens: of position ids,
 # of hidden states and rotary angles, of masks and position biases. What is compiled takes any number of them (but one
@@ -44,7 +46,7 @@ class CompiledForward:
         self._lock = Lock()
         self._seen: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
         for name in inputs:
-            self._skeleton.get_submodule(name).register_forward_pre_hook(self._before(name))
+            self._skeleton.get_submodule(name).register_forward_pre_hook(self._before(name), with_kwargs=True)
         for name in outputs:
             self._skeleton.get_submodule(name).register_forward_hook(self._after(name))
 
@@ -58,8 +60,8 @@ class CompiledForward:
             self._seen = None
             out = out[0] if isinstance(out, tuple) else out
             return (
-                {name: given[name] for name in inputs},
-                {name: made[name] for name in outputs},
+                {name: given[name] for name in inputs if name in given},
+                {name: made[name] for name in outputs if name in made},
                 out if whole else None,
             )
 
@@ -79,9 +81,9 @@ class CompiledForward:
                 self._seen = None
 
     def _before(self, name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             assert self._seen is not None
-            self._seen[0][name] = args[0]
+            self._seen[0][name] = given_input(name, args, kwargs, self._seen[0])
 
         return hook
 

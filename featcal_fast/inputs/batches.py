@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from featcal_fast.checkpoints import is_finite
 from featcal_fast.errors import DataError
-from featcal_fast.inputs.preprocess import load_image_processor, load_tokenizer, process_image, tokenize
-from featcal_fast.inputs.samples import TEXT_KINDS, Sample, os_errors, read_samples
+from featcal_fast.inputs.checks import Limits
+from featcal_fast.inputs.images import process_images
+from featcal_fast.inputs.samples import TEXT_KINDS, Sample, os_errors
+from featcal_fast.inputs.sources import read_samples
+from featcal_fast.inputs.texts import tokenize
 
 Batch = dict[str, torch.Tensor]
 
@@ -27,6 +30,7 @@ def load_batches(
     seed: int = 0,
     max_positions: int | None = None,
     vocab_size: int | None = None,
+    choices: Mapping[str, int] | None = None,
     targets: bool = False,
 ) -> list[Batch]:
     """Draw `samples` samples of `source` and make batches of model keyword arguments of them.
@@ -42,6 +46,7 @@ def load_batches(
         seed: of the draw; the same seed and data give the same batches.
         max_positions: the longest sequence that the model takes, if it has a limit.
         vocab_size: rows of the model's embedding, if known.
+        choices: by the name of another input of integers, how many values it chooses from.
         targets: the model is an encoder-decoder: texts must be `prompt` and `completion`, the prompt becomes
             `input_ids`, the completion `labels`.
 
@@ -56,22 +61,34 @@ def load_batches(
             empty, not finite, longer than the model takes or outside its vocabulary; a folder's tokenizer or
             image processor cannot be loaded, or none has one; an optional library is missing.
     """
+    limits = Limits(max_positions, vocab_size, choices or {})
     with os_errors(source):
-        drawn = read_samples(source, samples, seed)
-    padding = 0
-    if tuple(drawn[0].values) in TEXT_KINDS:
-        _check_length(source, max_length, max_positions)
-        tokenizer = load_tokenizer(source, folders, chat="messages" in drawn[0].values)
-        drawn = [tokenize(sample, tokenizer, max_length, targets) for sample in drawn]
-        # Padding is embedded too, so a pad token added beyond the model's vocabulary will not do.
-        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < (vocab_size or float("inf")):
-            padding = tokenizer.pad_token_id
-    elif "image" in drawn[0].values:
-        processor = load_image_processor(source, folders)
-        drawn = [process_image(sample, processor) for sample in drawn]
-    for sample in drawn:
-        _check(sample, max_positions, vocab_size)
+        found = read_samples(source, samples, seed, max_positions)
+        prepared, padding = _prepared(source, found, [*map(Path, folders)], max_length, max_positions, targets)
+        drawn = [limits.checked(sample) for sample in prepared]
+    # Padding is embedded too, so a pad token added beyond the model's vocabulary will not do.
+    if padding is None or padding >= (vocab_size or float("inf")):
+        padding = 0
     return _batched(drawn, batch_size, batch_tokens, padding)
+
+
+def _prepared(
+    source: str | Path,
+    samples: Iterator[Sample],
+    folders: Sequence[Path],
+    max_length: int,
+    max_positions: int | None,
+    targets: bool,
+) -> tuple[Iterable[Sample], int | None]:
+    """Samples as tensors; those of ready inputs one after the other. The token that pads them, if there is one."""
+    first = next(samples)
+    samples = chain([first], samples)
+    if tuple(first.values) in TEXT_KINDS:
+        check_length(source, max_length, max_positions)
+        return tokenize(source, list(samples), folders, max_length, targets)
+    if "image" in first.values:
+        return process_images(source, list(samples), folders), None
+    return samples, None
 
 
 def _batched(samples: list[Sample], batch_size: int, batch_tokens: int | None, padding: int) -> list[Batch]:
@@ -87,44 +104,14 @@ def _batched(samples: list[Sample], batch_size: int, batch_tokens: int | None, p
     return batches
 
 
-def _check_length(source: str | Path, max_length: int, max_positions: int | None) -> None:
+def check_length(source: str | Path, max_length: int, max_positions: int | None) -> None:
+    """Raises:
+    DataError: texts are to be cut at more tokens than the model takes."""
     if max_positions is not None and max_length > max_positions:
         raise DataError(
             f"{source}: found max_length {max_length}, expected at most the model's {max_positions} positions; "
             f"lower max_length to {max_positions}"
         )
-
-
-def _check(sample: Sample, max_positions: int | None, vocab_size: int | None) -> None:
-    for name, value in sample.values.items():
-        where = f"{sample.where}, {name}"
-        if name.endswith("input_ids"):
-            _check_token_ids(value, where, max_positions, vocab_size)
-        elif name == "labels" and value.ndim == 1 and not value.is_floating_point():
-            if not (value != -100).any():
-                raise DataError(f"{where}: found no target, expected at least one token; remove this sample")
-            _check_token_ids(value[value != -100], where, max_positions, vocab_size)
-        elif name.endswith("attention_mask"):
-            ids = sample.values.get(name.replace("attention_mask", "input_ids"), value)
-            if value.shape != ids.shape:
-                raise DataError(f"{where}: found shape {[*value.shape]}, expected {[*ids.shape]} as the token ids")
-            if not value.any():
-                raise DataError(f"{where}: found only zeros, expected 1 for at least one token; remove this sample")
-            if not ((value == 0) | (value == 1)).all():
-                raise DataError(f"{where}: found other values than 0 and 1; expected 1 for tokens, 0 for padding")
-        elif value.is_floating_point() and not is_finite(value):
-            raise DataError(f"{where}: found values that are not finite; remove this sample")
-
-
-def _check_token_ids(ids: torch.Tensor, where: str, max_positions: int | None, vocab_size: int | None) -> None:
-    if ids.is_floating_point() or ids.ndim != 1 or not len(ids):
-        raise DataError(f"{where}: found {ids.dtype} of shape {[*ids.shape]}, expected one or more integers")
-    if max_positions is not None and len(ids) > max_positions:
-        raise DataError(f"{where}: found {len(ids)} tokens, expected at most {max_positions}; shorten the samples")
-    for token in map(int, ids.aminmax()):
-        if token < 0 or (vocab_size is not None and token >= vocab_size):
-            limit = "0 or more" if vocab_size is None else f"0 to {vocab_size - 1} (vocabulary of {vocab_size})"
-            raise DataError(f"{where}: found token id {token}, expected {limit}; use the model's own tokenizer")
 
 
 def _rows_within(samples: Sequence[Sample], tokens: int) -> int:

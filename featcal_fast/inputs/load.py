@@ -6,14 +6,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from featcal_fast.inputs.batches import load_batches
+from featcal_fast.inputs.batches import check_length, load_batches
 from featcal_fast.inputs.models import RecipeModels
+from featcal_fast.inputs.ready import check_names
 from featcal_fast.inputs.recipe import Recipe
-from featcal_fast.inputs.task_data import TaskData, chunk_tokens, describe_data, local_data
+from featcal_fast.inputs.samples import import_optional, os_errors
+from featcal_fast.inputs.task_data import TaskData, chunk_tokens, describe, is_ready, local_data
+from featcal_fast.models.configs import max_positions
+from featcal_fast.streaming.malloc import trim_malloc
 
 Batches = list[dict[str, Tensor]]
 
@@ -29,49 +34,87 @@ class LazyBatches:
 
 
 def load_data(
-    recipe: Recipe, models: RecipeModels, device: torch.device, *, tables: bool = True
+    recipe: Recipe, models: RecipeModels, device: torch.device, *, keep: bool = True
 ) -> tuple[dict[str, Iterable[dict[str, Tensor]]], dict[str, TaskData]]:
-    """Every task's batches and their size; where headers tell the size, as of images, they load when their turn comes.
+    """Every task's batches and their size; where samples are all alike, as images are, they load when their turn comes.
 
-    Of those, the first sample is loaded at once, to see that it can be.
+    Of those, the first sample is loaded at once, to see what it is.
 
     Args:
         recipe: the job.
         models: its models.
         device: where it will run.
-        tables: load data sets too; otherwise they have no batches, and the size that they may have at most.
+        keep: the batches; otherwise each task's data is loaded all the same, to see that all of it can be, and is gone
+            before the next one's, so that there are only sizes. Of data sets of the hub, which would be fetched, there
+            is only the size that they may have at most.
 
     Raises:
         DataError: a task's data is not usable.
     """
     batches: dict[str, Iterable[dict[str, Tensor]]] = {}
-    sizes = describe_data(recipe, models, device)
+    sizes: dict[str, TaskData] = {}
     for task, expert in recipe.experts.items():
-        load = partial(_load, recipe, models, task, device, sizes[task].batch_size)
-        if sizes[task].lazy:
-            load(samples=1)
+        source = local_data(recipe, expert.data)
+        asked, length = expert.samples or recipe.samples, expert.max_length or recipe.max_length
+        with os_errors(source):
+            size = describe(source, models.merged.config, device, asked, length, recipe.batch_size)
+            if is_ready(source):
+                check_names(Path(source), models.merged.config)
+        load = partial(_load, recipe, models, task, source, device, size.batch_size)
+        if isinstance(source, str) and not keep:
+            import_optional("datasets", "datasets", source)
+            if size.cut:
+                check_length(source, length, max_positions(models.merged.config))
+        elif size.lazy:
+            (first,) = load(samples=1) if keep else load()[:1]
+            example = {
+                name: value[:1].clone().expand(size.batch_size, *value.shape[1:]) for name, value in first.items()
+            }
+            size = replace(size, example=example)
             batches[task] = LazyBatches(load)
-        elif tables or Path(local_data(recipe, expert.data)).is_file():
-            batches[task] = loaded = load()
-            sizes[task] = replace(TaskData.of(loaded), cut=sizes[task].cut)
+        else:
+            loaded = load()
+            size = replace(TaskData.of(loaded, asked), cut=size.cut, loaded=keep, source=str(source))
+            batches[task] = loaded if keep else []
+            del loaded
+        if not keep:
+            trim_malloc()
+        sizes[task] = size
     return batches, sizes
 
 
 def _load(
-    recipe: Recipe, models: RecipeModels, task: str, device: torch.device, batch_size: int, samples: int | None = None
+    recipe: Recipe,
+    models: RecipeModels,
+    task: str,
+    source: Path | str,
+    device: torch.device,
+    batch_size: int,
+    samples: int | None = None,
 ) -> Batches:
     expert, config, own = recipe.experts[task], models.merged.config, models.experts[task]
-    vocabularies = [c.vocab_size for c in (config, own.config) if getattr(c, "vocab_size", None)]
+    vocabulary = _least("vocab_size", config, own.config)
+    choices = {
+        "position_ids": _least("max_position_embeddings", config, own.config),
+        "token_type_ids": _least("type_vocab_size", config, own.config) or vocabulary,  # GPT-2 has one table for both
+    }
     folders = [models.merged.path, own.path, models.base.path]
     return load_batches(
-        local_data(recipe, expert.data),
+        source,
         folders=list(dict.fromkeys(folders)),
         samples=samples or expert.samples or recipe.samples,
         max_length=expert.max_length or recipe.max_length,
         batch_size=batch_size,
         batch_tokens=None if recipe.batch_size else chunk_tokens(device),
         seed=recipe.seed,
-        max_positions=getattr(config, "max_position_embeddings", None),
-        vocab_size=min(vocabularies, default=None),
+        max_positions=max_positions(config),
+        vocab_size=vocabulary,
+        choices={name: count for name, count in choices.items() if count},
         targets=bool(getattr(config, "is_encoder_decoder", False)),
     )
+
+
+def _least(name: str, *configs: Any) -> int | None:
+    """A size that all models have, if they say so."""
+    found = [getattr(config, name, None) for config in configs]
+    return min((each for each in found if isinstance(each, int) and each > 0), default=None)

@@ -10,11 +10,13 @@ from featcal_fast.checkpoints import (
     Checkpoint,
     TensorSource,
     check_output,
+    check_scratch,
     find_checkpoint,
     find_expert,
     read_errors,
 )
 from featcal_fast.errors import RecipeError
+from featcal_fast.inputs.paths import checked_path
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.merging.merged import MergedCheckpoint
 
@@ -47,10 +49,6 @@ class RecipeModels:
             self.side_bytes = sum(files.stat(path).st_size for path in self.merged.side_files().values())
 
     @property
-    def folders(self) -> list[Path]:
-        return list(dict.fromkeys(model.path for model in (self.merged, self.base, *self.experts.values())))
-
-    @property
     def nbytes(self) -> int:
         """Of the calibrated model's tensors."""
         return sum(info.nbytes for info in self.merged.tensors.values())
@@ -72,15 +70,28 @@ class RecipeModels:
         return {task: each.error for task, each in self.experts.items() if isinstance(each, CachedExpert)}
 
 
-def output_folder(recipe: Recipe, models: RecipeModels) -> Path:
+def check_folders(recipe: Recipe, models: RecipeModels, scratch: str | Path | None = None) -> None:
+    """Refuse folders to write before any work is done: the recipe's output, if it names one, and that of hidden states.
+
+    Raises:
+        FeatCalError: one of them cannot be written, or lies where nothing may be.
+    """
+    inputs = {model.label: model.path for model in (models.merged, models.base, *models.experts.values())}
+    inputs |= {f"data of task {task}": recipe.path(expert.data) for task, expert in recipe.experts.items()}
+    if recipe.folder is not None:
+        check_output(recipe.folder, inputs, models.nbytes + models.side_bytes)
+    if scratch is not None:
+        check_scratch(checked_path("scratch", scratch), inputs, recipe.folder)
+
+
+def output_folder(recipe: Recipe, models: RecipeModels, scratch: str | Path | None = None) -> Path:
     """The folder to write.
 
     Raises:
         RecipeError: the recipe names none.
-        OutputError: it cannot be written.
+        OutputError: it, or that of hidden states, cannot be written.
     """
-    folder = recipe.folder
-    if folder is None:
+    if recipe.folder is None:
         raise RecipeError("out: missing; expected the folder to write, in the recipe or as --out")
-    check_output(folder, models.folders, models.nbytes + models.side_bytes)
-    return folder
+    check_folders(recipe, models, scratch)
+    return recipe.folder

@@ -1,113 +1,130 @@
-"""Texts and images to tensors, by a checkpoint's own tokenizer, chat template and image processor."""
+"""A checkpoint's own tokenizer and image processor: found, their files looked at, and loaded without code of theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from io import BytesIO
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from featcal_fast import files
-from featcal_fast.errors import DataError
-from featcal_fast.inputs.samples import Sample, as_data_error, as_tokens, import_optional, listed, os_errors
+from featcal_fast.checkpoints import leads_out
+from featcal_fast.errors import DataError, shown
+from featcal_fast.inputs.samples import import_optional, listed, os_errors
+from featcal_fast.untrusted.documents import DocumentError, parse_json
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-
-
-def tokenize(sample: Sample, tokenizer: Any, max_length: int, targets: bool) -> Sample:
-    where, values = sample
-    if targets:
-        if "completion" not in values:
-            raise DataError(f"{where}: found {listed(values)}; expected prompt and completion, for the model's decoder")
-        prompt, completion = (Sample(where, {"text": values[key]}) for key in ("prompt", "completion"))
-        given = tokenize(prompt, tokenizer, max_length, targets=False)
-        labels = tokenize(completion, tokenizer, max_length, targets=False).values["input_ids"]
-        return Sample(given.where, {**given.values, "labels": labels})
-    chat = "messages" in values
-    text = _render(sample, tokenizer) if chat else _join(sample)
-    # A chat template writes the special tokens itself.
-    added = 0 if chat else tokenizer.num_special_tokens_to_add()
-    if max_length <= added:
-        raise DataError(
-            f"{where}: found max_length {max_length}, expected more than the {added} special tokens that the "
-            f"tokenizer of {tokenizer.name_or_path} adds"
-        )
-    where = f"{where} (tokenizer of {tokenizer.name_or_path})"
-    with as_data_error(f"{where}: cannot be tokenized"):
-        ids = tokenizer(text, add_special_tokens=not chat, truncation=True, max_length=max_length)["input_ids"]
-    if len(ids) <= added:
-        raise DataError(f"{where}: the text tokenizes to zero tokens; remove this sample")
-    return as_tokens(Sample(where, {"input_ids": ids}))
-
-
-def _join(sample: Sample) -> str:
-    for key, value in sample.values.items():
-        if not isinstance(value, str):
-            raise DataError(f"{sample.where}, {key}: found {type(value).__name__}; expected a string")
-    return "".join(sample.values.values())
-
-
-def _render(sample: Sample, tokenizer: Any) -> str:
-    where, messages = sample.where, sample.values["messages"]
-    if not (
-        isinstance(messages, list)
-        and messages
-        and all(isinstance(message, dict) and {"role", "content"} <= {*message} for message in messages)
-    ):
-        raise DataError(f"{where}, messages: found {messages!r:.80}; expected a list of role and content objects")
-    # A template is a program of the checkpoint's: it may refuse a role, or fail in any other way.
-    with as_data_error(f"{where}: the chat template of {tokenizer.name_or_path} rejects the messages"):
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-
-
-def process_image(sample: Sample, processor: Any) -> Sample:
-    from PIL import Image
-
-    data = sample.values["image"]
-    if isinstance(data, dict):  # a dataset's cell
-        data = Path(data["path"]) if data["bytes"] is None else data["bytes"]
-    if isinstance(data, Path):
-        with os_errors(sample.where):
-            data = files.read_bytes(data)
-    error = f"{sample.where}: cannot be read as an image; replace or remove it"
-    with as_data_error(error), Image.open(BytesIO(data)) as image:
-        pixels = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
-    return Sample(sample.where, {"pixel_values": pixels[0]})
+PROCESSOR, NESTED_PROCESSOR = "preprocessor_config.json", "processor_config.json"
+# What transformers may read beside them, by how files of the kind end, and how large one of them may be, in bytes.
+LARGEST = {**dict.fromkeys((".json", ".txt", ".model", ".spm", ".tiktoken"), 2**27), ".jinja": 2**20}
+RESAMPLINGS = [0, 1, 2, 3, 4, 5]  # Pillow's; transformers takes another one without a word
+CONFIGS = {
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+    *(PROCESSOR, NESTED_PROCESSOR),
+}
 
 
 def load_tokenizer(source: object, folders: Sequence[Path], *, chat: bool) -> Any:
+    """Of the first folder that has one, with a chat template where one is needed.
+
+    Its files are a stranger's, and reading them may take any time: to be called in a process of its own.
+
+    Raises:
+        DataError: it cannot be loaded, or there is none.
+    """
     from transformers import AutoTokenizer
 
-    for folder in map(Path, folders):
+    for folder in folders:
         with os_errors(folder):
-            found = any((folder / name).is_file() for name in VOCABULARIES)
-        if found:
-            tokenizer = _from_pretrained(AutoTokenizer, folder, truncation_side="right")
-            if tokenizer.chat_template or not chat:
-                return tokenizer
+            if any((folder / name).is_file() for name in VOCABULARIES):
+                _check_files(folder)
+                tokenizer = _from_pretrained(AutoTokenizer, folder, truncation_side="right")
+                if tokenizer.chat_template or not chat:
+                    return tokenizer
     needed = "tokenizer with a chat template" if chat else "tokenizer"
     raise DataError(f"{source}: found no {needed} in {listed(folders)}; copy its files into one of them")
 
 
-def load_image_processor(source: object, folders: Sequence[Path]) -> Any:
-    import_optional("PIL", "pillow", source)
-    # Not from transformers itself: what 5.17 exports there demands torchvision, while the class does not.
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+def find_image_processor(source: object, folders: Sequence[Path]) -> Path:
+    """The first folder that has one.
 
-    for folder in map(Path, folders):
-        nested = folder / "processor_config.json"  # where a processor of texts and images is saved since v5
+    Raises:
+        DataError: there is none, or a library is missing.
+    """
+    import_optional("PIL", "pillow", source)
+    from transformers.models.auto import image_processing_auto  # noqa: F401 (now: this process may be copied often)
+
+    for folder in folders:
+        nested = folder / NESTED_PROCESSOR  # where a processor of texts and images is saved since v5
         with os_errors(nested):
-            found = (folder / "preprocessor_config.json").is_file() or (
-                nested.is_file() and b"image_processor" in files.read_bytes(nested)
-            )
-        if found:
-            return _from_pretrained(AutoImageProcessor, folder)
+            if (folder / PROCESSOR).is_file() or (nested.is_file() and b"image_processor" in files.read_bytes(nested)):
+                _check_files(folder)
+                return folder
     raise DataError(
-        f"{source}: found no image processor in {listed(folders)}; copy the checkpoint's "
-        "preprocessor_config.json into one of them"
+        f"{source}: found no image processor in {listed(folders)}; copy the checkpoint's {PROCESSOR} into one of them"
     )
 
 
+def load_image_processor(folder: Path) -> Any:
+    """A folder's, whose files are a stranger's: to be called in a process of its own.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    # Not from transformers itself: what 5.17 exports there demands torchvision, while the class does not.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    return _from_pretrained(AutoImageProcessor, folder)
+
+
 def _from_pretrained(auto_class: Any, folder: Path, **options: str) -> Any:
-    with as_data_error(f"{folder}: {auto_class.__name__} cannot load it; repair its files"):
+    try:
         return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        if "trust_remote_code" in problem:  # which is advice that nobody should take
+            problem = "it needs code of its own, which is never run; expected a class that transformers has"
+        raise DataError(f"{folder}: {auto_class.__name__} cannot load it; repair its files ({problem})") from None
+
+
+def _check_files(folder: Path) -> None:
+    """Raises:
+    DataError: a file that a library may read is none, too large, outside of the folder, or a config that is no JSON."""
+    for path in _side_files(folder):
+        found = files.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(f"{path}: it is not a regular file; copy the checkpoint again")
+        if leads_out(path, folder):
+            raise DataError(f"{path}: it is a link to {path.resolve()}, outside of the model folder; expected a file")
+        if found.st_size > (largest := LARGEST[path.suffix]):
+            raise DataError(
+                f"{path}: found {found.st_size} bytes, expected at most {largest}; copy the checkpoint again"
+            )
+        if path.name in CONFIGS or path.suffix == ".jinja":
+            _check_text(path)
+
+
+def _check_text(path: Path) -> None:
+    """Raises:
+    DataError: a config is no JSON object, or a template no text."""
+    data = files.read_bytes(path)
+    try:
+        content = parse_json(data) if path.name in CONFIGS else {"template": data.decode()}
+    except (DocumentError, UnicodeDecodeError) as error:
+        kind = "valid JSON" if path.name in CONFIGS else "a chat template in UTF-8"
+        raise DataError(f"{path}: it is not {kind}: {error}; copy it again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: found a JSON {type(content).__name__}, expected an object; copy it again")
+    nested = content.get("image_processor")
+    for config in (content, nested if isinstance(nested, dict) else {}):
+        if (resample := config.get("resample")) is not None and resample not in RESAMPLINGS:
+            raise DataError(f"{path}: found resample {shown(resample)}, expected one of {RESAMPLINGS}; copy it again")
+
+
+def _side_files(folder: Path) -> Iterator[Path]:
+    """What a library may read, of those that are there."""
+    more = folder / "additional_chat_templates"
+    for place in (folder, more) if more.is_dir() else (folder,):
+        for path in files.list_folder(place):
+            if path.suffix in LARGEST and path.exists() and not path.is_dir():
+                yield path

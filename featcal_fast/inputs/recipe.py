@@ -8,18 +8,31 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from featcal_fast import files
 from featcal_fast.checkpoints import STORAGES
-from featcal_fast.errors import RecipeError
+from featcal_fast.errors import RecipeError, printable, shown
+from featcal_fast.inputs.paths import check_text, checked_path
 from featcal_fast.merging.merged import METHODS
-from featcal_fast.settings import Settings, number
+from featcal_fast.settings import Settings, number, unknown_key
+from featcal_fast.untrusted.documents import DocumentError, parse_yaml
+
+LONGEST_NAME = 200  # characters of a task's name
+MOST = 2**31 - 1  # samples, tokens
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("samples", "max_length", "batch_size"), (1, MOST)),
+    "scaling": (-100, 100),
+    "seed": (0, 2**63 - 1),
+}
 
 
 @dataclass(frozen=True)
 class MergeRecipe:
-    """How to make the merged model on the fly: `method` is `average` or `task_arithmetic`, which `scaling` is for."""
+    """How to make the merged model on the fly.
+
+    Attributes:
+        method: `average` or `task_arithmetic`.
+        scaling: of task arithmetic, -100 to 100.
+    """
 
     method: str
     scaling: float = 0.3
@@ -48,19 +61,19 @@ class Recipe:
 
     Attributes:
         base_model: folder or hub id of the model that the experts were fine-tuned from.
-        experts: by task.
+        experts: by task, whose name is a text of at most 200 characters.
         merged_model: folder or hub id of the model to repair; or else
         merge: how to make it from base and experts.
         out: the folder to write.
         settings: the method's constants.
-        samples: calibration samples a task; all, where a task has fewer.
+        samples: calibration samples a task; all, where a task has fewer. Like the next two, 1 to 2^31 - 1.
         max_length: tokens a text is cut at.
         batch_size: samples a forward pass; by default as many as have some 16,000 tokens on a GPU and 2,000 on a CPU,
             padding included, or fewer where memory is short.
         expert_storage: where experts' tensors stay after their first read: `disk`, that is nowhere; `host` memory as
             they are; or there compressed by bitsandbytes, `host-int8` or `host-nf4`, with the error that the report
             states.
-        seed: of the sampling.
+        seed: of the sampling, 0 to 2^63 - 1.
         root: what relative paths start from.
 
     Raises:
@@ -78,28 +91,44 @@ class Recipe:
     batch_size: int | None = None
     expert_storage: str = "disk"
     seed: int = 0
-    root: Path = field(default_factory=Path.cwd)
+    root: Path = field(default_factory=lambda: _working_directory())
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "root", checked_path("root", self.root))
+        _check_fields(self, "")
+        if not isinstance(self.settings, Settings):
+            raise RecipeError(f"settings: found {shown(self.settings)}, expected a Settings")
         if (self.merged_model is None) == (self.merge is None):
             found = "neither" if self.merge is None else "both"
             raise RecipeError(f"recipe: found {found} of merged_model and merge, expected exactly one of them")
-        if self.merge is not None and self.merge.method not in METHODS:
-            near = get_close_matches(str(self.merge.method), METHODS, n=1, cutoff=0)[0]
-            raise RecipeError(
-                f"merge.method: found {self.merge.method!r}, expected one of {', '.join(METHODS)}; did you "
-                f"mean {near!r}?"
-            )
+        if self.merge is not None:
+            if not isinstance(self.merge, MergeRecipe):
+                raise RecipeError(f"merge: found {shown(self.merge)}, expected a MergeRecipe")
+            _check_fields(self.merge, "merge.")
+            if (method := self.merge.method) not in METHODS:
+                near = get_close_matches(method, METHODS, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise RecipeError(f"merge.method: found {shown(method)}, expected one of {', '.join(METHODS)}{hint}")
         if self.expert_storage not in STORAGES:
-            raise RecipeError(f"expert_storage: found {self.expert_storage!r}, expected one of {', '.join(STORAGES)}")
-        if not self.experts:
-            raise RecipeError("experts: found none, expected at least one `name: {model: ..., data: ...}`")
-        counts = {name: getattr(self, name) for name in ("samples", "max_length", "batch_size")}
-        for task, expert in self.experts.items():
-            counts |= {f"experts.{task}.{name}": getattr(expert, name) for name in ("samples", "max_length")}
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise RecipeError(f"{name}: found {value}, expected 1 or more")
+            raise RecipeError(
+                f"expert_storage: found {shown(self.expert_storage)}, expected one of {', '.join(STORAGES)}"
+            )
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        experts = self.experts
+        if not isinstance(experts, Mapping) or not experts:
+            found = "none" if isinstance(experts, Mapping) else shown(experts)
+            raise RecipeError(f"experts: found {found}, expected at least one `name: {{model: ..., data: ...}}`")
+        for task, expert in experts.items():
+            if not isinstance(task, str) or not task or len(task) > LONGEST_NAME or printable(task) != task:
+                raise RecipeError(
+                    f"experts: found the name {shown(task)}, expected a text of 1 to {LONGEST_NAME} characters that "
+                    "can be shown"
+                )
+            if not isinstance(expert, ExpertRecipe):
+                raise RecipeError(f"experts.{task}: found {shown(expert)}, expected an ExpertRecipe")
+            _check_fields(expert, f"experts.{task}.")
 
     @classmethod
     def load(cls, recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -113,19 +142,20 @@ class Recipe:
             The recipe.
 
         Raises:
-            RecipeError: no such file, unreadable, not YAML, an unknown key (with the nearest valid one), a missing or
-                wrong value.
+            RecipeError: no such file, unreadable, not YAML, an unknown key (with the one that is probably meant), a
+                missing or wrong value.
         """
         if isinstance(recipe, Recipe):
             return recipe
         if isinstance(recipe, Mapping):
-            return cls._from_mapping(recipe, Path.cwd())
-        path = Path(recipe).expanduser()
+            return cls._from_mapping(recipe, _working_directory())
+        path = checked_path("recipe", recipe)
         try:
             if not path.is_file():
                 raise RecipeError(f"{path} is not a file; expected a recipe in YAML (docs/recipes.md)")
-            values = yaml.safe_load(files.read_text(path))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            values = parse_yaml(files.read_bytes(path))
+            root = files.resolve(path).parent
+        except DocumentError as error:
             raise RecipeError(f"{path} is not valid YAML: {error}") from error
         except OSError as error:
             raise RecipeError(
@@ -136,28 +166,34 @@ class Recipe:
                 f"{path}: found {type(values).__name__}, expected a mapping with base_model, experts, ..."
             )
         try:
-            return cls._from_mapping(values, path.resolve().parent)
+            return cls._from_mapping(values, root)
         except RecipeError as error:
             raise RecipeError(f"{path}: {error}") from None
 
     @classmethod
-    def _from_mapping(cls, values: Mapping[str, Any], root: Path) -> Recipe:
-        values = _checked(cls, values, "")
+    def _from_mapping(cls, given: Mapping[Any, Any], root: Path) -> Recipe:
+        values = _known(cls, given, "")
         if "settings" in values:
-            values["settings"] = Settings.from_dict(_mapping(values["settings"], "settings"))
+            values["settings"] = Settings.from_dict(values["settings"])
         if values.get("merge") is not None:
-            values["merge"] = MergeRecipe(**_checked(MergeRecipe, values["merge"], "merge."))
-        experts = _mapping(values["experts"], "experts")
-        values["experts"] = {
-            str(task): ExpertRecipe(**_checked(ExpertRecipe, _mapping(expert, f"experts.{task}"), f"experts.{task}."))
-            for task, expert in experts.items()
-        }
+            values["merge"] = MergeRecipe(**_known(MergeRecipe, values["merge"], "merge."))
+        experts: dict[Any, ExpertRecipe] = {}
+        for name, expert in _mapping(values["experts"], "experts").items():
+            task = str(name) if type(name) is int else name
+            if task in experts:
+                raise RecipeError(f"experts: found the name {shown(task)} twice; each may be there once")
+            experts[task] = ExpertRecipe(**_known(ExpertRecipe, expert, f"experts.{_short(task)}."))
+        values["experts"] = experts
         return cls(**values, root=root)
 
     @property
     def folder(self) -> Path | None:
         """The folder to write, where the recipe names one."""
-        return None if self.out is None else self.root / Path(self.out).expanduser()
+        return None if self.out is None else self.path(self.out)
+
+    def path(self, text: str) -> Path:
+        """Where a path of this recipe is."""
+        return self.root / Path(text).expanduser()
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, as a YAML file would hold it."""
@@ -168,36 +204,56 @@ class Recipe:
 
 RecipeLike = Recipe | Mapping[str, Any] | str | Path  # what `Recipe.load` takes
 
-# What YAML may hold for a field, by its annotation.
-_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
-_NAMES = {"str": "a text", "int": "an integer", "float": "a number"}
+# What a field may hold, by its annotation.
+_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,)}
+_NAMES = {"str": "a text", "int": "an integer"}
+_REQUIRED = {"Recipe": ("base_model", "experts"), "ExpertRecipe": ("model", "data"), "MergeRecipe": ("method",)}
+_PATHS = ("base_model", "merged_model", "out", "model", "data")  # or hub ids
 
 
-def _checked(cls: type, given: Any, where: str) -> dict[str, Any]:
-    """`given` with only the keys of dataclass `cls`, the required ones present, scalars of the right type."""
-    values = _mapping(given, where.rstrip(".") or "recipe")
-    known = {item.name: item for item in fields(cls) if item.name != "root"}
+def _known(cls: type, given: Any, where: str) -> dict[str, Any]:
+    """`given` with only keys of the dataclass `cls`, the required ones present."""
+    values = _mapping(given, where.rstrip("."))
+    known = [item.name for item in fields(cls) if item.name != "root"]
     for key in values:
         if key not in known:
-            near = get_close_matches(str(key), known, n=1, cutoff=0)[0]
-            raise RecipeError(f"{where}{key}: unknown key; did you mean {near!r}?")
-    for name, item in known.items():
-        kind, _, optional = str(item.type).partition(" | ")
-        value = values.get(name)
-        if kind == "float" and name in values:
-            values[name] = number(value)
-        if name in values and kind in _TYPES and not (value is None and optional):
-            if isinstance(value, bool) or not isinstance(values[name], _TYPES[kind]) or value == "":
-                raise RecipeError(f"{where}{name}: found {value!r}, expected {_NAMES[kind]}")
-        elif name not in values and name in _REQUIRED[cls.__name__]:
+            raise unknown_key(where, key, known)
+        check_text(f"{where}{key}", values[key])
+    for name in _REQUIRED[cls.__name__]:
+        if name not in values:
             raise RecipeError(f"{where}{name}: missing; it is required")
     return values
 
 
-_REQUIRED = {"Recipe": ("base_model", "experts"), "ExpertRecipe": ("model", "data"), "MergeRecipe": ("method",)}
+def _check_fields(part: Recipe | ExpertRecipe | MergeRecipe, where: str) -> None:
+    """Refuse texts, numbers and paths of a part of a recipe that are of another type, or out of range."""
+    for item in fields(part):
+        kind, _, optional = str(item.type).partition(" | ")
+        name, value = f"{where}{item.name}", getattr(part, item.name)
+        if value is None and optional:
+            continue
+        if kind == "float":
+            object.__setattr__(part, item.name, number(name, value, *RANGES[item.name]))
+        if kind in _TYPES and (isinstance(value, bool) or not isinstance(value, _TYPES[kind]) or value == ""):
+            raise RecipeError(f"{name}: found {shown(value)}, expected {_NAMES[kind]}")
+        if kind == "int":
+            number(name, value, *RANGES[item.name])
+        if item.name in _PATHS:
+            checked_path(name, value)
 
 
-def _mapping(value: Any, where: str) -> dict[str, Any]:
+def _mapping(value: Any, where: str) -> dict[Any, Any]:
     if not isinstance(value, Mapping):
-        raise RecipeError(f"{where}: found {value!r}, expected a mapping")
+        raise RecipeError(f"{where}: found {shown(value)}, expected a mapping")
     return dict(value)
+
+
+def _short(task: object) -> str:
+    return task if isinstance(task, str) and len(task) <= LONGEST_NAME else shown(task)
+
+
+def _working_directory() -> Path:
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise RecipeError(f"the working directory, where a recipe's paths start, is gone: {error.strerror}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import stat
 from collections.abc import Callable
 from contextlib import closing
@@ -14,6 +13,8 @@ from typing import Any
 
 from featcal_fast import files
 from featcal_fast.checkpoints import REPORT, leads_out, parse_header, read_header
+from featcal_fast.inputs.paths import checked_path
+from featcal_fast.untrusted.documents import parse_json
 
 WHOLE, DAMAGED, NOT_OURS = 0, 1, 2
 NAME = "featcal_fast"  # what reports say of their maker, among versions
@@ -70,8 +71,11 @@ def check(out: str | Path) -> Check:
 
     Returns:
         What was found. Whatever is in the folder, nothing is raised.
+
+    Raises:
+        RecipeError: `out` is no path.
     """
-    found = Check(Path(out))
+    found = Check(checked_path("out", out))
     try:
         contents = _read_contents(found.out)
     except _NothingToCompare as reason:
@@ -97,7 +101,7 @@ def _read_contents(out: Path) -> dict[str, dict[str, str]]:
         raise _NothingToCompare(NOT_OURS, what) from None
     except OSError as error:
         raise _NothingToCompare(DAMAGED, f"{REPORT} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _NothingToCompare(DAMAGED, f"{REPORT} is not valid JSON: {error}") from error
     versions, contents = (report.get(key) if isinstance(report, dict) else None for key in ("versions", "contents"))
     if not any(isinstance(value, dict) and key in value for key, value in ((NAME, versions), ("tensors", contents))):
@@ -119,7 +123,7 @@ def _read_report(out: Path) -> Any:
         raise _NothingToCompare(NOT_OURS, f"{REPORT} is not a file of the folder")
     if found.st_size > MAX_REPORT:
         raise _NothingToCompare(DAMAGED, f"{REPORT} has {found.st_size} bytes, more than any that is written")
-    return json.loads(files.read_bytes(path))
+    return parse_json(files.read_bytes(path, MAX_REPORT))
 
 
 class _Comparison:

@@ -20,6 +20,7 @@ from featcal_fast.checkpoints import TensorSource
 from featcal_fast.errors import DataError
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.recipe import Recipe
+from featcal_fast.inputs.sources import files_below
 from featcal_fast.inputs.task_data import local_data
 from featcal_fast.streaming.machine import processor
 
@@ -65,7 +66,7 @@ def input_files(recipe: Recipe, models: RecipeModels) -> dict[str, dict[str, lis
     found = {source.label: _files(source.path) for source in models.files}
     for task, expert in recipe.experts.items():
         data = local_data(recipe, expert.data)
-        if isinstance(data, Path):
+        if isinstance(data, Path) and data.exists():  # else whoever loads it will say
             found[f"data of {task}"] = _files(data)
     return found
 
@@ -105,21 +106,11 @@ class Digested:
 
 def _files(path: Path) -> dict[str, list[int]]:
     try:
-        every = list(_below(path)) if path.is_dir() else [path]
+        every = list(files_below(path)) if path.is_dir() else [path]
         stats = {str(file.relative_to(path.parent)): files.stat(file) for file in every}
     except OSError as error:
         raise DataError(f"{path}: cannot be looked through: {error.strerror} ({error.filename})") from error
     return {name: [found.st_size, found.st_mtime_ns] for name, found in stats.items()}
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    for path in files.list_folder(folder):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _below(path)
-        else:
-            yield path
 
 
 def _headers(source: TensorSource) -> str:

@@ -13,16 +13,22 @@ from torch import Tensor
 from featcal_fast import files
 from featcal_fast.calibrate import calibrate_source
 from featcal_fast.checkpoints import REPORT, CheckpointWriter, Lock, WorkFolder, write_errors
-from featcal_fast.errors import OutputError, RecipeError, ResumeError
+from featcal_fast.errors import OutputError, RecipeError, ResumeError, shown
 from featcal_fast.inputs.load import load_data
 from featcal_fast.inputs.models import RecipeModels, output_folder
+from featcal_fast.inputs.paths import checked_path
 from featcal_fast.inputs.recipe import Recipe, RecipeLike
+from featcal_fast.inputs.scan import scan as scan_weights
+from featcal_fast.inputs.unchanged import unchanged
+from featcal_fast.job.check import MAX_REPORT
 from featcal_fast.job.fingerprint import Digested, Facts, differences, fingerprint, input_files
 from featcal_fast.job.interrupts import finish_first
 from featcal_fast.job.resume import Past, Resumable, find_past, left_behind, read_past, telling_what_is_kept
+from featcal_fast.planning.plan import memory_bytes
 from featcal_fast.planning.planner import choose_offload
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import Report
+from featcal_fast.reporting.warnings import about_run, about_same_model
 from featcal_fast.streaming.hidden_states import Offload
 from featcal_fast.streaming.machine import find_device
 from featcal_fast.streaming.scratch import scratch_errors
@@ -37,12 +43,13 @@ def calibrate(
     out: str | Path | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
-    device_memory: int | None = None,
-    host_memory: int | None = None,
+    device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
     scratch: str | Path | None = None,
     resume: bool = False,
     fresh: bool = False,
     checkpoint_every: int | None = None,
+    scan: bool = False,
 ) -> Report:
     """Calibrate the model that a recipe describes and write it to a new folder, `report.json` beside the weights.
 
@@ -54,14 +61,15 @@ def calibrate(
         out: overrides the recipe's `out`; relative to the working directory.
         device: where to compute; by default the first GPU, or the CPU.
         progress: told how the run goes.
-        device_memory: bytes of it that may be used; by default what is free.
-        host_memory: bytes of host memory that may be used; by default what is free.
+        device_memory: bytes of it that may be used, or a text such as `22GiB`; by default what is free.
+        host_memory: bytes of host memory that may be used, likewise.
         scratch: a folder for hidden states between layers; by default they wait on a GPU if they fit there, else in
             host memory.
         resume: go on with what an interrupted run into the same folder has left, if it has.
         fresh: remove that, and start over.
         checkpoint_every: after how many layers all that is done is made durable; 0 for never, by default as often as
             that takes about a thirtieth of the time.
+        scan: read all weights before the first layer, to see that they are finite, not only when their layer comes.
 
     Returns:
         What happened, layer by layer.
@@ -71,26 +79,32 @@ def calibrate(
             `plan`), features are not finite, an input changed meanwhile, or an interrupted run has left something and
             neither is set. The output folder is not there, then; what can be gone on from stays beside it.
     """
-    if resume and fresh:
-        raise RecipeError("found both resume and fresh, expected one of them at most")
-    if checkpoint_every is not None and (type(checkpoint_every) is not int or checkpoint_every < 0):
-        raise RecipeError(f"checkpoint_every: found {checkpoint_every!r}, expected a number of layers, or 0 for never")
+    _check_choices(resume, fresh, checkpoint_every)
+    device_memory, host_memory = memory_bytes("device_memory", device_memory), memory_bytes("host_memory", host_memory)
     recipe, device = _with_out(recipe, out), find_device(device)
     models = RecipeModels(recipe)
-    with WorkFolder(output_folder(recipe, models)) as work:
+    with WorkFolder(output_folder(recipe, models, scratch)) as work:
         past = find_past(work, resume=resume, fresh=fresh)
         facts = fingerprint(recipe, models, device)
         past.check(facts)
-        job = _Job(recipe, models, device, progress or Progress(), work, past, checkpoint_every)
+        job = _Job(recipe, models, device, progress or Progress(), work, past, checkpoint_every, scan)
         with telling_what_is_kept(work, job.progress):
             if work.finished:
-                report = Report.from_json(files.read_text(work.model / REPORT))
+                report = Report.from_json(files.read_text(work.model / REPORT, MAX_REPORT))
             else:
                 with _scratch_locked(work, scratch):
                     report = job.run(facts, device_memory, host_memory, scratch)
             with finish_first():
                 work.publish()
     return report
+
+
+def _check_choices(resume: bool, fresh: bool, checkpoint_every: object) -> None:
+    if resume and fresh:
+        raise RecipeError("found both resume and fresh, expected one of them at most")
+    if checkpoint_every is not None and (type(checkpoint_every) is not int or checkpoint_every < 0):
+        found = shown(checkpoint_every)
+        raise RecipeError(f"checkpoint_every: found {found}, expected a number of layers, or 0 for never")
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,7 @@ class _Job:
     work: WorkFolder
     past: Past
     every: int | None
+    scan: bool
 
     def run(
         self, facts: Facts, device_memory: int | None, host_memory: int | None, scratch: str | Path | None
@@ -116,6 +131,10 @@ class _Job:
         )
         plan.check()
         past.check_chunk(plan.chunk)
+        warnings = [*plan.warnings, *about_same_model(unchanged(models.experts, models.base))]
+        for warning in warnings:
+            self.progress.warning(warning)
+        scanned = {"scan": scan_weights(recipe, models, self.progress)} if self.scan else {}
         if past.layers:
             self.progress.resumed(past.layers)
         if not past.layers and self.every != 0:
@@ -124,6 +143,8 @@ class _Job:
         with CheckpointWriter(work, models.merged, past.hashes) as writer:
             report = self._calibrate(writer, batches, offload, past.chunk or plan.chunk)
             report.flops = sum(plan.flops.values())
+            report.bytes_read |= scanned
+            report.warnings = [*warnings, *about_run(report)]
             writer.finish(report.to_json())
         _check_unchanged(work, recipe, models, facts)
         with finish_first():
@@ -215,4 +236,4 @@ def merge(recipe: RecipeLike, *, out: str | Path | None = None) -> Path:
 
 def _with_out(recipe: RecipeLike, out: str | Path | None) -> Recipe:
     loaded = Recipe.load(recipe)
-    return loaded if out is None else replace(loaded, out=str(Path(out).absolute()))
+    return loaded if out is None else replace(loaded, out=str(checked_path("out", out).absolute()))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from featcal_fast import files
+from featcal_fast.untrusted.documents import parse_json
 
 
 def known_rate(device: torch.device) -> float | None:
@@ -33,8 +34,10 @@ def remember_rate(device: torch.device, rate: float) -> None:
 def _known(path: Path) -> dict[str, float]:
     """What the file holds that may be a rate; nothing where it cannot be read, or is none of ours."""
     try:
-        rates = dict(json.loads(files.read_text(path)))
-    except (OSError, ValueError, TypeError, RecursionError):
+        rates = parse_json(files.read_bytes(path))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(rates, dict):
         return {}
     return {name: rate for name, rate in rates.items() if isinstance(rate, float) and 0 < rate < math.inf}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from featcal_fast.errors import UnsupportedModelError
 from featcal_fast.forward.calls import BatchCalls
 from featcal_fast.forward.hooks import ActivationHooks
 from featcal_fast.layer.selection import reason_to_keep
@@ -38,21 +39,28 @@ class InputGroup:
 
 @dataclass(frozen=True)
 class Layout:
-    """What there is to calibrate in a block, and the last module of it that its forward reaches; None without any.
+    """What there is to calibrate in a block.
 
-    `norms` are the LayerNorms with a weight and a bias, each with its token weights; `kept` are the linear weights that
-    keep their merged values, by full name, each with the reason.
+    Attributes:
+        groups: of linear modules, in the order in which its forward reaches them.
+        norms: the LayerNorms with a weight and a bias, each with its token weights.
+        last: the last module of these that its forward reaches; None without any.
+        kept: the linear weights that keep their merged values, by full name, each with the reason.
+        unused: of these, the modules that the forward did not reach, by name in the block.
+        path: the block's full name.
     """
 
     groups: tuple[InputGroup, ...]
     norms: dict[str, LastLayerWeights | None]
     last: str | None
     kept: dict[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    path: str = ""
 
 
 def find_layout(
     block: nn.Module, layer: Layer, hidden: Tensor, calls: BatchCalls, tokens: Tokens, settings: Settings
-) -> Layout:
+) -> tuple[Layout, Tensor]:
     """Run `block` once and see which modules share an input, by the identity of the tensor they are given.
 
     Args:
@@ -64,22 +72,20 @@ def find_layout(
         settings: what to calibrate.
 
     Returns:
-        What there is to calibrate.
+        What there is to calibrate, and what the block makes of `hidden`.
+
+    Raises:
+        UnsupportedModelError: the block's forward fails, calls a module twice, or reaches none of its linear modules.
     """
     weights = oriented(block)
     kept = _kept(block, weights, layer, settings)
     linears = [name for name, module in block.named_modules() if is_linear(module) and name not in kept]
-    norms = [
-        name
-        for name, module in block.named_modules()
-        if isinstance(module, nn.LayerNorm)
-        and (settings.calibrate_layernorm and module.weight is not None and module.bias is not None)
-        and reason_to_keep(f"{layer.path}.{name}", settings) is None
-    ]
+    norms = _norms(block, layer, settings)
     inputs: dict[str, Tensor] = {}  # keeps every input alive, so identities are unambiguous
     with ActivationHooks(block, [*linears, *norms], inputs.__setitem__):
-        calls.run(layer.number, block, hidden)
-    kept |= {name: "not used by the layer's forward" for name in linears if name not in inputs}
+        made = calls.run(layer.number, block, hidden)
+    unused = _unused(linears, inputs, layer)
+    kept |= dict.fromkeys(unused, "not used by the layer's forward")
 
     rule = layer.token_weights
     ruled = {name: rule if rule is not None and rule.applies_to(name) else None for name in inputs}
@@ -93,22 +99,47 @@ def find_layout(
             del inputs[name]
         elif name in linears:
             members.setdefault((id(x), ruled[name] is not None, memory), []).append(name)
-    groups = tuple(
-        InputGroup(
-            modules=tuple(names),
-            in_features=weights[f"{names[0]}.weight"].shape[1],
-            out_features=tuple(weights[f"{name}.weight"].shape[0] for name in names),
-            weights=ruled[names[0]],
-            memory=memory,
-        )
-        for (_, _, memory), names in members.items()
-    )
-    return Layout(
-        groups,
+    layout = Layout(
+        tuple(_group(names, weights, ruled[names[0]], memory) for (_, _, memory), names in members.items()),
         {name: ruled[name] for name in inputs if name in norms},
         list(inputs)[-1] if inputs else None,
         {f"{layer.path}.{name}": reason for name, reason in kept.items()},
+        unused,
+        layer.path,
     )
+    return layout, made
+
+
+def _group(names: list[str], weights: Mapping[str, Tensor], ruled: LastLayerWeights | None, memory: bool) -> InputGroup:
+    return InputGroup(
+        modules=tuple(names),
+        in_features=weights[f"{names[0]}.weight"].shape[1],
+        out_features=tuple(weights[f"{name}.weight"].shape[0] for name in names),
+        weights=ruled,
+        memory=memory,
+    )
+
+
+def _unused(linears: list[str], inputs: Mapping[str, Tensor], layer: Layer) -> tuple[str, ...]:
+    """The linear modules that the forward did not call."""
+    unused = tuple(name for name in linears if name not in inputs)
+    if linears and len(unused) == len(linears):
+        raise UnsupportedModelError(
+            f"{layer.path}: its forward calls none of its linear modules ({', '.join(linears)}), expected it to call "
+            "some: what they are given cannot be seen, and nothing would be calibrated"
+        )
+    return unused
+
+
+def _norms(block: nn.Module, layer: Layer, settings: Settings) -> list[str]:
+    """LayerNorms to calibrate."""
+    return [
+        name
+        for name, module in block.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        and (settings.calibrate_layernorm and module.weight is not None and module.bias is not None)
+        and reason_to_keep(f"{layer.path}.{name}", settings) is None
+    ]
 
 
 def _kept(block: nn.Module, weights: Mapping[str, Tensor], layer: Layer, settings: Settings) -> dict[str, str]:
@@ -122,4 +153,7 @@ def _kept(block: nn.Module, weights: Mapping[str, Tensor], layer: Layer, setting
             reason = reason or reason_to_keep(f"{layer.path}.{module}", settings)
         if reason is not None:
             kept[module] = reason
+    for module, each in block.named_modules():
+        if is_linear(each) and f"{module}.weight" not in weights:
+            kept[module] = "its weight is another module's"
     return kept

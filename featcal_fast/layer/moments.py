@@ -12,7 +12,7 @@ or, where a layer sees so few tokens that it is cheaper, the rows of Xs and Xe -
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from featcal_kernels import cross_, gram_cross_
 from torch import Tensor, nn
 
+from featcal_fast.errors import UnsupportedModelError
 from featcal_fast.forward.hooks import Activations
 from featcal_fast.layer.layout import InputGroup, Layout
 from featcal_fast.layer.tokens import TokenCounts, Tokens
@@ -50,7 +51,12 @@ def token_side(group: InputGroup, counts: TokenCounts) -> bool:
 
 
 class InputMoments:
-    """What both kinds of scratch have: sums of the inputs, where a module has a bias, and of the token weights."""
+    """What both kinds of scratch have: sums of the inputs, where a module has a bias, and of the token weights.
+
+    Attributes:
+        n: sum of the token weights.
+        tokens: how many tokens there were.
+    """
 
     output_space = False  # whether the expert's outputs are wanted
 
@@ -58,7 +64,7 @@ class InputMoments:
         self.group, self.needs_means = group, needs_means
         self.sum_student = torch.zeros(group.in_features, dtype=torch.float64, device=device)
         self.sum_expert = torch.zeros_like(self.sum_student)
-        self.n = 0.0
+        self.n, self.tokens = 0.0, 0
 
     @property
     def space(self) -> str:
@@ -68,7 +74,7 @@ class InputMoments:
     def reset(self) -> None:
         self.sum_student.zero_()
         self.sum_expert.zero_()
-        self.n = 0.0
+        self.n, self.tokens = 0.0, 0
 
     def add(
         self, xs: Tensor, xe: Tensor, ye: list[Tensor], weights: Tensor | None, n: float, add_once: AddOnce
@@ -91,6 +97,7 @@ class InputMoments:
             self.sum_student += student
             self.sum_expert += expert
         self.n += n
+        self.tokens += len(xs)
 
 
 class GroupMoments(InputMoments):
@@ -171,12 +178,12 @@ class NormMoments:
         self.shape, self.eps = norm.normalized_shape, norm.eps
         self.mean = torch.zeros(*self.shape, dtype=torch.float64, device=device)
         self.energy = torch.zeros_like(self.mean)
-        self.n = 0.0
+        self.n, self.tokens = 0.0, 0
 
     def reset(self) -> None:
         self.mean.zero_()
         self.energy.zero_()
-        self.n = 0.0
+        self.n, self.tokens = 0.0, 0
 
     def add(self, x: Tensor, weights: Tensor | None, n: float) -> None:
         z = F.layer_norm(x.float() if x.dtype != torch.float64 else x, self.shape, eps=self.eps)
@@ -184,6 +191,7 @@ class NormMoments:
         self.mean += mean
         self.energy += energy
         self.n += n
+        self.tokens += len(x)
 
 
 class TaskMoments:
@@ -201,6 +209,7 @@ class TaskMoments:
             self.groups[group.leader] = kind(group, has_bias, counts.largest, device)
         norms = layout.norms if settings.calibrate_layernorm else {}
         self.norms = {name: NormMoments(_layer_norm(block, name), device) for name in norms}
+        self.task = ""
         self._added: dict[tuple[str, str], tuple[int, int]] = {}  # how far each sum has come: batch, samples of it
 
     @property
@@ -208,8 +217,9 @@ class TaskMoments:
         """Modules whose outputs in the expert are needed: those of the groups in output space."""
         return [name for moments in self.groups.values() if moments.output_space for name in moments.group.modules]
 
-    def reset(self) -> None:
+    def reset(self, task: str) -> None:
         """Begin the next task."""
+        self.task = task
         self._added.clear()
         for group in self.groups.values():
             group.reset()
@@ -235,6 +245,9 @@ class TaskMoments:
             expert_outputs: the expert's outputs of `self.outputs`.
             tokens: which tokens of the chunk count.
             end: of the chunk: the batch's number, and its samples up to there.
+
+        Raises:
+            UnsupportedModelError: the merged model and the expert do not give the module the same tokens.
         """
 
         def add_once(part: str, addition: Callable[[], object]) -> None:
@@ -242,8 +255,11 @@ class TaskMoments:
                 addition()
                 self._added[name, part] = end
 
+        if name in self.layout.unused:
+            self.check_unused((name,))
         if name in self.norms:
             weights, n = tokens.weights(self.layout.norms[name])
+            self._check_rows(name, x, tokens)
             add_once("norm", lambda: self.norms[name].add(tokens.rows(x), weights, n))
         elif name in self.groups:
             moments = self.groups[name]
@@ -252,10 +268,65 @@ class TaskMoments:
                 tokens = tokens.memory
             weights, n = tokens.weights(moments.group.weights)
             names = moments.group.modules if moments.output_space else ()
+            self._check_reached(name, expert_inputs)
+            for module in names:
+                self._check_reached(module, expert_outputs)
+            self._check_rows(name, x, tokens)
+            self._check_rows(name, expert_inputs[name], tokens, expert=True)
             features = [tokens.rows(x), tokens.rows(expert_inputs[name])]
             features += [tokens.rows(expert_outputs[module]) for module in names]
             xs, xe, *ye = self._in_one_dtype(features)
             moments.add(xs, xe, ye, weights, n, add_once)
+
+    def check_complete(self, own: int, memory: int) -> None:
+        """Once all of a task's batches have passed: every module must have been given each token once.
+
+        A module that was passed by would keep sums of zero, and get a weight that looks like any other.
+
+        Args:
+            own: tokens of the task that count.
+            memory: those that modules see which are given the previous stage's final output.
+
+        Raises:
+            UnsupportedModelError: names the first module that saw another number.
+        """
+        for name, found in [*self.groups.items(), *self.norms.items()]:
+            expected = memory if isinstance(found, InputMoments) and found.group.memory else own
+            if found.tokens != expected:
+                raise UnsupportedModelError(
+                    f"{self.layout.path}.{name}: found {found.tokens} tokens of task {self.task} to reach it in the "
+                    f"merged model, expected {expected}: its layer's forward calls it for some samples only, so its "
+                    "moments would be of those; exclude it (settings.exclude)"
+                )
+
+    def check_unused(self, reached: Container[str]) -> None:
+        """Modules that the layout passed over, because the forward did not reach them, must stay unreached.
+
+        Raises:
+            UnsupportedModelError: names the first that was.
+        """
+        for name in self.layout.unused:
+            if name in reached:
+                raise UnsupportedModelError(
+                    f"{self.layout.path}.{name}: its layer's forward reached it for task {self.task}, but not for the "
+                    "first sample: a module that is called for some samples only cannot be calibrated; exclude it "
+                    "(settings.exclude)"
+                )
+
+    def _check_reached(self, name: str, expert: Activations) -> None:
+        if name not in expert:
+            raise UnsupportedModelError(
+                f"{self.layout.path}.{name}: the merged model's forward reaches it where that of expert {self.task} "
+                "does not; expected both to call it for every sample; exclude it (settings.exclude)"
+            )
+
+    def _check_rows(self, name: str, x: Tensor, tokens: Tokens, expert: bool = False) -> None:
+        if not tokens.fit(x):
+            model = f"expert {self.task}" if expert else "merged model"
+            raise UnsupportedModelError(
+                f"{model}, {self.layout.path}.{name}: found an input of shape {tuple(x.shape)} for task "
+                f"{self.task}, expected one row for each of {tokens.shape[0]} x {tokens.shape[1]} tokens"
+            )
 
     def _in_one_dtype(self, features: list[Tensor]) -> list[Tensor]:
         dtypes = {x.dtype for x in features}

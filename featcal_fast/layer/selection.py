@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
-from featcal_fast.errors import RecipeError, UnsupportedModelError
+from featcal_fast.errors import RecipeError, UnsupportedModelError, shown
 from featcal_fast.models import Structure
 from featcal_fast.models.linear import is_linear
 from featcal_fast.settings import Patterns, Settings
+from featcal_fast.untrusted.patterns import PatternError, full_matches
 
 
 def matches(name: str, patterns: Patterns) -> bool:
     """Whether a module's full name matches: entirely if `patterns` is a string, by its last parts if it is a list."""
-    if isinstance(patterns, str):
+    if isinstance(patterns, str):  # which `check_patterns` has seen to end on such names
         return re.fullmatch(patterns, name) is not None
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in patterns)
+    return any(end in patterns for end in _ends(name))
+
+
+def _ends(name: str) -> Iterator[str]:
+    """`a.b.c`, `b.c` and `c`."""
+    yield name
+    while rest := name.partition(".")[2]:
+        yield (name := rest)
 
 
 def reason_to_keep(name: str, settings: Settings) -> str | None:
@@ -34,19 +42,28 @@ def check_patterns(names: Iterable[str], settings: Settings) -> None:
     """Refuse patterns that match nothing: a typing error would go unnoticed.
 
     Raises:
-        RecipeError: names the pattern.
+        RecipeError: names the pattern; also one that takes too long on these names.
     """
     names = list(names)
     for key in ("include", "exclude"):
-        patterns = getattr(settings, key)
-        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
-            if not any(matches(name, pattern if isinstance(patterns, str) else (pattern,)) for name in names):
-                raise RecipeError(
-                    f"settings.{key}: {pattern!r} matches no module inside of the layers; expected a regular "
-                    f"expression for a module's full name, or a list of suffixes; a name is {names[0]!r}"
-                )
+        for pattern in _unmatched(key, getattr(settings, key), names):
+            raise RecipeError(
+                f"settings.{key}: {shown(pattern)} matches no module inside of the layers; expected a regular "
+                f"expression for a module's full name, or a list of suffixes; a name is {names[0]!r}"
+            )
     if all(reason_to_keep(name, settings) for name in names):
         raise RecipeError("settings: include and exclude leave no module to calibrate")
+
+
+def _unmatched(key: str, patterns: Patterns | None, names: Sequence[str]) -> list[str]:
+    """Patterns that no name matches."""
+    if isinstance(patterns, str):
+        try:
+            return [] if any(full_matches([patterns], names)[0]) else [patterns]
+        except PatternError as error:
+            raise RecipeError(f"settings.{key}: {error}; write a simpler one") from error
+    ends = {end for name in names for end in _ends(name)}
+    return [pattern for pattern in patterns or () if pattern not in ends]
 
 
 def check_settings(structure: Structure, settings: Settings) -> None:
@@ -68,6 +85,6 @@ def check_settings(structure: Structure, settings: Settings) -> None:
             f"{layer.path}.{name}"
             for layer, block in zip(structure.layers, structure.blocks, strict=True)
             for name, module in block.named_modules()
-            if is_linear(module) or isinstance(module, nn.LayerNorm)
+            if is_linear(module) or (settings.calibrate_layernorm and isinstance(module, nn.LayerNorm))
         ]
         check_patterns(modules, settings)

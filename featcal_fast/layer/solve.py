@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from featcal_fast.checkpoints import is_finite
 from featcal_fast.errors import SolveError
 from featcal_fast.layer.cholesky import factor_, solve_
-from featcal_fast.layer.layout import Layout
+from featcal_fast.layer.layout import InputGroup, Layout
 from featcal_fast.layer.moments import GroupMoments, TaskMoments
 from featcal_fast.layer.systems import (
     Anchor,
@@ -54,18 +54,29 @@ MAX_CONDITION_SPLIT = 1e3
 RAISES = (1e-7, 1e-6, 1e-5, 1e-4)  # of the mean of the diagonal
 
 
+class NotFinite(SolveError):
+    """A number of a layer is NaN or Inf: of which groups, or of none where it is the drift; not yet, whose fault."""
+
+    def __init__(self, groups: Sequence[InputGroup] = ()) -> None:
+        names = ", ".join(name for group in groups for name in group.modules)
+        super().__init__(f"{names or 'the drift'}: found NaN or Inf, expected finite numbers")
+        self.groups = list(groups)
+
+
 @dataclass
 class Update:
     """A layer's new parameters, and how they were found.
 
     Attributes:
         parameters: by name, float32.
-        solver: by group leader: "float32", "float64", "float64 + 1e-07".
+        solver: by group leader: "float32", "float64", "float64, diagonal raised by 1e-07 of its mean".
+        raised: by group leader, what was added to the diagonal for that, relative to its mean.
         sums: of each system's new weights, in the order of the systems, for `check_finite`.
     """
 
     parameters: dict[str, Tensor] = field(default_factory=dict)
     solver: dict[str, str] = field(default_factory=dict)
+    raised: dict[str, float] = field(default_factory=dict)
     sums: list[Tensor] = field(default_factory=list)
 
 
@@ -93,6 +104,7 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
         tasks: how many tasks were folded.
 
     Raises:
+        NotFinite: features are not, or their sums.
         SolveError: names the modules; not positive definite at the ladder's end.
     """
     settings, update = layer.settings, Update()
@@ -113,7 +125,8 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
     for system in groups:
         leader = system.group.leader
         if dtype == torch.float64 or leader in failed:
-            update.solver[leader] = _solve_float64(system, backups[leader])
+            extra = update.raised[leader] = _solve_float64(system, backups[leader])
+            update.solver[leader] = "float64" if not extra else f"float64, diagonal raised by {extra:.0e} of its mean"
         else:
             solve_(system.a, system.r.mT, split=split)
             update.solver[leader] = "float32"
@@ -144,8 +157,8 @@ def _factor(systems: Sequence[GroupSystem]) -> set[str]:
     return {system.group.leader for system, info in zip(systems, flags, strict=True) if info != 0}
 
 
-def _solve_float64(system: GroupSystem, backup: Tensor) -> str:
-    """Steps 2 and 3 of the ladder; the solution overwrites `system.r`."""
+def _solve_float64(system: GroupSystem, backup: Tensor) -> float:
+    """Steps 2 and 3 of the ladder; the solution overwrites `system.r`. What was added to the diagonal, of its mean."""
     mean = backup.diagonal().double().mean()
     for extra in (0.0, *RAISES):
         a = backup.double()
@@ -154,9 +167,9 @@ def _solve_float64(system: GroupSystem, backup: Tensor) -> str:
             r = system.r.double()
             solve_(a, r.mT)
             system.r.copy_(r)
-            return "float64" if extra == 0 else f"float64, diagonal raised by {extra:.0e} of its mean"
+            return extra
     if not bool(backup.triu().isfinite().all()):
-        raise SolveError(_not_finite(system))
+        raise NotFinite([system.group])
     raise SolveError(
         f"{', '.join(system.group.modules)}: the ridge system is not positive definite, even with its "
         "diagonal raised by "
@@ -189,31 +202,29 @@ def _solve_rows(system: RowSystem, anchor: Anchor, settings: Settings, dtype: to
                 system.r[rows, part].sub_(anchor.columns(name, part), alpha=share)
             return f"{str(each).removeprefix('torch.')}, token side"
     if not is_finite(system.z):
-        raise SolveError(_not_finite(system))
+        raise NotFinite([system.group])
     raise SolveError(
         f"{', '.join(system.group.modules)}: the ridge system is not positive definite; use a larger ridge_lambda or "
         "more samples"
     )
 
 
-def check_finite(systems: Sequence[InputSystem], sums: Sequence[float]) -> None:
+def check_finite(systems: Sequence[InputSystem], sums: Sequence[float], others: Sequence[float] = ()) -> None:
     """Whether a layer's new weights are finite, told by `Update.sums`: NaN and Inf come through a sum.
 
+    Args:
+        systems: solved.
+        sums: of each one's weights.
+        others: that must be finite too: the drift, by which NaN in biases and LayerNorms shows, and changes.
+
     Raises:
-        SolveError: names the modules whose weights are not.
+        NotFinite: a number is not; it has the groups whose weights are not.
     """
-    for system, value in zip(systems, sums, strict=True):
-        if not math.isfinite(value) and not is_finite(system.r):
-            raise SolveError(_not_finite(system))
-
-
-def _not_finite(system: InputSystem) -> str:
-    return (
-        f"{', '.join(system.group.modules)}: the features of these modules are not finite (NaN or Inf), so "
-        "no weight can be "
-        "solved for; check the models' activations on the calibration data (float16 overflows: try "
-        "bfloat16 checkpoints)"
-    )
+    if all(map(math.isfinite, [*sums, *others])):
+        return
+    groups = [system.group for system in systems if not is_finite(system.r)]
+    if groups or not all(map(math.isfinite, others)):
+        raise NotFinite(groups)
 
 
 def _solve_bias(layer: LayerSystem, system: InputSystem, name: str, weight: Tensor) -> Tensor:

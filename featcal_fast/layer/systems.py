@@ -23,7 +23,6 @@ import torch
 from featcal_kernels import add_scaled_, addmm_, frobenius, pack, panel_rows, symmetrize_
 from torch import Tensor, nn
 
-from featcal_fast.errors import SolveError
 from featcal_fast.layer.layout import InputGroup, Layout
 from featcal_fast.layer.moments import GroupMoments, InputMoments, NormMoments, RowMoments, TaskMoments, token_side
 from featcal_fast.layer.tokens import TokenCounts
@@ -111,12 +110,18 @@ class NormSums:
 
 
 class InputSystem:
-    """What the two kinds of system of one input group share."""
+    """What the two kinds of system of one input group share.
 
-    r: Tensor  # [sum of out, in]: the right-hand side, and when it is solved the change
+    Attributes:
+        r: `[sum of out, in]`, the right-hand side, and when it is solved the change.
+        tokens: how many there were, of all tasks.
+    """
+
+    r: Tensor
 
     def __init__(self, group: InputGroup) -> None:
         self.group = group
+        self.tokens = 0
         self.biases: dict[str, BiasSums] = {}
 
     def rows(self) -> dict[str, slice]:
@@ -238,17 +243,12 @@ class LayerSystem:
         ]
         self.norms: dict[str, NormSums] = {}
 
-    def fold(self, moments: TaskMoments, expert: nn.Module, task: str) -> None:
-        """Add one task: `moments` is complete, `expert` is its block. The scratch is used up.
-
-        Raises:
-            SolveError: no token of the task counts.
-        """
+    def fold(self, moments: TaskMoments, expert: nn.Module) -> None:
+        """Add one task: `moments` is complete, `expert` is its block. The scratch is used up."""
         parameters = oriented(expert)
         for system in self.systems:
             scratch = moments.groups[system.group.leader]
-            if scratch.n <= 0:
-                raise SolveError(f"task {task}: no token counts (every position is padding); check its attention_mask")
+            system.tokens += scratch.tokens
             task_weight = system.add(scratch, parameters, self.anchor, self.settings)
             if self.settings.calibrate_bias:
                 self._fold_biases(system, scratch, task_weight, parameters)

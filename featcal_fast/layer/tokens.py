@@ -60,9 +60,9 @@ class Tokens:
         if self._valid is None:
             index = None
         elif index is None:
-            index = self._valid.reshape(-1).nonzero()[:, 0]
-            index = move(pinned(index) if device.type == "cuda" else index, device)
+            index = _positions(self._valid, device)
         self._index = index
+        self._padding: Tensor | None = None  # of those that do not count, once it is asked for
         self._device = device
         self._weights: dict[LastLayerWeights, tuple[Tensor, float]] = {}
         self._parts: dict[tuple[int, int], Tokens] = {}
@@ -102,6 +102,23 @@ class Tokens:
         x = x.reshape(-1, x.shape[-1])
         return x if self._index is None else x.index_select(0, self._index)
 
+    def clear_padding(self, hidden: Tensor) -> Tensor:
+        """`hidden` with zeros, in place, for the tokens that do not count."""
+        if self._valid is None:
+            return hidden
+        if self._padding is None:
+            self._padding = _positions(~self._valid, self._device)
+        hidden = hidden.contiguous()
+        hidden.view(-1, hidden.shape[-1]).index_fill_(0, self._padding, 0.0)
+        return hidden
+
+    def find_not_finite(self, x: Tensor) -> int | None:
+        """The first sample with a token that counts, but whose features in `x` are not finite; None without any."""
+        bad = (~self.rows(x).isfinite().all(1)).nonzero()[:1, 0]
+        if not len(bad):
+            return None
+        return int(bad if self._index is None else self._index[bad]) // self.shape[1]
+
     def weights(self, rule: LastLayerWeights | None) -> tuple[Tensor | None, float]:
         """The diagonal of D as `[count]` float32 on the device, None where it is all ones, and its sum."""
         if rule is None:
@@ -113,3 +130,10 @@ class Tokens:
             rest = float(torch.tensor(rule.rest, dtype=torch.float32))  # as it is rounded there
             self._weights[rule] = self.rows(weights[..., None])[:, 0], first + rest * (self.count - first)
         return self._weights[rule]
+
+
+def _positions(mask: Tensor, device: torch.device) -> Tensor:
+    """Where a mask is true, in `[batch * tokens]`, on a device."""
+    index = mask.reshape(-1).nonzero()[:, 0]
+    found: Tensor = move(pinned(index) if device.type == "cuda" else index, device)
+    return found

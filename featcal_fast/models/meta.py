@@ -14,32 +14,46 @@ import torch
 from torch import nn
 
 from featcal_fast.checkpoints import TensorSource, canonical
-from featcal_fast.errors import UnsupportedModelError
+from featcal_fast.checkpoints.config import quiet
+from featcal_fast.errors import ModelMismatchError, UnsupportedModelError, shown
 from featcal_fast.models.stored import StoredNames
+from featcal_fast.untrusted.limits import LimitError, ProgramError, limited
+
+# What a model may have besides four times what its checkpoint has (which may be one of several towers), and a
+# checkpoint besides four times what its model has.
+PARAMETERS = 1000
+VALUES = 2**24
+BYTES = 2**28  # of tables, as of positions and masks
+TENSORS_PER_SECOND = 1000  # a machine builds 10,000
 
 
 def meta_model(checkpoint: TensorSource, device: torch.device) -> tuple[nn.Module, StoredNames]:
     """The checkpoint's model with buffers on the device and parameters on meta, and what they are called on disk.
 
     All have the dtype that most of the checkpoint has, as models are loaded, save for what the model wants in float32.
-    """
-    import transformers
 
-    config = checkpoint.config
-    names = getattr(config, "architectures", None) or [None]
-    cls = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
-    if cls is None or not issubclass(cls, transformers.PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{checkpoint.label}: config.json names the architectures {names}, expected one that transformers "
-            f"{transformers.__version__} has; models with code of their own cannot be calibrated"
-        )
+    Raises:
+        UnsupportedModelError: `config.json` describes no model that can be built, or one far larger than the weights.
+        ModelMismatchError: the weights are far more than the model.
+    """
+    config, label = checkpoint.config, f"{checkpoint.label}: {checkpoint.path / 'config.json'}"
+    cls = _model_class(config, label)
     try:
-        model = copy.deepcopy(_empty_model(cls, _Config(config)))
+        model = copy.deepcopy(_empty_model(cls, _Config(config, _Room(checkpoint))))
+    except LimitError as error:
+        raise UnsupportedModelError(f"{label} describes a {cls.__name__} that cannot be built: {error}") from error
     except Exception as error:  # whatever a model's code makes of values that are not what they should be
+        kind = "" if isinstance(error, ProgramError) else f"{type(error).__name__}: "
         raise UnsupportedModelError(
-            f"{checkpoint.label}: config.json describes no {names[0]} that can be built: {error}"
+            f"{label} describes no {cls.__name__} that can be built: {kind}{str(error)[:500]}"
         ) from error
     stored = StoredNames((canonical(name) for name in model.state_dict()), checkpoint.names)
+    others, count = len(stored.unknown), len(checkpoint.tensors)
+    if others > PARAMETERS + 4 * (count - others):
+        raise ModelMismatchError(
+            f"{checkpoint.label}: {checkpoint.path}: {others} of {count} tensors ({min(stored.unknown)} among them) "
+            f"belong to no module of {cls.__name__} as config.json describes it; they are not of one model"
+        )
     for names in _tied(model):
         for name in names[1:]:
             if canonical(name) in stored:  # a weight of its own, then (FLAN-T5's head)
@@ -65,11 +79,54 @@ def _main_dtype(checkpoint: TensorSource) -> torch.dtype:
     return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
+def _model_class(config: Any, label: str) -> Any:
+    """The class of transformers that a config names."""
+    import transformers
+
+    names = getattr(config, "architectures", None)
+    name = names[0] if isinstance(names, list) and names else None
+    found = None
+    if isinstance(name, str):
+        try:
+            found = getattr(transformers, name, None)
+        except Exception:  # a class that needs what is not installed
+            found = None
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{label} names the architectures {shown(names)}, expected one that transformers "
+            f"{transformers.__version__} has; models with code of their own cannot be calibrated"
+        )
+    return found
+
+
+class _Room:
+    """What a model may take to be built, by what its checkpoint has."""
+
+    def __init__(self, checkpoint: TensorSource) -> None:
+        self.tensors = len(checkpoint.tensors)
+        self.values = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+
+    @property
+    def seconds(self) -> int:
+        return 1 + self.tensors // TENSORS_PER_SECOND
+
+    @property
+    def nbytes(self) -> int:
+        return BYTES + 4 * (4 * self.values)  # parameters are of float32 before they are on meta
+
+    def check(self, count: int, total: int) -> None:
+        """Raises ValueError: it is another model's config."""
+        if count > PARAMETERS + 4 * self.tensors:
+            raise ValueError(f"it has more than {count - 1} parameters, but the weights hold {self.tensors} tensors")
+        if total > VALUES + 4 * self.values:
+            raise ValueError(f"it has {total} values or more, but the weights hold {self.values}")
+
+
 class _Config:
     """A config as a cache's key: by its contents."""
 
-    def __init__(self, config: Any) -> None:
-        self.config, self._text = config, config.to_json_string(use_diff=False)
+    def __init__(self, config: Any, room: _Room) -> None:
+        self.config, self.room, self._text = config, room, config.to_json_string(use_diff=False)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Config) and self._text == other._text
@@ -78,11 +135,43 @@ class _Config:
         return hash(self._text)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _empty_model(cls: type[nn.Module], config: _Config) -> nn.Module:
-    """A model without parameters' storage; copied for each checkpoint of a merge, since building one takes a while."""
-    with parameters_on_meta():
-        return cls(config.config).eval().requires_grad_(False)
+    """A model without parameters' storage; copied for each checkpoint of a merge, since building one takes a while.
+
+    A model's code may count to whatever number a stranger wrote: it is tried before in a process that may be ended.
+    """
+    limited(lambda: _build(cls, config, threads=1) is None, config.room.seconds, config.room.nbytes)
+    return _build(cls, config)
+
+
+def _build(cls: type[nn.Module], config: _Config, threads: int | None = None) -> nn.Module:
+    if threads:  # those of the process that this one is a copy of are not there
+        torch.set_num_threads(threads)
+    try:
+        with parameters_on_meta(config.room), _offline(), quiet():
+            model = cls(config.config).eval().requires_grad_(False)
+    except RuntimeError as error:
+        if "allocate memory" in str(error):  # torch's way to say so
+            raise MemoryError from error
+        raise
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and bool((buffer.isnan() | buffer.isposinf()).any()):
+            raise ValueError(f"its {name} is not finite")
+    return model
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Nothing is fetched for a model that names another one."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def tied_names(model: nn.Module, stored: StoredNames) -> dict[str, str]:
@@ -104,12 +193,20 @@ def _tied(model: nn.Module) -> list[list[str]]:
 
 
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Modules built here have parameters without storage; buffers (rotary angles, ...) are computed as usual."""
+def parameters_on_meta(room: _Room | None = None) -> Iterator[None]:
+    """Modules built here have parameters without storage; buffers (rotary angles, ...) are computed as usual.
+
+    A ValueError where there is no `room` for one more.
+    """
     register = nn.Module.register_parameter
+    count = total = 0
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count, total
         if parameter is not None and not parameter.is_meta:  # one that is already there is tied to another
+            count, total = count + 1, total + parameter.numel()
+            if room is not None:
+                room.check(count, total)
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 

@@ -21,6 +21,7 @@ RENAMES = (
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
 )
+RENAMED = re.compile("|".join(pattern for pattern, _ in RENAMES))  # most names are not, which one look tells
 # One routed expert's matrix on disk -> the model's stacked parameter, and its place along the output axis.
 ROUTED = re.compile(r"(?P<stack>.+\.experts)\.(?P<expert>\d+)\.(?P<matrix>\w+)\.weight")
 MATRICES = {
@@ -106,6 +107,8 @@ def _routed(name: str) -> tuple[str, tuple[int, int]]:
 def _meanings(name: str) -> list[str]:
     """`name`, and what it becomes by any of the renamings, in order: versions of transformers differ in how many."""
     names = [name]
+    if not RENAMED.search(name):
+        return names
     for pattern, replacement in RENAMES:
         names += [renamed for each in names if (renamed := re.sub(pattern, replacement, each)) != each]
     return names

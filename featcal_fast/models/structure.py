@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
@@ -50,6 +51,7 @@ class Structure:
         root: where, as `family.root` found it.
 
     Attributes:
+        config: of transformers, of the part that has the blocks; None where a model in memory has none.
         paths: of the lists of blocks, one a stage.
         outside: linear modules that belong to no block, with the reason that they keep their merged values.
     """
@@ -58,6 +60,8 @@ class Structure:
         self.model, self.family = model, family
         node = model.get_submodule(root)
         self.entry = node if family.calls_root else model
+        config = getattr(node, "config", None)
+        self.config: Any = config if hasattr(config, "to_dict") else None
         prefix = f"{root}." if root else ""
         self.paths = [f"{prefix}{stage.path(node)}" for stage in family.stages]
         self.outside = self._outside()  # now: a head may no longer be tied once parameters were loaded

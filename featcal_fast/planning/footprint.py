@@ -137,7 +137,7 @@ def measure_layer(
     chunk = Chunk(0, slice(0, tokens.shape[0]), tokens)
     present = [(each.hidden, each.calls.args, each.calls.kwargs) for each in states]
     with Meter(present, student_block.state_dict(), expert_block.state_dict()) as meter:
-        layout = find_layout(student_block, layer, states[0].hidden, states[0].calls, tokens, settings)
+        layout, _ = find_layout(student_block, layer, states[0].hidden, states[0].calls, tokens, settings)
         start = meter.live
         system = LayerSystem(layout, Anchor(student_block, student_block, settings.anchor_rho), settings, META, counts)
         system_bytes = meter.live - start
@@ -150,7 +150,7 @@ def measure_layer(
         forward_student(chunk, layer, student_block, student_states, moments, activations)
         del activations, hidden
         student_peak, both = meter.lap()
-        system.fold(moments, expert_block, "task")
+        system.fold(moments, expert_block)
         fold_peak, fold = meter.lap()
         fold_peak += _larger_weights(moments, device)
         moment_flops = _moment_flops(moments, tokens)

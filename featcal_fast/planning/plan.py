@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from featcal_fast.errors import MemoryBudgetError
+from featcal_fast.errors import MemoryBudgetError, printable, shown
 from featcal_fast.layer.layout import Layout
 
 if TYPE_CHECKING:  # only terminals need it, and bench.gpu runs without
     from rich.table import Table
+    from rich.text import Text
 
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+MOST = 2**63  # bytes that a number may mean
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Plan:
         bytes_written: bytes of tensors.
         host_budget, device_budget: bytes that there are, or that were allowed.
         problems: why it will not fit, each with the key that would make it fit; empty when it does.
+        warnings: what should be known beforehand, a sentence each: settings that do not go together, missing samples.
     """
 
     device: str
@@ -78,6 +82,7 @@ class Plan:
     host_budget: int = 0
     device_budget: int = 0
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def host_bytes(self) -> int:
@@ -139,7 +144,7 @@ class Plan:
         for first, last in _runs(self.layers):
             groups = first.layout.groups
             span = str(first.index) if first is last else f"{first.index} - {last.index}"
-            names = "\n".join(", ".join(_last_part(name) for name in group.modules) for group in groups)
+            names = _names(", ".join(_last_part(name) for name in group.modules) for group in groups)
             sizes = "\n".join(f"{group.in_features} x {sum(group.out_features)}" for group in groups)
             cells = [format_bytes(size) for size in (first.system, first.scratch, first.working)]
             layers.add_row(span, names, sizes, *cells, f"{sum(first.flops.values()) / 1e12:.3g}")
@@ -147,7 +152,7 @@ class Plan:
         for name in ("weights", "why"):
             kept.add_column(name)
         for reason in dict.fromkeys(self.kept.values()):
-            kept.add_row("\n".join(name for name, why in self.kept.items() if why == reason), reason)
+            kept.add_row(_names(name for name, why in self.kept.items() if why == reason), reason)
         needs = Table(title=f"Needs on {self.device}")
         needs.add_column("what")
         needs.add_column("bytes", justify="right")
@@ -155,13 +160,13 @@ class Plan:
             for name, size in items.items():
                 needs.add_row(f"{title}: {name}", format_bytes(size))
         for name, size in self.bytes_read.items():
-            needs.add_row(f"read: {name}", format_bytes(size))
+            needs.add_row(_names([f"read: {name}"]), format_bytes(size))
         for name, size in self.bytes_written.items():
             needs.add_row(f"written: {name}", format_bytes(size))
         return [layers, *([kept] if self.kept else []), needs]
 
     def summary(self, rate: float | None = None) -> str:
-        """A few lines: peaks, arithmetic, and the time it takes where a rate is known.
+        """A few lines: peaks, arithmetic, the time it takes where a rate is known, warnings, and whether it fits.
 
         Args:
             rate: floating-point operations a second, as measured; None where that is not known.
@@ -181,6 +186,15 @@ class Plan:
         ]
         if rate is not None:
             lines.append(f"time: {self.seconds(rate):,.0f} s at {rate / 1e12:g} TFLOP/s, if reading keeps up")
+        lines += [f"warning: {each}" for each in self.warnings]
+        needs = [("host memory", self.host_bytes, self.host_budget)]
+        if self.device_items:
+            needs.insert(0, ("device memory", self.device_bytes, self.device_budget))
+        told = ", ".join(f"{format_bytes(size)} of {format_bytes(budget)} {name}" for name, size, budget in needs)
+        if self.problems and self.fits:
+            lines.append("does not fit: a disk has too little room")
+        else:
+            lines.append(f"{'fits' if self.fits else 'does not fit'}: {told}")
         return "\n".join(lines)
 
 
@@ -200,9 +214,34 @@ def parse_bytes(text: str) -> int:
         MemoryBudgetError: not a number with a unit.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]I?)B?\s*", text.upper())
-    if match is None:
-        raise MemoryBudgetError(f"memory: found {text!r}, expected a number and a unit, for example 24GB or 22.5GiB")
-    return int(float(match[1]) * UNITS[match[2]])
+    size = float(match[1]) * UNITS[match[2]] if match else math.inf
+    if size >= MOST:
+        raise MemoryBudgetError(
+            f"memory: found {shown(text)}, expected a number and a unit, for example 24GB or 22.5GiB"
+        )
+    return int(size)
+
+
+def memory_bytes(name: str, value: object) -> int | None:
+    """How much memory may be used, as whoever calls from Python or the command line may say it.
+
+    Args:
+        name: of the argument.
+        value: a number of bytes, a text such as `22.5GiB`, or None.
+
+    Returns:
+        Bytes; None where nothing was said.
+
+    Raises:
+        MemoryBudgetError: it is something else.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return parse_bytes(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < MOST:
+        return int(value)
+    raise MemoryBudgetError(f"{name}: found {shown(value)}, expected a number of bytes, or a text such as '22.5GiB'")
 
 
 def folded(names: Mapping[str, str]) -> dict[str, str]:
@@ -223,6 +262,13 @@ def _runs(layers: list[LayerPlan]) -> list[tuple[LayerPlan, LayerPlan]]:
 
 def _need(layer: LayerPlan) -> tuple[object, ...]:
     return layer.layout, layer.system, layer.scratch, layer.working, tuple(layer.flops.values())
+
+
+def _names(lines: Iterable[str]) -> Text:
+    """A cell of lines that hold names, which may be a stranger's: nothing in them is markup, or acts on a terminal."""
+    from rich.text import Text
+
+    return Text("\n".join(printable(line).replace("\n", "\\n") for line in lines))
 
 
 def _last_part(name: str) -> str:

@@ -9,17 +9,21 @@ from typing import Any
 import torch
 
 from featcal_fast.inputs.load import load_data
-from featcal_fast.inputs.models import RecipeModels, output_folder
+from featcal_fast.inputs.models import RecipeModels, check_folders
 from featcal_fast.inputs.recipe import Recipe, RecipeLike
+from featcal_fast.inputs.scan import scan as scan_weights
 from featcal_fast.inputs.task_data import TaskData
+from featcal_fast.layer.solve import MAX_CONDITION_FLOAT32, max_condition
 from featcal_fast.layer.tokens import TokenCounts
 from featcal_fast.models.structure import Layer
 from featcal_fast.planning.footprint import Footprint, measure_layer
 from featcal_fast.planning.memory import count_memory
 from featcal_fast.planning.models import PlannedModels
-from featcal_fast.planning.plan import LayerPlan, Plan, folded
+from featcal_fast.planning.plan import LayerPlan, Plan, folded, memory_bytes
 from featcal_fast.planning.remedies import problems
 from featcal_fast.planning.stages import States, enter_stages, shapes_of
+from featcal_fast.reporting.progress import Progress
+from featcal_fast.reporting.warnings import about_same_model, about_samples, about_settings
 from featcal_fast.streaming.hidden_states import HOST, Offload
 from featcal_fast.streaming.machine import available_device_bytes, available_host_bytes, find_device, resident_bytes
 from featcal_fast.streaming.scratch import Scratch
@@ -29,20 +33,24 @@ def plan(
     recipe: RecipeLike,
     *,
     device: torch.device | str | None = None,
-    device_memory: int | None = None,
-    host_memory: int | None = None,
+    device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
     scratch: str | Path | None = None,
     checkpoint_every: int | None = None,
+    scan: bool = False,
+    progress: Progress | None = None,
 ) -> Plan:
     """What a recipe will need, from headers, configs and data alone; nothing is computed or written.
 
     Args:
         recipe: a `Recipe`, a mapping, or the path of a YAML file.
         device: where it would compute; by default the first GPU, or the CPU.
-        device_memory: bytes of it that may be used; by default what is free.
-        host_memory: bytes of host memory that may be used; by default what is free.
+        device_memory: bytes of it that may be used, or a text such as `22GiB`; by default what is free.
+        host_memory: bytes of host memory that may be used, likewise.
         scratch: a folder for hidden states; by default they wait in host memory.
         checkpoint_every: as of `calibrate`: with 0, no disk is taken to go on from when the job is interrupted.
+        scan: read all weights too, to see that they are finite; counted apart, as `scan`.
+        progress: told how that goes.
 
     Returns:
         The plan, with a word on whether the job fits.
@@ -51,13 +59,16 @@ def plan(
         FeatCalError: the recipe, a model, the data or the output folder is not usable. A job that only does not fit
             is no error: see `Plan.problems`.
     """
-    recipe = Recipe.load(recipe)
+    device_memory, host_memory = memory_bytes("device_memory", device_memory), memory_bytes("host_memory", host_memory)
     device = find_device(device, present=device_memory is None)
+    recipe = Recipe.load(recipe)
     models = RecipeModels(recipe)
-    if recipe.out is not None:
-        output_folder(recipe, models)
-    data = load_data(recipe, models, device, tables=False)[1]
-    return choose_offload(recipe, models, device, data, device_memory, host_memory, scratch, checkpoint_every)[0]
+    check_folders(recipe, models, scratch)
+    data = load_data(recipe, models, device, keep=False)[1]
+    found = choose_offload(recipe, models, device, data, device_memory, host_memory, scratch, checkpoint_every)[0]
+    if scan:
+        found.bytes_read["scan"] = scan_weights(recipe, models, progress or Progress())
+    return found
 
 
 def choose_offload(
@@ -92,8 +103,20 @@ def choose_offload(
                 break
         if plan.fits or recipe.batch_size or all(each.batch_size == 1 for each in sizes.values()):
             plan.problems = problems(plan, sizes, recipe, planner.offload, planner.measure)
+            plan.warnings = _warnings(recipe, models, data)
             return plan, planner.offload
         halves *= 2
+
+
+def _warnings(recipe: Recipe, models: RecipeModels, data: Mapping[str, TaskData]) -> list[str]:
+    """What should be known before anything runs."""
+    settings = recipe.settings
+    same = [task for task, expert in models.experts.items() if expert.path.resolve() == models.base.path.resolve()]
+    return [
+        *about_settings(settings, max_condition(settings, len(recipe.experts)), MAX_CONDITION_FLOAT32),
+        *about_samples({task: (each.rows, each.asked) for task, each in data.items()}),
+        *about_same_model(same),
+    ]
 
 
 class Planner:

@@ -83,11 +83,15 @@ def enter_stages(planned: PlannedModels, data: Mapping[str, TaskData]) -> Stages
 def _enter(source: CheckpointSource, task: str, data: TaskData, stage: int, before: StageInputs | None) -> StageInputs:
     try:
         return StageInputs.of(source, data.example, stage, before)
+    except DataError as error:
+        raise DataError(f"task {task}, {data.source}: {error}") from error.__cause__
     except FeatCalError:
         raise
     except Exception as error:  # whatever a model makes of inputs that are not its own
         found = ", ".join(f"{name} {tuple(value.shape)}" for name, value in data.example.items())
-        raise DataError(f"task {task}: the {source.label} cannot take the inputs {found}: {error}") from error
+        raise DataError(
+            f"task {task}, {data.source}: the {source.label} cannot take the inputs {found}: {error}"
+        ) from error
 
 
 def _loaded(source: MetaCheckpoint, start: int) -> int:

@@ -8,6 +8,18 @@ from featcal_fast.reporting.report import LayerReport
 class Progress:
     """Receives a run's events; this one ignores them. The command line has one that draws."""
 
+    def warning(self, text: str) -> None:
+        """Something that should be known before the first layer: a sentence, `text`, which the report holds too."""
+
+    def scanned(self, model: str, done: int, total: int) -> None:
+        """A tensor was read and is finite, of those that all are before the first layer, where that was asked for.
+
+        Args:
+            model: whose it is.
+            done: bytes that were read, all models' together.
+            total: bytes that will be.
+        """
+
     def stage(self, layers: int, tokens: int) -> None:
         """The model, or its decoder after its encoder, begins.
 

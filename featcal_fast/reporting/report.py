@@ -18,6 +18,8 @@ from featcal_fast.version import __version__
 if TYPE_CHECKING:  # only terminals need it, and bench.gpu runs without
     from rich.table import Table
 
+LARGEST = 1000  # number that is shown with all of its digits
+
 
 @dataclass
 class GroupReport:
@@ -30,6 +32,8 @@ class GroupReport:
             `tokens`, where they are fewer.
         solver: precision of the solve, and what had to be added to the diagonal for it.
         change: `||W' - W_merged||_F / ||W_merged||_F` over the group's weights.
+        raised: what was added to the diagonal beyond `covariance_eps` so that it could be solved, relative to its mean.
+        tokens: number of tokens, all tasks' together, that its sums are of; 0 where that was not counted.
     """
 
     modules: list[str]
@@ -38,6 +42,8 @@ class GroupReport:
     space: str
     solver: str
     change: float
+    raised: float = 0.0
+    tokens: int = 0
 
 
 @dataclass
@@ -98,6 +104,7 @@ class Report:
             their files, and of all other `files`.
         left_out: files of the merged model's folder that are not in it, because they hold its old weights.
         versions: of this package, torch, transformers and Python.
+        warnings: what should be known before the result is trusted, a sentence each.
     """
 
     settings: Settings
@@ -116,6 +123,7 @@ class Report:
     contents: dict[str, dict[str, str]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: _versions())
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def calibrated(self) -> int:
@@ -143,19 +151,22 @@ class Report:
             The report.
         """
         values = json.loads(text)
-        values = {item.name: values[item.name] for item in fields(cls)}
+        values = {item.name: values[item.name] for item in fields(cls) if item.name in values}
         values["settings"] = Settings(**values["settings"])
         values["layers"] = [LayerReport.from_dict(layer) for layer in values["layers"]]
         return cls(**values)
 
     def summary(self) -> str:
-        """One line: how many weights, how long, how much drift is left."""
+        """A line of how many weights, how long, how much drift is left; and one a warning."""
         last = self.layers[-1]
         total = self.calibrated + len(self.kept)
         rate = f" ({self.rate / 1e12:.3g} TFLOP/s)" if self.flops else ""
-        return (
-            f"{self.calibrated} of {total} linear weights calibrated in {self.seconds:.1f} s{rate}; drift after the "
-            f"last layer {last.drift_before:.3f} -> {last.drift_after:.3f}"
+        return "\n".join(
+            (
+                f"{self.calibrated} of {total} linear weights calibrated in {self.seconds:.1f} s{rate}; drift after "
+                f"the last layer {drift_text(last.drift_before, 3)} -> {drift_text(last.drift_after, 3)}",
+                *(f"warning: {each}" for each in self.warnings),
+            )
         )
 
     def table(self) -> Table:
@@ -168,9 +179,9 @@ class Report:
         for layer in self.layers:
             change = max((group.change for group in layer.groups), default=0.0)
             cells = (
-                f"{layer.drift_before:.4f}",
-                f"{layer.drift_after:.4f}",
-                f"{change:.1%}",
+                drift_text(layer.drift_before),
+                drift_text(layer.drift_after),
+                percent_text(change),
                 f"{layer.seconds:.2f}",
             )
             table.add_row(str(layer.index), *cells)
@@ -203,6 +214,16 @@ class Report:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
         figure.savefig(path)
+
+
+def drift_text(drift: float, digits: int = 4) -> str:
+    """A drift with so many digits behind the point; never long, however little sense it makes."""
+    return f"{drift:.{digits}f}" if abs(drift) < LARGEST else f"{drift:.1e}"
+
+
+def percent_text(share: float) -> str:
+    """A share as `25.8%`, likewise."""
+    return f"{share:.1%}" if abs(share) < LARGEST else f"{100 * share:.1e}%"
 
 
 def _versions() -> dict[str, str]:

@@ -13,10 +13,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from featcal_fast.errors import DataError, FeatCalError, ResumeError
-from featcal_fast.forward.calls import BatchCalls, move, pinned
+from featcal_fast.checkpoints import is_finite
+from featcal_fast.errors import DataError, ResumeError, SolveError
+from featcal_fast.forward.calls import BatchCalls, Origin, move, pinned
 from featcal_fast.forward.hooks import OnActivation
 from featcal_fast.forward.runner import BlockRunner
+from featcal_fast.models.family import attention_mask
 from featcal_fast.models.structure import Layer
 from featcal_fast.streaming.chunks import Chunk
 from featcal_fast.streaming.scratch import Saved, Scratch, Snapshots, StateFile, checksum
@@ -37,7 +39,12 @@ class HiddenStates:
         transfers: what brings states there and back.
         runner: runs the blocks.
         offload: where hidden states wait meanwhile: in a device's memory or in files.
+
+    Attributes:
+        first: the first sample of the first batch as it entered the stage, `[1, tokens, width]` on the device.
     """
+
+    first: Tensor
 
     def __init__(
         self,
@@ -53,29 +60,40 @@ class HiddenStates:
         self._states: _OnDevice | _Offloaded | None = None
         self._calls: list[BatchCalls] = []
         self._shapes: list[tuple[int, int]] = []
+        self._path = ""  # of the stage's blocks
+        self._clears = False  # whether no token attends to those that do not count; a target that is left out is seen
+
+    @property
+    def label(self) -> str:
+        """The model's."""
+        return self._source.label
 
     def enter(self, stage: int, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Go on to a stage's first block; the states at hand left the last block of the stage before it.
 
         Raises:
             DataError: the model cannot take a batch.
+            SolveError: what it makes of one is not finite.
             OutputError: the disk that scratch files are on is full.
         """
         before = self._states
-        self._states = self._empty()
+        self._states, self._path = self._empty(), self._source.structure.paths[stage]
+        self._clears = self._source.structure.family.stages[stage].mask is attention_mask
         self._calls, self._shapes = [], []
         for number, batch in enumerate(batches):
             previous = None if before is None else before.load(number, None)
             try:
                 hidden, calls = self._source.stage_inputs(batch, stage, previous)
-            except (FeatCalError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:  # whatever the model makes of inputs that are not its own
-                found = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
-                raise DataError(
-                    f"task {self._task}, batch {number}: the {self._source.label} cannot take the inputs {found}: "
-                    f"{error}"
-                ) from error
+            except DataError as error:
+                raise DataError(f"task {self._task}, batch {number}: {error}") from error.__cause__
+            if not is_finite(hidden):
+                sample = int((~hidden.isfinite()).flatten(1).any(1).nonzero()[0])
+                raise SolveError(
+                    f"task {self._task}, batch {number}, sample {sample}: what the {self.label} makes of it is not "
+                    f"finite (NaN or Inf) as it enters {self._path}.0; look at this sample and the model's embeddings"
+                )
+            if number == 0:
+                self.first = hidden[:1].clone()
             self._shapes.append((hidden.shape[0], hidden.shape[1]))
             self._states.store(number, slice(0, len(hidden)), hidden, len(hidden))
             self._calls.append(pinned(calls) if self.device.type == "cuda" and self._offload != self.device else calls)
@@ -96,7 +114,9 @@ class HiddenStates:
         samples, calls = self._shapes[batch][0], self._calls[batch]
         if rows.stop - rows.start < samples:
             calls = calls.part(rows, samples)
-        return self._states.load(batch, rows), move(calls, self.device)
+        calls = move(calls, self.device)
+        calls.origin = Origin(self.label, self._path, self._task, batch, rows)
+        return self._states.load(batch, rows), calls
 
     def store(self, batch: int, rows: slice, hidden: Tensor) -> None:
         """Keep what a layer made of some samples, the ones that follow those of the call before.
@@ -146,10 +166,15 @@ class HiddenStates:
         hidden, calls = self.load(chunk.batch, chunk.rows)
         return self._runner.capture(calls, layer.number, block, hidden, inputs, on_input, outputs, on_output, stop_at)
 
+    def keep(self, chunk: Chunk, hidden: Tensor) -> None:
+        """Keep what a layer made of a chunk, but for padding, of which it may have made NaN (of a row of attention that
+        is masked all over): the next layer gives padding the weight 0, and 0 * NaN is NaN."""
+        self.store(chunk.batch, chunk.rows, chunk.tokens.clear_padding(hidden) if self._clears else hidden)
+
     def advance(self, chunk: Chunk, layer: Layer, block: nn.Module) -> None:
         """Run a chunk through a layer's `block`, and keep the result."""
         hidden, calls = self.load(chunk.batch, chunk.rows)
-        self.store(chunk.batch, chunk.rows, self._runner.run(calls, layer.number, block, hidden))
+        self.keep(chunk, self._runner.run(calls, layer.number, block, hidden))
 
 
 class _OnDevice:

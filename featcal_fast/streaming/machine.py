@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from featcal_fast import files
-from featcal_fast.errors import DeviceError
+from featcal_fast.errors import DeviceError, shown
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -27,11 +27,11 @@ def find_device(name: torch.device | str | None, *, present: bool = True) -> tor
     """
     count = torch.cuda.device_count()
     try:
-        device = torch.device(name or ("cuda" if count else "cpu"))
-    except RuntimeError:
+        device = torch.device(("cuda" if count else "cpu") if name is None else name)
+    except (RuntimeError, TypeError, ValueError):
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise DeviceError(f"device: found {name!r}, expected cpu, cuda or, for another than the first GPU, cuda:1")
+        raise DeviceError(f"device: found {shown(name)}, expected cpu, cuda or, for another than the first GPU, cuda:1")
     if device.type == "cuda" and present and (device.index or 0) >= count:
         raise DeviceError(
             f"device: found {device}, but torch {torch.__version__} sees {count} GPUs; use cpu, or install the torch "

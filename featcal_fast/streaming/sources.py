@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any, Protocol
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from featcal_fast.checkpoints import TensorSource, canonical, is_finite
-from featcal_fast.errors import CheckpointError, ModelMismatchError
+from featcal_fast.errors import CheckpointError, ModelMismatchError, UnsupportedModelError
 from featcal_fast.forward.calls import BatchCalls, move, stage_inputs
 from featcal_fast.forward.shared import SharedTensors
 from featcal_fast.models import Structure, find_structure
+from featcal_fast.models.configs import differences
 from featcal_fast.models.meta import meta_model, tied_names
 
 RECORDING = Lock()  # while a model's forward is recorded its blocks are not themselves, and nobody copies one
@@ -26,6 +27,7 @@ class Source(Protocol):
     """What the loop needs of a model."""
 
     label: str
+    described: str  # where its config is
     structure: Structure  # parameters may be on the meta device
     shared: SharedTensors  # of the calls that `stage_inputs` made since `release_stage_inputs`
 
@@ -53,8 +55,10 @@ class ModuleSource:
 
     def __init__(self, model: nn.Module, label: str, device: torch.device) -> None:
         self.model, self.label, self.device = model, label, device
+        self.described = f"{label}: its config"
         self.structure = find_structure(model, label)
         self.shared = SharedTensors()
+        self._training = [module for module in model.modules() if module.training]
         for index, block in enumerate(self.structure.blocks):
             for name, parameter in block.named_parameters():
                 if not is_finite(parameter):
@@ -66,8 +70,10 @@ class ModuleSource:
         self, batch: Mapping[str, Tensor], stage: int, previous: Tensor | None
     ) -> tuple[Tensor, BatchCalls]:
         home = next(self.model.parameters()).device
-        with RECORDING, _eval_mode(self.model):
-            hidden, calls = stage_inputs(self.structure, move(dict(batch), home), stage, move(previous, home))
+        with RECORDING, _eval_mode(self._training):
+            hidden, calls = stage_inputs(
+                self.structure, move(dict(batch), home), stage, move(previous, home), label=self.label
+            )
         return move(hidden, self.device), move(calls, self.device).sharing(self.shared, len(hidden))
 
     def release_stage_inputs(self) -> None:
@@ -94,6 +100,7 @@ class CheckpointSource:
 
     def __init__(self, checkpoint: TensorSource, device: torch.device) -> None:
         self.checkpoint, self.label, self.device = checkpoint, checkpoint.label, device
+        self.described = f"{self.label}: {checkpoint.path / 'config.json'}"
         self.model, self._stored = meta_model(checkpoint, device)
         self.structure = find_structure(self.model, self.label)
         self._tied = tied_names(self.model, self._stored)
@@ -126,7 +133,12 @@ class CheckpointSource:
             self._first_blocks[stage] = self.block(first).to(self.device)
         with RECORDING:
             hidden, calls = stage_inputs(
-                self.structure, move(dict(batch), self.device), stage, previous, self._first_blocks.get(stage)
+                self.structure,
+                move(dict(batch), self.device),
+                stage,
+                previous,
+                self._first_blocks.get(stage),
+                self.label,
             )
         return hidden, calls.sharing(self.shared, len(hidden))
 
@@ -213,12 +225,22 @@ class CheckpointSource:
 
 
 def check_same_architecture(student: Source, others: Mapping[str, Source]) -> None:
-    """Every model must have the student's blocks: same number, same parameters, same shapes.
+    """Every model must have the student's blocks: same number, same parameters, same shapes, same forward.
 
     Raises:
-        ModelMismatchError: names the model and the first parameter that differs.
+        ModelMismatchError: names the model and the first parameter, or all keys of its config, that differ.
+        UnsupportedModelError: two blocks of the student share a parameter, which could take one of two new values.
     """
     ours = student.structure
+    owners: dict[int, str] = {}
+    for layer, block in zip(ours.layers, ours.blocks, strict=True):
+        for name, parameter in block.named_parameters():
+            owner = owners.setdefault(id(parameter), layer.path)
+            if owner != layer.path:
+                raise UnsupportedModelError(
+                    f"{student.label}: {layer.path}.{name} is a parameter of {owner}, too; expected layers that share "
+                    "none: each is calibrated by itself"
+                )
     expected = _block_shapes(ours)
     for other in others.values():
         theirs = other.structure
@@ -234,6 +256,11 @@ def check_same_architecture(student: Source, others: Mapping[str, Source]) -> No
                     f"{other.label}: block parameter {name} is {found.get(name, 'absent')}, but "
                     f"{expected.get(name, 'absent')} in the {student.label}; all models must have one architecture"
                 )
+        if None not in (ours.config, theirs.config) and (differing := differences(theirs.config, ours.config)):
+            raise ModelMismatchError(
+                f"{other.described} differs from that of the {student.label}: {', '.join(differing)}; they "
+                "would compute different things with the same weights; correct what is wrong, or choose other models"
+            )
 
 
 def _block_shapes(structure: Structure) -> dict[str, tuple[int, ...]]:
@@ -245,9 +272,10 @@ def _block_shapes(structure: Structure) -> dict[str, tuple[int, ...]]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def _eval_mode(training: Sequence[nn.Module]) -> Iterator[None]:
+    """Modules in eval mode, for a while."""
+    for module in training:
+        module.training = False
     try:
         yield
     finally:

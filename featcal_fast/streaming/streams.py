@@ -117,7 +117,9 @@ class Streams:
             Tokens that count, by task, where a stage begins: most models have one, an encoder-decoder two.
 
         Raises:
-            DataError: a batch is not one of the model's.
+            DataError: a batch is not one of the model's, or no token of a task counts.
+            SolveError: what enters is not finite.
+            UnsupportedModelError: what enters is not the same in two runs.
         """
         if layer.number:
             return {}
@@ -130,13 +132,19 @@ class Streams:
                 states.enter(layer.stage, batches)
                 trim_malloc()
             self._tokens[task] = self._tokens_of(task, batches, layer)
-            self.drift.enter(layer.stage, task, batches[0])
+            self.drift.enter(layer.stage, task, batches[0], self.student_states[task], self.expert_states[task])
             expert.release_stage_inputs()
             if len(structure.paths) > 1:  # else one task's data at a time
                 self._inputs[task] = batches
             del batches
         self._source.release_stage_inputs()
         found = {task: sum(batch.count for batch in tokens) for task, tokens in self._tokens.items()}
+        for task, count in found.items():
+            if not count:
+                raise DataError(
+                    f"task {task}: no token counts in {structure.paths[layer.stage]} (every position is padding, or "
+                    "without a target); check its attention_mask and labels"
+                )
         self.counts = TokenCounts.of(found)
         self._progress.stage(len(self._layers) - max(layer.index, self._first), self.counts.total)
         if self._snapshots is not None:
@@ -196,6 +204,25 @@ class Streams:
             yield from self._chunks.of(batch, tokens)
             self._trim()
             self._progress.tokens(tokens.count)
+
+    def passes(self, task: str) -> Iterator[Chunk]:
+        """The same once more, to look at: it is no progress."""
+        for batch, tokens in enumerate(self._tokens[task]):
+            yield from self._chunks.of(batch, tokens)
+
+    def counted(self, task: str) -> tuple[int, int]:
+        """How many tokens of a task count in the stage, and in its memory: the stage before it."""
+        batches = self._tokens[task]
+        return sum(each.count for each in batches), sum(each.memory.count for each in batches if each.memory)
+
+    @property
+    def label(self) -> str:
+        """The merged model's."""
+        return self._source.label
+
+    def merged_block(self, layer: Layer) -> nn.Module:
+        """The merged model's block once more, as it was."""
+        return self._source.block(layer.index).to(self.device)
 
     def advance_student(self, layer: Layer, block: nn.Module) -> None:
         """The student's hidden states pass its calibrated block, unless it is the last."""
@@ -261,10 +288,14 @@ def check_tasks(experts: Mapping[str, Source], batches: Mapping[str, object]) ->
 
 
 def _checked(task: str, batches: Iterable[Batch], structure: Structure) -> Sequence[Batch]:
-    """A task's batches, read, each with what the family needs."""
+    """A task's batches, read, each with tensors that have a row a sample, and with what the family needs."""
+    if not isinstance(batches, Iterable):
+        raise DataError(f"task {task}: found a {type(batches).__name__}, expected batches, one after the other")
     items = list(batches)
     if not items:
         raise DataError(f"task {task}: found no batch, expected at least one")
+    for number, batch in enumerate(items):
+        _check_tensors(f"task {task}, batch {number}", batch)
     if structure.family.needs is not None:
         keys, why = structure.family.needs
         for number, batch in enumerate(items):
@@ -272,3 +303,21 @@ def _checked(task: str, batches: Iterable[Batch], structure: Structure) -> Seque
                 found, wanted = ", ".join(batch), " or ".join(keys)
                 raise DataError(f"task {task}, batch {number}: found {found}, expected {wanted} too: {why}")
     return items
+
+
+def _check_tensors(where: str, batch: object) -> None:
+    """A batch must be tensors by name, each with a sample a row."""
+    if not isinstance(batch, Mapping) or not batch:
+        raise DataError(f"{where}: found {_told(batch)}, expected a dict of tensors by the names of the model's inputs")
+    for name, value in batch.items():
+        if not isinstance(value, Tensor) or not value.numel() or value.ndim == 0:
+            raise DataError(
+                f"{where}, {name}: found {_told(value)}, expected a tensor [samples, ...] that is not empty"
+            )
+
+
+def _told(value: object) -> str:
+    """What something is, in a few words."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}" if value else f"an empty {type(value).__name__}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import yaml
@@ -13,9 +15,12 @@ import yaml
 from featcal_fast.errors import shown
 
 DEPTH = 64  # of lists and mappings in each other
-NODES = 100_000  # of a YAML document, with what its aliases stand for
+NODES = 20_000  # of a YAML document, with what its aliases stand for; its reader makes 50,000 a second
+VALUES = 1_500_000  # of a JSON document; the header of a model of 100,000 tensors holds half of that
 DIGITS = 40  # of an integer; tokenizers' "no limit" has 31
-YAML_BYTES = 2**17  # its reader takes up to a second for them
+YAML_BYTES = 2**17
+_TOO_DEEP = f"it is nested more than {DEPTH} levels deep"
+_TOO_MANY = f"it holds more than {NODES} values, what its aliases stand for included"
 
 
 class DocumentError(ValueError):
@@ -26,25 +31,41 @@ def parse_json(data: bytes | str) -> Any:
     """What a JSON document holds.
 
     Raises:
-        DocumentError: it is not JSON, nested too deeply, holds a key twice in one object, NaN or an infinity, or an
-            integer of too many digits.
+        DocumentError: it is not JSON, nested too deeply, holds a key twice in one object, NaN or an infinity, an
+            integer of too many digits, or more than 1,500,000 values.
     """
+    marks = (data.count(each) for each in "[{,") if isinstance(data, str) else (data.count(each) for each in b"[{,")
+    if sum(marks) > VALUES:  # each of which may take twenty times the memory of its text
+        raise DocumentError(f"it may hold more than {VALUES} values")
     try:
-        value = json.loads(
-            data,
-            object_pairs_hook=_object,
-            parse_constant=_constant,
-            parse_int=_integer,
-            parse_float=_float,
-        )
+        with no_collection():
+            value = json.loads(
+                data,
+                object_pairs_hook=_object,
+                parse_constant=_constant,
+                parse_int=_integer,
+                parse_float=_float,
+            )
     except DocumentError:
         raise
     except RecursionError:
-        raise DocumentError(f"it is nested more than {DEPTH} levels deep") from None
+        raise DocumentError(_TOO_DEEP) from None
     except ValueError as error:  # of JSON, and of text that is not UTF-8
         raise DocumentError(str(error)) from None
     _check_depth(value)
     return value
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Without Python's search for garbage, which takes longer than making many values that are none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -80,26 +101,35 @@ def _check_depth(value: Any) -> None:
     while level := [each for each in level if isinstance(each, (dict, list)) and each]:
         depth += 1
         if depth > DEPTH:
-            raise DocumentError(f"it is nested more than {DEPTH} levels deep")
+            raise DocumentError(_TOO_DEEP)
         level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
 
 
 def parse_yaml(data: bytes) -> Any:
     """What a YAML document holds, by the core schema of YAML 1.2: `1e-5` is a number; `1:30`, `no` and dates are texts.
 
+    Keys are texts, as they are written: `1` and `'1'` are the same one.
+
     Raises:
-        DocumentError: it is not YAML, larger than 128 KiB, nested too deeply, holds a key twice in one mapping, aliases
-            that stand for more than 100,000 values or for themselves, an integer of too many digits, or a type of
-            YAML's that a recipe has no use for.
+        DocumentError: it is not YAML, larger than 128 KiB, nested too deeply, holds a key twice in one mapping or one
+            that is no text, more than 20,000 values (an alias is what it stands for), an alias that stands for itself,
+            an integer of too many digits, or a type of YAML's that a recipe has no use for.
     """
     if len(data) > YAML_BYTES:
         raise DocumentError(f"it is {len(data)} bytes long, expected at most {YAML_BYTES}")
     try:
         return yaml.load(data.decode(), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DocumentError(str(error)) from None
+    except DocumentError:
+        raise
     except RecursionError:
-        raise DocumentError(f"it is nested more than {DEPTH} levels deep") from None
+        raise DocumentError(_TOO_DEEP) from None
+    except Exception as error:  # PyYAML raises more than its own: ValueError for `%YAML 1.` and 5,000 digits
+        raise DocumentError(str(error)) from None
+
+
+_TEXT = "tag:yaml.org,2002:str"
+_Place = tuple[Any, str] | None  # the place around it, and the key there
+_SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float")}
 
 
 class _Loader(yaml.SafeLoader):
@@ -110,49 +140,75 @@ class _Loader(yaml.SafeLoader):
         None: yaml.SafeLoader.construct_undefined,
         "tag:yaml.org,2002:map": yaml.SafeLoader.construct_yaml_map,
         "tag:yaml.org,2002:seq": yaml.SafeLoader.construct_yaml_seq,
-        "tag:yaml.org,2002:str": yaml.SafeLoader.construct_yaml_str,
+        _TEXT: yaml.SafeLoader.construct_yaml_str,
     }
-    depth = 0
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.nodes = self.depth = 0
+        self.place: _Place = None
+        self.places: dict[int, _Place] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        self.depth += 1
+        self.nodes, self.depth = self.nodes + 1, self.depth + 1
+        if self.nodes > NODES:
+            raise DocumentError(_TOO_MANY)
         if self.depth > DEPTH:
-            raise DocumentError(f"it is nested more than {DEPTH} levels deep")
+            raise DocumentError(_TOO_DEEP)
+        outer = self.place
+        if isinstance(index, yaml.ScalarNode):  # the key of a value
+            self.place = outer, index.value
         node = super().compose_node(parent, index)
-        self.depth -= 1
+        self.places[id(node)] = self.place
+        self.place, self.depth = outer, self.depth - 1
         return node
+
+    def wrong(self, node: yaml.Node, place: _Place, text: str) -> DocumentError:
+        """What is wrong, where."""
+        keys = []
+        while place:
+            place, key = place
+            keys.append(key if len(key) <= 80 and key.isprintable() else shown(key))
+        return DocumentError(f"line {node.start_mark.line + 1}: {'.'.join(reversed(keys))}{': ' if keys else ''}{text}")
 
     def get_single_node(self) -> yaml.Node | None:
         root = super().get_single_node()
         if root is not None:
-            _count(root, {})
+            _measure(root, {})
         return root
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: dict[str, int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise DocumentError(
-                    f"line {key.start_mark.line + 1}: the key {shown(key.value)} is there twice in one mapping (line "
-                    f"{seen[key.value] + 1} has it, too); each may be there once"
-                )
-            seen[str(key.value)] = key.start_mark.line
+        for place, (key, value) in enumerate(node.value):
+            if not isinstance(key, yaml.ScalarNode):
+                raise self.wrong(key, self.place, "found a list or a mapping as a key, expected a text")
+            plain = key.tag in _SCALARS  # of `01` and `+1` one means what the other does
+            for name in {key.value, str(self.construct_object(key))} if plain else {key.value}:
+                if name in seen:
+                    text = f"the key {shown(key.value)} is there twice in one mapping (line {seen[name]} has it, too)"
+                    raise self.wrong(key, self.place, f"{text}; each may be there once")
+                seen[name] = key.start_mark.line + 1
+            if plain:
+                node.value[place] = yaml.ScalarNode(_TEXT, key.value, key.start_mark, key.end_mark), value
         return node
 
 
-def _count(node: yaml.Node, counted: dict[int, int]) -> int:
-    """How many nodes one stands for."""
-    if (found := counted.get(id(node))) is not None:
-        if not found:
+def _measure(node: yaml.Node, measured: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """How many nodes one stands for, and how deep they are in each other."""
+    if (found := measured.get(id(node))) is not None:
+        if not found[0]:
             raise DocumentError(f"the alias of line {node.start_mark.line + 1} stands for itself")
         return found
-    counted[id(node)] = 0
-    total = 1 + sum(_count(each, counted) for each in _inner(node))
-    if total > NODES:
-        raise DocumentError(f"its aliases stand for more than {NODES} values")
-    counted[id(node)] = total
-    return total
+    measured[id(node)] = 0, 0
+    inner = [_measure(each, measured) for each in _inner(node)]
+    nodes, depth = 1 + sum(each[0] for each in inner), 1 + max((each[1] for each in inner), default=-1)
+    if nodes > NODES:
+        raise DocumentError(_TOO_MANY)
+    if depth > DEPTH:
+        raise DocumentError(_TOO_DEEP)
+    measured[id(node)] = nodes, depth
+    return nodes, depth
 
 
 def _inner(node: yaml.Node) -> Iterator[yaml.Node]:
@@ -174,7 +230,7 @@ def _scalar(tag: str, pattern: str, first: str, make: Callable[[str], Any]) -> N
                 return make(text)
             raise DocumentError(f"it is no {tag}")
         except DocumentError as error:
-            raise DocumentError(f"line {node.start_mark.line + 1}: {shown(text)}: {error}") from None
+            raise loader.wrong(node, loader.places.get(id(node)), f"{shown(text)}: {error}") from None
 
     _Loader.add_constructor(f"tag:yaml.org,2002:{tag}", construct)
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{pattern})\\Z"), list(first))

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from featcal_fast import files
 
 PATIENCE = 10  # times as long it may take on a busy machine
-BYTES = 2**30  # of memory, beyond what the process has
+BYTES = 3 * 2**27  # of memory, beyond what the process has
 ANSWER = 2**28  # bytes of what it may give back
 
 
@@ -48,19 +48,21 @@ def limited(program: Callable[[], Any], seconds: int, nbytes: int = BYTES) -> An
     with closing(receiving):
         with closing(sending), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of threads that are not there then: none is needed
-            child = os.fork()
+            try:
+                child = os.fork()
+            except OSError as error:
+                raise LimitError(f"no process can be had for it: {error.strerror}") from error
             if not child:
+                receiving.close()  # else it would write to itself, were this process to end
                 _answer(program, sending, nbytes, seconds)
         try:
             told = receiving.recv_bytes(ANSWER) if receiving.poll(seconds * PATIENCE) else b""
         except (EOFError, OSError):  # it is gone, or has too much to tell
             told = b""
         finally:
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-    if not told and os.waitstatus_to_exitcode(status) in (-signal.SIGXCPU, -signal.SIGKILL):
-        raise LimitError(f"it takes longer than {seconds} seconds")
+            code = _end(child)
+    if not told and code in (-signal.SIGXCPU, -signal.SIGKILL):
+        raise LimitError(f"it takes longer than {seconds} s")
     if not told:
         raise LimitError("it takes too much memory, or ends its process")
     answer = json.loads(told)
@@ -71,15 +73,25 @@ def limited(program: Callable[[], Any], seconds: int, nbytes: int = BYTES) -> An
     return answer["made"]
 
 
+def _end(child: int) -> int | None:
+    """End a process that may have ended already, and leave nothing of it; its exit code, where it can be known."""
+    with suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    with suppress(ChildProcessError):  # whoever embeds this one may wait for its children, or have them not waited for
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return None
+
+
 def _answer(program: Callable[[], Any], sending: Any, nbytes: int, seconds: int) -> NoReturn:
     """In the copy: nothing of it may get out but the answer."""
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
+        files.silence()
         taken = int(files.read_text(Path("/proc/self/statm")).split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + nbytes, taken + nbytes))
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _limit(resource.RLIMIT_AS, taken + nbytes)
+        _limit(resource.RLIMIT_CPU, seconds)
+        _limit(resource.RLIMIT_CORE, 0)
         try:
             answer = {"made": program()}
         except MemoryError:
@@ -91,3 +103,11 @@ def _answer(program: Callable[[], Any], sending: Any, nbytes: int, seconds: int)
         sending.send_bytes(json.dumps(answer).encode())
     finally:
         os._exit(0)
+
+
+def _limit(what: int, most: int) -> None:
+    """Of this process; one that is lower already stays."""
+    _, hard = resource.getrlimit(what)
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    resource.setrlimit(what, (most, most))

@@ -40,6 +40,6 @@ def test_no_code_of_a_model_is_run(known: bool, workspace: Path) -> None:
     if known:
         assert ff.calibrate("recipe.yaml").calibrated
     else:
-        with pytest.raises(ff.FeatCalError, match=r"config.json cannot be used"):
+        with pytest.raises(ff.FeatCalError, match=r"config.json: found model_type 'own', .* with code of their own"):
             ff.calibrate("recipe.yaml")
     assert not list(workspace.rglob("ran"))

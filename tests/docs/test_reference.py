@@ -33,6 +33,7 @@ from featcal_fast.layer.solve import MAX_CONDITION_FLOAT32, RAISES
 from featcal_fast.merging.merged import METHODS
 from featcal_fast.models import families_table
 from featcal_fast.reporting.report import GroupReport, LayerReport
+from featcal_fast.untrusted.documents import YAML_BYTES, parse_yaml
 
 RECIPES, DATA, MEMORY, PYTHON, FAMILIES, METHOD = (
     Page(ROOT / "docs" / f"{name}.md") for name in ("recipes", "data", "memory", "python", "families", "method")
@@ -48,11 +49,11 @@ CHOICES = {
 }
 # What the page says of a number: values within, and values beyond.
 RANGES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
-    "0 or more": ((0, 1e-9, 7), (-1e-9, "a")),
-    "above 0": ((1e-12, 7), (0, -1)),
+    "0 to 1e6": ((0, 1e-9, 1e6), (-1e-9, 1.1e6, "a")),
+    "1e-12 to 1": ((1e-12, 1), (0, -1, 1.1)),
     "0 to 1": ((0, 0.5, 1), (-0.01, 1.01)),
-    "any number": ((-3, 0, 7), (float("inf"), "a")),
-    "pattern or list": (("a.*", ["a", "b"], None), (7, [], ["a", 1], "(")),
+    "-100 to 100": ((-100, 0, 100), (-101, 101, float("inf"), "a")),
+    "pattern or list": (("a.*", ["a", "b"], None), (7, [], ["a", 1], "(", ["a"] * 1001)),
 }
 
 
@@ -66,6 +67,41 @@ def test_keys_of_a_recipe(heading: str, cls: type) -> None:
     for name, said in rows.items():
         if name != "settings":  # by its preset
             assert said == _default(known[name]), name
+
+
+@pytest.mark.parametrize(
+    ("key", "said", "least", "most"),
+    [
+        ("samples", "1 to 2^31 - 1", 1, 2**31 - 1),
+        ("max_length", "1 to 2^31 - 1", 1, 2**31 - 1),
+        ("batch_size", "1 to 2^31 - 1", 1, 2**31 - 1),
+        ("seed", "0 to 2^63 - 1", 0, 2**63 - 1),
+        ("scaling", "-100 to 100", -100, 100),
+    ],
+)
+def test_ranges_of_numbers(key: str, said: str, least: int, most: int) -> None:
+    heading = "Merge" if key == "scaling" else "Keys"
+    (row,) = (row[2] for row in RECIPES.table(heading) if codes(row[0]) == [key])
+    assert said in row
+
+    def load(value: int) -> ff.Recipe:
+        merge = {"method": "average", **({"scaling": value} if key == "scaling" else {})}
+        values = {"base_model": "base", "merge": merge, "experts": {"a": {"model": "a", "data": "a"}}}
+        return ff.Recipe.load(values if key == "scaling" else {**values, key: value})
+
+    for value in (least, most):
+        load(value)
+    for value in (least - 1, most + 1):
+        with pytest.raises(FeatCalError, match=f"{key}: found {value}, expected a number from"):
+            load(value)
+
+
+def test_how_long_a_recipe_may_be(tmp_path: Path) -> None:
+    assert f"{YAML_BYTES // 2**10} KiB" in RECIPES.path.read_text()
+    path = tmp_path / "recipe.yaml"
+    path.write_text("#" * (YAML_BYTES + 1))
+    with pytest.raises(FeatCalError, match=f"{YAML_BYTES + 1} bytes long"):
+        ff.Recipe.load(path)
 
 
 def _default(key: Field) -> str:
@@ -105,7 +141,7 @@ def test_presets() -> None:
     rows = {codes(row[0])[0]: row[1:4] for row in RECIPES.table("Presets")}
     assert rows.keys() == ff.PRESETS.keys()
     for name, preset in ff.PRESETS.items():
-        ridge, rho, alpha = (settings.number(yaml.safe_load(value)) for value in rows[name])
+        ridge, rho, alpha = (parse_yaml(value.encode()) for value in rows[name])
         assert preset == ff.Settings(ridge_lambda=ridge, anchor_rho=rho, teacher_alpha=alpha)
 
 
@@ -140,6 +176,7 @@ def test_exit_codes(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             ended("plan", "recipe.yaml"),
             ended("plan", "recipe.yaml", "--host-memory", "1MiB"),
             ended("plan", "recipe.yaml", "--memory", "1MiB"),
+            ended("plan", "recipe.yaml", by=lambda: ast.parse("(")),
             ended("plan", "recipe.yaml", by=lambda: signal.raise_signal(signal.SIGINT)),
             ended("plan", "recipe.yaml", by=lambda: signal.raise_signal(signal.SIGTERM)),
             ended("plan", "recipe.yaml", by=lambda: signal.raise_signal(signal.SIGHUP)),
@@ -258,9 +295,7 @@ def test_families() -> None:
 
 def _value(cell: str) -> Any:
     (code,) = codes(cell)
-    value = yaml.safe_load(code)
-    number = settings.number(value)
-    return value if number is None else number
+    return parse_yaml(code.encode())
 
 
 def _power(value: float) -> str:

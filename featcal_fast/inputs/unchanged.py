@@ -1,0 +1,58 @@
+"""Experts that learned nothing: weights that begin as the base model's do, found without reading them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+
+from featcal_fast import files
+from featcal_fast.checkpoints import (
+    BitsAndBytesCheckpoint,
+    CachedExpert,
+    Checkpoint,
+    LoraExpert,
+    TensorSource,
+    read_errors,
+)
+from featcal_fast.checkpoints.shards import Shards
+
+BEGINNING = 4096  # bytes of a tensor; training changes some value among as many, in one tensor at least
+
+
+def unchanged(experts: Mapping[str, TensorSource], base: Checkpoint) -> list[str]:
+    """Tasks whose experts look like the base model; those in its very folder are told by their path, and not here.
+
+    Of each tensor only the beginning is compared, and nothing after the first that differs.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    return [task for task, each in experts.items() if each.path.resolve() != base.path.resolve() and _alike(each, base)]
+
+
+def _alike(source: TensorSource, base: Checkpoint) -> bool:
+    expert = source.source if isinstance(source, CachedExpert) else source
+    if isinstance(expert, LoraExpert):
+        changes = [each.b for each in expert.low_rank.values() if each.scale != 0]
+        zero = all(not any(_beginning(expert.shards, name)) for name in changes)
+        return zero and _same(expert.shards, base.shards, ((new, name) for name, new in expert.replaced.items()))
+    if not isinstance(expert, Checkpoint) or isinstance(expert, BitsAndBytesCheckpoint):
+        return False
+    pairs = [(expert.names[name], own) for name, own in base.names.items() if name in expert.names]
+    return bool(pairs) and _same(expert.shards, base.shards, pairs)
+
+
+def _same(shards: Shards, base: Shards, names: Iterable[tuple[str, str]]) -> bool:
+    """Whether pairs of tensors begin alike."""
+    for name, own in names:
+        a, b = shards.headers[name], base.headers[own]
+        if (a.dtype, a.shape) != (b.dtype, b.shape) or _beginning(shards, name) != _beginning(base, own):
+            return False
+    return True
+
+
+def _beginning(shards: Shards, name: str) -> bytes:
+    header = shards.headers[name]
+    path = shards.path / header.file
+    with read_errors(shards.label, path), closing(files.open_to_read(path)) as file:
+        return files.read_at(file, min(BEGINNING, header.end - header.start), header.start)

@@ -1,0 +1,101 @@
+"""What the config of a model says of its forward, beside the shapes of its parameters."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from featcal_fast.errors import shown
+
+# Models whose positions are counted from the number of the padding token on.
+FROM_PADDING = {
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod"),
+    *("longformer", "mpnet", "luke", "ibert"),
+}
+# What may differ between models that compute the same with the same parameters: who made them and with what, how they
+# are trained and read out, and the sizes of what is outside of the blocks.
+IGNORED = re.compile(
+    r"_name_or_path|transformers_version|architectures|dtype|torch_dtype|quantization_config|chunk_size_feed_forward"
+    r"|.*_token_ids?|.*_token_index|use_cache|output_.*|return_dict|use_return_dict|pretraining_tp"
+    r"|.*dropout.*|.*_pdrop|drop_path_rate|layerdrop|router_aux_loss_coef|router_jitter_noise|gradient_checkpointing"
+    r"|initializer_.*|.*_init_value|layerscale_value|id2label|label2id|num_labels|problem_type|classifier_.*|summary_.*"
+    r"|vocab_size|tie_word_embeddings|pooler_.*|projection_dim|encoder_stride|use_mask_token"
+    r"|_?out_(features|indices)|stage_names|reshape_hidden_states|apply_layernorm|max_window_layers|use_sliding_window"
+)
+POSITIONS = {"max_position_embeddings", "n_positions", "original_max_position_embeddings"}
+NAMED = 10  # differences that an error names
+
+
+def max_positions(config: Any) -> int | None:
+    """The longest sequence that a model takes, in tokens; None where its config tells no limit."""
+    count = getattr(config, "max_position_embeddings", None)
+    if count is not None and getattr(config, "model_type", None) in FROM_PADDING:
+        return max(0, int(count) - _padding(config) - 1)
+    return None if count is None else int(count)
+
+
+def differences(found: Any, expected: Any) -> list[str]:
+    """What would have two models compute different things with the same parameters, by key of their configs.
+
+    Args:
+        found: a config of transformers.
+        expected: another one.
+    """
+    theirs, ours = _forward(found), _forward(expected)
+    keys = sorted(key for key in theirs.keys() | ours.keys() if not _same(theirs.get(key), ours.get(key)))
+    told = [f"{key} (found {shown(theirs.get(key))}, expected {shown(ours.get(key))})" for key in keys[:NAMED]]
+    return told + ([f"{len(keys) - NAMED} more"] if len(keys) > NAMED else [])
+
+
+def _forward(config: Any) -> dict[str, Any]:
+    """What a config says of the forward: of the keys that its class knows, with what is in them by dotted path."""
+    values = config.to_dict()
+    known = {*inspect.signature(type(config)).parameters, *getattr(type(config), "__dataclass_fields__", ())}
+    kept = {key: value for key, value in values.items() if key in known and not IGNORED.fullmatch(key)}
+    kept["model_type"] = values.get("model_type")
+    if not _scales_positions(kept.get("rope_parameters")):  # then they only say how much is given at once
+        kept = {key: value for key, value in kept.items() if key not in POSITIONS}
+    if values.get("is_encoder_decoder"):  # which makes inputs of targets with these
+        kept |= {key: values.get(key) for key in ("decoder_start_token_id", "pad_token_id")}
+    elif kept["model_type"] in FROM_PADDING:
+        kept["pad_token_id"] = _padding(config)
+    return dict(_flat(kept))
+
+
+def _padding(config: Any) -> int:
+    padding = getattr(config, "pad_token_id", None)
+    return 1 if padding is None else int(padding)
+
+
+def _scales_positions(rope: object) -> bool:
+    """Whether rotary angles depend on how long a sequence may be."""
+    if not isinstance(rope, Mapping):
+        return False
+    return rope.get("rope_type", "default") != "default" or any(map(_scales_positions, rope.values()))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _same(one: object, other: object) -> bool:
+    """Equal, as far as JSON and a float32 can tell."""
+    if _is_nothing(one) and _is_nothing(other):
+        return True
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return bool(one == other)
+
+
+def _is_nothing(value: object) -> bool:
+    """How versions of transformers write that something is not used."""
+    return value is None or value is False or value in ([], {})

@@ -1,0 +1,1 @@
+"""Inputs that are broken, or meant to do harm; each must end in one clear error. See README.md."""

@@ -1,0 +1,1 @@
+"""Random damage to what is read; see README.md."""
