@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,19 @@ from featcal_fast.inputs.samples import (
     Sample,
     as_data_error,
     as_tokens,
+    confined,
     draw,
     import_optional,
     listed,
 )
 from featcal_fast.streaming.machine import available_host_bytes
 from featcal_fast.untrusted.documents import DocumentError, parse_json, parse_yaml
+from featcal_fast.untrusted.limits import LimitError
 
 STATE, SPLITS = "state.json", "dataset_dict.json"  # of a data set that was saved by the library, and of several
-
+SMALL = 2**26  # bytes of a table's file up to which it is unpacked once before: what unpacks to far more is small
+ROOM, MOST_TIMES = 2**26, 100  # bytes that any table may unpack to, and times its file's size besides
+SECONDS, ROOM_TO_UNPACK = 20, 3 * 2**27
 CARDS = ("README.md", ".huggingface.yaml")
 CARD_HEADER = re.compile(r"^\s*---[\r\n]+([\S\s]*?)[\r\n]+---([\r\n]|$)")  # as the library reads it
 
@@ -110,20 +114,54 @@ def _places(source: Path | str, datasets: Any) -> list[Path]:
 
 def _check_tables(tables: Sequence[Path]) -> None:
     """Raises:
-    DataError: a table says that a part of it, which is read at once, is larger than memory."""
+    DataError: a table holds far more than its size, or parts of it, which are read at once, are larger than memory."""
     for path in tables:
-        if path.suffix.lower() != ".parquet" or not files.stat(path).st_size:
+        if not (size := files.stat(path).st_size):
             continue
-        parquet = import_optional("pyarrow.parquet", "datasets", path)
-        largest = 0
-        with suppress(Exception):  # which whoever loads it will say, too
-            found = parquet.read_metadata(path)
-            largest = max((found.row_group(i).total_byte_size for i in range(found.num_row_groups)), default=0)
-        if largest > (free := available_host_bytes() // 2):
-            raise DataError(
-                f"{path}: found a row group of {largest / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB fit in "
-                "memory; save it in smaller ones"
-            )
+        if path.suffix.lower() == ".parquet":
+            parquet, largest = import_optional("pyarrow.parquet", "datasets", path), 0
+            with suppress(Exception):  # which whoever loads it will say, too
+                found = parquet.read_metadata(path)
+                largest = max((found.row_group(i).total_byte_size for i in range(found.num_row_groups)), default=0)
+            if largest > (free := available_host_bytes() // 2):
+                raise DataError(
+                    f"{path}: found a row group of {largest / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB fit in "
+                    "memory; save it in smaller ones"
+                )
+        if size <= SMALL:
+            _check_unpacked(path, ROOM + MOST_TIMES * size)
+
+
+def _check_unpacked(path: Path, most: int) -> None:
+    """Unpack a table in a process of its own, where that may take too much: what it says of itself may be wrong."""
+
+    def unpack() -> None:
+        total = 0
+        for batch in _parts_of(path):
+            total += batch.nbytes
+            if total > most:
+                raise DataError(
+                    f"{path}: what it unpacks to is too large for its size, more than {most / 2**20:.0f} MiB; save it "
+                    "without compression"
+                )
+
+    try:
+        confined(unpack, SECONDS, ROOM_TO_UNPACK)
+    except LimitError as error:
+        raise DataError(f"{path}: it cannot be unpacked: {error}; save it again, in smaller parts") from None
+
+
+def _parts_of(path: Path) -> Iterator[Any]:
+    """A table's rows, some at a time; none of one that cannot be read, which whoever loads it will say."""
+    with suppress(OSError, ValueError):  # pyarrow's own errors are among the latter
+        if path.suffix.lower() == ".parquet":
+            from pyarrow import parquet
+
+            yield from parquet.ParquetFile(path).iter_batches(batch_size=16, use_threads=False)
+        else:
+            from pyarrow import ipc
+
+            yield from ipc.open_stream(str(path))
 
 
 def _check_card(path: Path) -> None:

@@ -33,6 +33,13 @@ PATIENCE = 30  # times what it took to keep a run the last time, until the next,
 
 WAYS = "--resume goes on from there, --fresh starts over"
 
+# What the lines of a manifest hold: the first one, and those of the layers.
+FIRST: dict[str, tuple[type, ...]] = {"fingerprint": (dict,), "layers": (int, type(None))}
+LAYER: dict[str, tuple[type, ...]] = {
+    **{"layer": (int,), "stage_ends": (bool,), "states": (dict, type(None)), "reports": (list,), "kept": (dict,)},
+    **{"tensors": (dict,), "data": (dict,), "chunk": (int, type(None)), "seconds": (int, float), "bytes_read": (dict,)},
+}
+
 
 class Past:
     """What an earlier run into the same output has made durable: lines of its manifest.
@@ -46,11 +53,15 @@ class Past:
     """
 
     def __init__(self, entries: list[dict[str, Any]]) -> None:
-        first: dict[str, Any] = entries[0] if entries else {}
-        self.facts: Facts = first.get("fingerprint", {})
-        self.total: int = first.get("layers", 0)
+        first: dict[str, Any] = entries[0] if entries else {"fingerprint": {}}
+        self.facts: Facts | None = first["fingerprint"] if entries else None
+        self.total: int = first.get("layers") or 0
         self.finished = bool(entries) and "finished" in entries[-1]
         self.lines = [entry for entry in entries[1:] if "layer" in entry]
+        for entry, form in [(first, FIRST), *((line, LAYER) for line in self.lines)]:
+            for key, kinds in form.items():
+                if not isinstance(entry.get(key), kinds):
+                    raise TypeError(key)
         last: dict[str, Any] = self.lines[-1] if self.lines else {}
         self.layers: int = last.get("layer", -1) + 1
         self.chunk: int | None = last.get("chunk")
@@ -67,7 +78,7 @@ class Past:
         """Raises:
         ResumeError: it was another job, or on another machine."""
         compared = ("recipe", "inputs") if self.finished else tuple(facts)
-        if not self.facts:
+        if self.facts is None:
             return
         if different := differences(*({name: each.get(name) for name in compared} for each in (self.facts, facts))):
             raise ResumeError(

@@ -90,7 +90,7 @@ def nine_thousand_by_nine_thousand(job: Job) -> None:
 
 @attack(LAST, "image", kind="clip")
 def a_text_that_unpacks(job: Job) -> None:
-    text = b"Comment\0\0" + zlib.compress(b"\0" * 2**28, 9)
+    text = b"Comment\0\0" + zlib.compress(b"\0" * 2**26, 9)
     job.write(LAST, png(16, 16, b"\0" * 16 * 49, more=_chunk(b"zTXt", text)))
 
 

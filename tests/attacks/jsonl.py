@@ -101,13 +101,13 @@ def a_line_without_end(job: Job) -> None:
 
 
 @attack(FILE, ("line", "bytes", "large"), kind="texts")
-def a_line_of_two_hundred_megabytes(job: Job) -> None:
-    job.write(FILE, b'{"text": "' + b"a " * 10**8 + b'"}\n')
+def a_line_of_forty_megabytes(job: Job) -> None:
+    job.write(FILE, b'{"text": "' + b"a " * (2 * 10**7) + b'"}\n')
 
 
 @attack(FILE, ("line", "bytes", "large", "sample"), kind="texts")
-def twenty_million_lines(job: Job) -> None:
-    job.write(FILE, b"1\n" * (2 * 10**7))
+def five_million_lines(job: Job) -> None:
+    job.write(FILE, b"1\n" * (5 * 10**6))
 
 
 @attack(FILE, ("file", "regular"), kind="texts")
