@@ -60,25 +60,16 @@ class MemoryBudgetError(FeatCalError):
     """The job needs more memory than there is, or than it was allowed."""
 
 
-class _Shorter(reprlib.Repr):
-    """The standard library's, for integers of any size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 3, 80, 80, 40
-
-    def repr_int(self, value: int, level: int) -> str:
-        if abs(value) < 10**self.maxlong:
-            return super().repr_int(value, level)
-        return f"<an integer of {value.bit_length()} bits>"  # Python refuses to write out one of 5,000 digits
-
-
-_shorter = _Shorter()
+_shorter = reprlib.Repr()
+_shorter.maxlevel, _shorter.maxstring, _shorter.maxother, _shorter.maxlong = 3, 80, 80, 40
 
 
 def shown(value: object) -> str:
     """A value for a message, as `repr` has it, but never long: texts, lists and numbers are cut in the middle."""
-    return _shorter.repr(value)
+    try:
+        return _shorter.repr(value)
+    except ValueError:  # Python refuses to write out an integer of 5,000 digits
+        return f"<{type(value).__name__} of too many digits to show>"
 
 
 def printable(text: str) -> str:

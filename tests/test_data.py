@@ -9,8 +9,8 @@ import torch
 from data_files import BOS, EOS, PAD, TEMPLATE, WORDS, A, assert_same, ids, rows, save_image, save_tokenizer
 from safetensors.torch import save_file
 
+from featcal_fast.data.batches import load_batches
 from featcal_fast.errors import DataError
-from featcal_fast.inputs.batches import load_batches
 
 # ---- text
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from data_files import BOS, EOS, A, assert_same, ids, rows, save_image, texts
 
+from featcal_fast.data.batches import load_batches
 from featcal_fast.errors import DataError
-from featcal_fast.inputs.batches import load_batches
 
 
 @pytest.fixture

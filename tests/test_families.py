@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import featcal_fast as ff
 from featcal_fast import reference
+from featcal_fast.data.batches import load_batches
 from featcal_fast.forward.calls import stage_inputs
-from featcal_fast.inputs.batches import load_batches
 from featcal_fast.models import FAMILIES, families_table, find_structure
 
 KINDS = list(pico.KINDS)

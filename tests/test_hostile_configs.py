@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 import featcal_fast as ff
 from featcal_fast.checkpoints import find_checkpoint
-from featcal_fast.inputs.batches import load_batches
+from featcal_fast.data.batches import load_batches
 from featcal_fast.models.configs import differences, max_positions
 from featcal_fast.models.meta import meta_model
 

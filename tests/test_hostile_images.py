@@ -14,9 +14,9 @@ import torch
 from data_files import save_image
 from PIL import Image
 
+from featcal_fast.data import images, sources
+from featcal_fast.data.batches import load_batches
 from featcal_fast.errors import DataError
-from featcal_fast.inputs import images, sources
-from featcal_fast.inputs.batches import load_batches
 
 
 def chunk(kind, data):

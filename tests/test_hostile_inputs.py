@@ -11,9 +11,9 @@ from data_files import A, rows, save_image
 from safetensors.torch import save_file
 
 from featcal_fast import files
+from featcal_fast.data import ready, tables
+from featcal_fast.data.batches import load_batches
 from featcal_fast.errors import DataError
-from featcal_fast.inputs import ready, tables
-from featcal_fast.inputs.batches import load_batches
 
 IDS = torch.arange(12).reshape(3, 4)
 

@@ -12,9 +12,9 @@ import torch
 from data_files import BOS, EOS, TEMPLATE, A, ids, rows, save_tokenizer
 
 from featcal_fast import files
+from featcal_fast.data import lines, samples, texts
+from featcal_fast.data.batches import load_batches
 from featcal_fast.errors import DataError
-from featcal_fast.inputs import lines, samples, texts
-from featcal_fast.inputs.batches import load_batches
 
 MESSAGES = {"messages": [{"role": "user", "content": "a"}]}
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

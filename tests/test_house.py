@@ -22,6 +22,7 @@ FLOORS = [
     ["job"],
     ["planning"],
     ["inputs"],
+    ["data"],
     ["merging"],
     ["calibrate", "reference"],
     ["streaming"],
@@ -168,7 +169,7 @@ def test_only_optional_libraries_are_imported_by_a_variable_name() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ways
     }
-    assert found == {"inputs.samples"}
+    assert found == {"data.samples"}
 
 
 def test_what_points_up_or_sideways_would_be_found() -> None:

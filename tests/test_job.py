@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import featcal_fast as ff
-from featcal_fast.inputs.batches import load_batches
+from featcal_fast.data.batches import load_batches
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import LayerReport
 

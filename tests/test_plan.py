@@ -274,9 +274,7 @@ def test_tensors_that_are_no_model_inputs_are_refused(recipe: dict, tmp_path: Pa
             run({**recipe, "batch_size": None})
 
 
-def test_a_picture_beside_tables_is_not_the_data(
-    recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_picture_beside_tables_is_not_the_data(recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "clone"

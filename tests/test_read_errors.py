@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import featcal_fast as ff
 from featcal_fast import files
 from featcal_fast.checkpoints import find_checkpoint, find_expert
-from featcal_fast.inputs.batches import load_batches
+from featcal_fast.data.batches import load_batches
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.job.throughput import known_rate, remember_rate
 

@@ -89,7 +89,7 @@ def test_a_recipe_is_plain_data_again() -> None:
             r"settings.anchor_rho: found 1e\+300, expected a number from -100 to 100",
         ),
         ({"settings": {"anchor_rho": "1" * 50 + "e1"}}, "settings.anchor_rho: found '111.*', expected a number"),
-        ({"settings": {"ridge_lambda": 10**400}}, "settings.ridge_lambda: found <an integer of 1329 bits>, expected"),
+        ({"settings": {"ridge_lambda": 10**400}}, "settings.ridge_lambda: found 100000000000000000.*0000, expected"),
         ({"settings": {"ridge_lambda": True}}, "settings.ridge_lambda: found True, expected a number"),
         ({"settings": {"covariance_eps": 1e-30}}, "settings.covariance_eps: found 1e-30, expected a number from 1e-12"),
         (
@@ -104,7 +104,7 @@ def test_a_recipe_is_plain_data_again() -> None:
         ({"settings": 5}, "settings: found 5, expected a mapping"),
         ({"seed": 2**64}, "seed: found 18446744073709551616, expected a number from 0 to 9,223,372,036,854,775,807"),
         ({"seed": -1}, "seed: found -1"),
-        ({"seed": 10**5000}, "seed: found <an integer of 16610 bits>"),
+        ({"seed": 10**5000}, "seed: found <int of too many digits to show>"),
         ({"samples": 2**31}, "samples: found 2147483648, expected a number from 1 to 2,147,483,647"),
         ({"samples": 1.5}, "samples: found 1.5, expected an integer"),
         ({"expert_storage": ["disk"]}, r"expert_storage: found \['disk'\], expected a text"),

@@ -334,8 +334,8 @@ def test_patterns_match_as_pythons_do(pattern: str) -> None:
     [
         ("a" * 10**6, "'aaaa"),
         (10**39, "1" + "0" * 39),
-        (10**5000, "<an integer of 16610 bits>"),
-        ([10**5000, ["b" * 1000] * 1000, {"c": [[[[1]]]]}], "[<an integer of"),
+        (10**5000, "<int of too many digits to show>"),
+        ([10**5000, ["b" * 1000] * 1000, {"c": [[[[1]]]]}], "<list of too many"),
         (b"\xff" * 10**6, "b'"),
         ({f"k{i}": i for i in range(1000)}, "{'k0': 0"),
         (-0.5, "-0.5"),

@@ -1,1 +1,1 @@
-"""What a user hands in: a recipe, the models it names, and its data."""
+"""What a user hands in: a recipe, the models it names, and its data, opened."""

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featcal_fast.inputs.batches import check_length, load_batches
+from featcal_fast.data.batches import check_length, load_batches
+from featcal_fast.data.ready import check_names
+from featcal_fast.data.samples import import_optional, os_errors
 from featcal_fast.inputs.models import RecipeModels
-from featcal_fast.inputs.ready import check_names
 from featcal_fast.inputs.recipe import Recipe
-from featcal_fast.inputs.samples import import_optional, os_errors
 from featcal_fast.inputs.task_data import TaskData, chunk_tokens, describe, is_ready, local_data
 from featcal_fast.models.configs import max_positions
 from featcal_fast.streaming.malloc import trim_malloc

@@ -192,7 +192,7 @@ class Recipe:
         return None if self.out is None else self.path(self.out)
 
     def path(self, text: str) -> Path:
-        """Where a path of this recipe is."""
+        """Where `text`, a path in this recipe, leads to."""
         return self.root / Path(text).expanduser()
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featcal_fast.inputs.ready import LONGEST, tensor_forms
+from featcal_fast.data.ready import LONGEST, tensor_forms
+from featcal_fast.data.samples import os_errors
+from featcal_fast.data.sources import check_exists, data_files, is_hub_id, is_tables
 from featcal_fast.inputs.recipe import Recipe
-from featcal_fast.inputs.samples import os_errors
-from featcal_fast.inputs.sources import check_exists, data_files, is_hub_id, is_tables
 
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}  # of a forward pass: enough for products to run at full speed
 

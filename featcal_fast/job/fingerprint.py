@@ -17,10 +17,10 @@ from torch import Tensor
 
 from featcal_fast import files
 from featcal_fast.checkpoints import TensorSource
+from featcal_fast.data.sources import files_below
 from featcal_fast.errors import DataError
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.recipe import Recipe
-from featcal_fast.inputs.sources import files_below
 from featcal_fast.inputs.task_data import local_data
 from featcal_fast.streaming.machine import processor
 

@@ -24,9 +24,9 @@ import featcal_fast as ff
 from featcal_fast import cli, errors, settings
 from featcal_fast.checkpoints import STORAGES
 from featcal_fast.checkpoints.cached import BITS, BLOCKSIZES
+from featcal_fast.data.preprocess import VOCABULARIES
+from featcal_fast.data.samples import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, TEXT_KINDS
 from featcal_fast.errors import FeatCalError
-from featcal_fast.inputs.preprocess import VOCABULARIES
-from featcal_fast.inputs.samples import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, TEXT_KINDS
 from featcal_fast.inputs.task_data import CHUNK_TOKENS
 from featcal_fast.job.interrupts import ENDING
 from featcal_fast.layer.solve import MAX_CONDITION_FLOAT32, RAISES

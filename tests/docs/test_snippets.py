@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 
 import featcal_fast as ff
 from featcal_fast import cli
+from featcal_fast.data.batches import load_batches
 from featcal_fast.errors import DataError
-from featcal_fast.inputs.batches import load_batches
 
 OUT = "models/calibrated"  # where the folder's recipe writes
 UNCHECKED = ("text", "{eval-rst}")  # kinds of blocks: what is printed; what Sphinx makes of docstrings

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from featcal_fast.data.preprocess import load_tokenizer
+from featcal_fast.data.samples import LONGEST_TEXT, Sample, as_data_error, as_tokens, confined, listed
 from featcal_fast.errors import DataError, shown
-from featcal_fast.inputs.preprocess import load_tokenizer
-from featcal_fast.inputs.samples import LONGEST_TEXT, Sample, as_data_error, as_tokens, confined, listed
 from featcal_fast.untrusted.limits import LimitError
 
 # Seconds of a processor's time: at the least, and samples or characters that must be done in each second more.

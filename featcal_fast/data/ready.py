@@ -17,8 +17,8 @@ import torch
 from featcal_fast import files
 from featcal_fast.checkpoints import parse_header, read_header
 from featcal_fast.checkpoints.shards import DTYPES, Header
+from featcal_fast.data.samples import Sample, draw, listed, widen
 from featcal_fast.errors import DataError, shown
-from featcal_fast.inputs.samples import Sample, draw, listed, widen
 from featcal_fast.streaming.machine import available_host_bytes
 
 LONGEST = 2**20  # tokens of a sample, where a model has no limit of its own

@@ -10,8 +10,7 @@ from typing import Any
 
 from featcal_fast import files
 from featcal_fast.checkpoints.documents import is_file_name
-from featcal_fast.errors import DataError, shown
-from featcal_fast.inputs.samples import (
+from featcal_fast.data.samples import (
     IMAGE_SUFFIXES,
     SUPPORTED,
     TEXT_KEYS,
@@ -24,6 +23,7 @@ from featcal_fast.inputs.samples import (
     import_optional,
     listed,
 )
+from featcal_fast.errors import DataError, shown
 from featcal_fast.streaming.machine import available_host_bytes
 from featcal_fast.untrusted.documents import DocumentError, parse_json, parse_yaml
 from featcal_fast.untrusted.limits import LimitError
@@ -155,13 +155,10 @@ def _parts_of(path: Path) -> Iterator[Any]:
     """A table's rows, some at a time; none of one that cannot be read, which whoever loads it will say."""
     with suppress(OSError, ValueError):  # pyarrow's own errors are among the latter
         if path.suffix.lower() == ".parquet":
-            from pyarrow import parquet
-
+            parquet = import_optional("pyarrow.parquet", "datasets", path)
             yield from parquet.ParquetFile(path).iter_batches(batch_size=16, use_threads=False)
         else:
-            from pyarrow import ipc
-
-            yield from ipc.open_stream(str(path))
+            yield from import_optional("pyarrow.ipc", "datasets", path).open_stream(str(path))
 
 
 def _check_card(path: Path) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from featcal_fast import files
+from featcal_fast.data.png import check_png
+from featcal_fast.data.preprocess import find_image_processor, load_image_processor
+from featcal_fast.data.samples import Sample, as_data_error, confined, os_errors
 from featcal_fast.errors import DataError
-from featcal_fast.inputs.png import check_png
-from featcal_fast.inputs.preprocess import find_image_processor, load_image_processor
-from featcal_fast.inputs.samples import Sample, as_data_error, confined, os_errors
 from featcal_fast.untrusted.limits import LimitError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")

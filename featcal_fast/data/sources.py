@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from featcal_fast import files
+from featcal_fast.data.lines import read_jsonl
+from featcal_fast.data.ready import read_tensors
+from featcal_fast.data.samples import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, Sample, draw
+from featcal_fast.data.tables import read_dataset
 from featcal_fast.errors import DataError
-from featcal_fast.inputs.lines import read_jsonl
-from featcal_fast.inputs.ready import read_tensors
-from featcal_fast.inputs.samples import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, Sample, draw
-from featcal_fast.inputs.tables import read_dataset
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.-]+))?")
 ENTRIES = 2_000_000  # of a folder and those in it: more than ImageNet has

@@ -9,8 +9,8 @@ from typing import Any
 
 from featcal_fast import files
 from featcal_fast.checkpoints import leads_out
+from featcal_fast.data.samples import import_optional, listed, os_errors
 from featcal_fast.errors import DataError, shown
-from featcal_fast.inputs.samples import import_optional, listed, os_errors
 from featcal_fast.untrusted.documents import DocumentError, parse_json
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")

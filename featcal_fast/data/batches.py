@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from featcal_fast.data.checks import Limits
+from featcal_fast.data.images import process_images
+from featcal_fast.data.samples import TEXT_KINDS, Sample, os_errors
+from featcal_fast.data.sources import read_samples
+from featcal_fast.data.texts import tokenize
 from featcal_fast.errors import DataError
-from featcal_fast.inputs.checks import Limits
-from featcal_fast.inputs.images import process_images
-from featcal_fast.inputs.samples import TEXT_KINDS, Sample, os_errors
-from featcal_fast.inputs.sources import read_samples
-from featcal_fast.inputs.texts import tokenize
 
 Batch = dict[str, torch.Tensor]
 

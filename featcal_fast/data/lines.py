@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from featcal_fast import files
+from featcal_fast.data.samples import TEXT_KEYS, TEXT_KINDS, Sample, draw, listed
 from featcal_fast.errors import DataError
-from featcal_fast.inputs.samples import TEXT_KEYS, TEXT_KINDS, Sample, draw, listed
 from featcal_fast.untrusted.documents import DocumentError, parse_json
 
 TOGETHER = 2**28  # bytes of all drawn lines

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from featcal_fast.checkpoints import is_finite
+from featcal_fast.data.samples import Sample
 from featcal_fast.errors import DataError
-from featcal_fast.inputs.samples import Sample
 
 
 @dataclass(frozen=True)
