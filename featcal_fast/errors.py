@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import reprlib
 import unicodedata
+from textwrap import shorten
 
 LONGEST = 4000  # characters of a message
+REPEATED = 400  # characters of another's that are repeated in it
 
 
 class FeatCalError(Exception):
     """Base class of every error that featcal_fast raises on purpose.
 
     Args:
-        message: may hold names and values of a stranger's: what would act on a terminal, or cannot be written at all,
-            is shown by its number, and no more than 4,000 characters of it.
+        message: may hold names and values of a stranger's: what would act on a terminal, begin a line, or cannot be
+            written at all, is shown by its number, and no more than 4,000 characters of it.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(one_line(message))
 
 
 class RecipeError(FeatCalError):
@@ -72,6 +74,17 @@ def shown(value: object) -> str:
         return f"<{type(value).__name__} of too many digits to show>"
 
 
+def named(value: object) -> str:
+    """A name for a message, as it is; one that is long, cannot be shown or is no text, as `shown` has it."""
+    return value if isinstance(value, str) and len(value) <= 200 and value.isprintable() else shown(value)
+
+
+def told(error: BaseException) -> str:
+    """What a library raised: its type and text, in one line that is not too long."""
+    text = shorten(str(error), REPEATED, placeholder=" ...")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def printable(text: str) -> str:
     """A text without control characters, marks that turn its direction, and halves of characters."""
     if len(text) > LONGEST:
@@ -82,6 +95,11 @@ def printable(text: str) -> str:
         each.encode("unicode_escape").decode() if each != "\n" and unicodedata.category(each) in _HIDDEN else each
         for each in text
     )
+
+
+def one_line(text: str) -> str:
+    """A printable text without line feeds: a name in it may be a stranger's."""
+    return printable(text).replace("\n", "\\n")
 
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}

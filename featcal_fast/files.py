@@ -245,23 +245,6 @@ def read_text(path: Path, largest: int = LARGEST) -> str:
     return read_bytes(path, largest).decode()
 
 
-def read_lines(file: FileIO, longest: int = LARGEST) -> Iterator[bytes]:
-    """A file's lines, each with the line feed that ends it; an OSError where one is longer than it may be."""
-    position = number = 0
-    begun: list[bytes] = []  # of a line whose end has not come yet
-    while piece := read_at(file, PIECE, position):
-        position += len(piece)
-        *lines, rest = piece.split(b"\n")
-        for line in lines:
-            yield b"".join((*begun, line, b"\n"))
-            begun, number = [], number + 1
-        begun.append(rest)
-        if len(begun) * PIECE > longest + PIECE:
-            raise OSError(errno.EFBIG, f"line {number + 1} is longer than {longest / 2**20:g} MiB")
-    if last := b"".join(begun):
-        yield last
-
-
 def list_below(path: Path) -> Iterator[Path]:
     """All files of a folder and of the folders in it, sorted by their parts; a link to a folder is not followed."""
     waiting = [path]  # not a call for each, whose depth a stranger's folder would say

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
-from featcal_fast.errors import RecipeError, shown
+from featcal_fast.errors import RecipeError, named, shown
 from featcal_fast.untrusted.patterns import PatternError, full_matches
 
 FORWARD_DTYPES = ("auto", "bfloat16")
@@ -69,7 +69,7 @@ def unknown_key(where: str, key: object, known: Iterable[str]) -> RecipeError:
     """The error for a key that there is not, with the one that is probably meant."""
     near = get_close_matches(str(key), known, n=1) if isinstance(key, str) else []
     hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-    return RecipeError(f"{where}{key if isinstance(key, str) and len(key) <= 80 else shown(key)}: unknown key; {hint}")
+    return RecipeError(f"{where}{named(key)}: unknown key; {hint}")
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,14 @@ def vision(tmp_path):
 
 
 @pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    """The library, with a cache of its own."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return datasets
+
+
+@pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable]:
     """Does in this process what would be typed, quicker than in one of its own; exit code, output and errors."""
     from featcal_fast import cli

@@ -118,7 +118,7 @@ def test_the_judge_wants_it_to_name_things(goods: Goods, tmp_path: Path) -> None
     [
         ("raise KeyError('x')", "KeyError"),
         ("while True: pass", "it hung"),
-        ("import time\nend = time.process_time() + 0.6\nwhile time.process_time() < end: pass", "it took 0.6"),
+        ("import time\nend = time.process_time() + 0.6\nwhile time.process_time() < end: pass", "it took 0."),
         ("x = bytearray(600 * 2**20)", "MB"),
         ("open(job.path('merged/config.json'), 'ab').write(b' ')", "merged/config.json"),
         ("job.path('data/new').write_text('')", "data/new"),

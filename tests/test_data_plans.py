@@ -133,9 +133,7 @@ def test_a_template_that_does_not_end(make, tmp_path: Path) -> None:
     refused(recipe, r"data.jsonl, line 1: the chat template of .*merged")
 
 
-def test_tables_on_disk(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_tables_on_disk(make, datasets, tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [100]]}).to_parquet(tmp_path / "tables" / "a.parquet")
     refused(make("llama", tmp_path / "tables"), r"tables, row 1, input_ids: found token id 100")
 

@@ -11,13 +11,6 @@ from featcal_fast.errors import DataError
 
 
 @pytest.fixture
-def datasets(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return datasets
-
-
-@pytest.fixture
 def save_dataset(datasets, tmp_path):
     def save_dataset(**columns):
         datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")

@@ -73,3 +73,11 @@ def test_seeds_of_recipes_are_read_and_damaged(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="x: unknown key"):
         recipe.target(recipe.SEEDS[1])
     assert driver.fuzz(recipe, 0.02, random.Random(0), tmp_path) == 0
+
+
+def test_seeds_of_model_folders_are_read_and_damaged(tmp_path: Path) -> None:
+    from tests.fuzz import checkpoint  # which makes models
+
+    for seed in checkpoint.SEEDS:
+        checkpoint.target(seed)
+    assert driver.fuzz(checkpoint, 0.02, random.Random(0), tmp_path) == 0

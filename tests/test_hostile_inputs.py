@@ -139,13 +139,6 @@ def test_tensors_that_a_model_does_not_take_are_named(tmp_path, names, model, me
 # ---- data sets
 
 
-@pytest.fixture
-def datasets(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return datasets
-
-
 def table_of_images(datasets, folder, *cells):
     features = datasets.Features({"image": datasets.Image()})
     data = datasets.Dataset.from_dict({"image": list(cells)}, features=features)

@@ -208,7 +208,7 @@ def _broken_config(root: Path, recipe: dict) -> str:
 def _unknown_architecture(root: Path, recipe: dict) -> str:
     path = root / "merged" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": ["NoSuchModel"]}))
-    return r"merged model: config.json names the architectures \['NoSuchModel'\]"
+    return r"merged model: .*config.json names the architectures \['NoSuchModel'\]"
 
 
 def _missing_tensor(root: Path, recipe: dict) -> str:
@@ -274,7 +274,7 @@ def _no_json(root: Path, recipe: dict) -> str:
 
 def _out_in_a_file(root: Path, recipe: dict) -> str:
     recipe["out"] = str(root / "task1.safetensors" / "out")
-    return r"out: .*task1.safetensors/out cannot be made, because .*task1.safetensors is a file"
+    return r"out: .*task1.safetensors/out lies in the input folder .*task1.safetensors"
 
 
 def _truncated(root: Path, recipe: dict) -> str:
@@ -297,7 +297,7 @@ def _index_out_of_folder(root: Path, recipe: dict) -> str:
     (root / "task1" / "model.safetensors").rename(root / "evil.safetensors")
     index = {"weight_map": {"model.norm.weight": "../evil.safetensors"}}
     (root / "task1" / "model.safetensors.index.json").write_text(json.dumps(index))
-    return r"expert task1: .* places tensor model.norm.weight in '../evil.safetensors'"
+    return r"expert task1: .* places tensor 'model.norm.weight' in '../evil.safetensors'"
 
 
 def _stale_index(root: Path, recipe: dict) -> str:

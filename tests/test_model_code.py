@@ -63,6 +63,7 @@ def some_job(kind: str) -> pico.Job:
         ("llama", {"input_ids": IDS[:, :0]}, r"input_ids: found a tensor of shape \(4, 0\), expected a tensor"),
         ("llama", {"input_ids": torch.tensor(3)}, r"input_ids: found a tensor of shape \(\), expected a tensor"),
         ("llama", {"input_ids": IDS.tolist()}, "input_ids: found a list, expected a tensor"),
+        ("llama", {"input_ids": IDS.numpy()}, "input_ids: found a ndarray, expected a tensor"),
         ("llama", {}, "found an empty dict, expected a dict of tensors"),
         ("llama", [IDS], "found a list, expected a dict of tensors"),
         ("bert", {"input_ids": IDS.repeat(1, 4)}, "position_embeddings|cannot take"),
@@ -71,6 +72,11 @@ def some_job(kind: str) -> pico.Job:
         ("clip", {"pixel_values": torch.zeros(2, 1, 16, 16)}, "RuntimeError: .*channels"),
         ("t5", {"input_ids": IDS, "labels": IDS + 90}, r"labels \(4, 20\) from 9\d to 18\d: IndexError"),
         ("t5", {"input_ids": IDS, "labels": IDS[:2]}, r"task1"),
+        (
+            "t5",
+            {"input_ids": IDS, "labels": IDS, "decoder_attention_mask": MASK[:, :7]},
+            r"decoder_attention_mask: found shape \(4, 7\), expected \(4, 20\)",
+        ),
     ],
 )
 def test_a_batch_that_a_model_cannot_take_is_a_clear_error(kind: str, batch: Any, message: str) -> None:

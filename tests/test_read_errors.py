@@ -215,16 +215,6 @@ def test_an_index_that_is_a_link_out_of_the_folder_is_refused(root: Path) -> Non
         _read("sharded", root)
 
 
-def test_lines_are_those_of_the_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever the pieces end that it is read by."""
-    for text in (b"", b"\n", b"a", b"a\n", b"ab\ncdef\n\n\rg", b"x" * 30 + b"\ny\n"):
-        (root / "text").write_bytes(text)
-        for size in (1, 2, 3, 7, 100):
-            monkeypatch.setattr(files, "PIECE", size)
-            with files.open_to_read(root / "text") as file, (root / "text").open("rb") as expected:
-                assert list(files.read_lines(file)) == list(expected)
-
-
 def test_a_rate_is_kept_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever operation is refused."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

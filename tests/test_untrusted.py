@@ -238,9 +238,15 @@ def test_it_may_be_run_in_threads() -> None:
 def test_an_interrupt_ends_the_program_too() -> None:
     def run() -> None:
         signal.signal(signal.SIGALRM, lambda *_: _raise(KeyboardInterrupt()))
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        waiting = os.getpid()
+
+        def interrupting() -> None:
+            while True:  # Python forgets what is raised while it still makes the copy
+                time.sleep(0.2)
+                os.kill(waiting, signal.SIGALRM)
+
         with pytest.raises(KeyboardInterrupt):
-            limited(endless, 100)
+            limited(interrupting, 100)
         assert not held()[1]
 
     assert exit_code(run) == 0
@@ -248,18 +254,24 @@ def test_an_interrupt_ends_the_program_too() -> None:
 
 def test_a_program_does_not_outlive_who_waits_for_it(tmp_path: Path) -> None:
     """Its answer fills the pipe, and nobody reads it any more."""
+    found = tmp_path / "child"
+
+    def leave() -> None:
+        while not found.exists() or not found.read_text():
+            time.sleep(0.01)
+        os._exit(0)
 
     def run() -> None:
         def program() -> str:
-            (tmp_path / "child").write_text(str(os.getpid()))
+            found.write_text(str(os.getpid()))
             time.sleep(0.2)  # until its parent is gone
             return "x" * 2**20
 
-        threading.Timer(0.1, os._exit, [0]).start()
+        threading.Thread(target=leave, daemon=True).start()
         limited(program, 5)
 
     assert exit_code(run) == 0
-    child = Path("/proc") / (tmp_path / "child").read_text()
+    child = Path("/proc") / found.read_text()
     for _ in range(100):
         if not child.exists() or "\nState:\tZ" in (child / "status").read_text():
             return

@@ -24,7 +24,7 @@ from torch import Tensor
 from featcal_fast.checkpoints.reader import ADAPTER_CONFIG, Checkpoint, canonical, read_json
 from featcal_fast.checkpoints.shards import Shards, TensorInfo, is_finite
 from featcal_fast.checkpoints.targets import Targets
-from featcal_fast.errors import CheckpointError, ModelMismatchError, UnsupportedModelError, shown
+from featcal_fast.errors import CheckpointError, ModelMismatchError, UnsupportedModelError, named, shown
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -266,7 +266,7 @@ class LoraExpert:
         kind = self.values.get("peft_type")
         if kind != "LORA":
             raise UnsupportedModelError(
-                f"{where}: found peft_type {_text(kind)}, expected LORA; merge this adapter first"
+                f"{where}: found peft_type {named(kind)}, expected LORA; merge this adapter first"
             )
         for key, variant in VARIANTS.items():
             if self.values.get(key):
@@ -324,12 +324,7 @@ class LoraExpert:
     @property
     def _made_for(self) -> str:
         found = self.values.get("base_model_name_or_path")
-        return f"another base model ({ADAPTER_CONFIG} names {_text(found)})" if found else "another base model"
-
-
-def _text(value: object) -> str:
-    """A name for a message."""
-    return value if isinstance(value, str) and len(value) <= 200 else shown(value)
+        return f"another base model ({ADAPTER_CONFIG} names {named(found)})" if found else "another base model"
 
 
 def _any_layer(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from featcal_fast.errors import CheckpointError, UnsupportedModelError, shown
+from featcal_fast.errors import CheckpointError, UnsupportedModelError, shown, told
 
 # Values that would have transformers look elsewhere: for code, kernels, weights or another config; none of them says
 # what a model computes.
@@ -23,7 +23,7 @@ ELSEWHERE = {
 LABELS = {"id2label", "label2id", "task_specific_params"}  # whose keys are names of a person's own
 LARGEST = 2**40  # of a size
 MOST = 2**16  # of what a config's own code counts up to
-COUNTED = re.compile(r"(^|_)(layers?|labels|experts|heads?|blocks?|stages?|groups?|depths?)(_|$)")
+COUNTED = re.compile(r"(?!.*vocab)(.*_)?(layers?|labels|experts|heads?|blocks?|stages?|groups?|depths?)(_.*)?")
 
 
 def transformers_config(values: Mapping[str, Any], path: Path, label: str) -> Any:
@@ -56,7 +56,7 @@ def transformers_config(values: Mapping[str, Any], path: Path, label: str) -> An
         with quiet():
             return cls.from_dict(_without(values))
     except Exception as error:  # whatever transformers makes of values that are not what they should be
-        raise UnsupportedModelError(f"{where} cannot be used: {type(error).__name__}: {str(error)[:500]}") from error
+        raise UnsupportedModelError(f"{where} cannot be used: {told(error)}") from error
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def _check(key: str, value: object, cls: type, where: str) -> None:
     """Refuse what the config's class would be broken by, and numbers that cannot be meant."""
     if key.startswith("__") or key == "attribute_map" or callable(getattr(cls, key, None)):
         raise CheckpointError(f"{where}: {shown(key)}: found a value in place of what transformers' own code does")
-    if COUNTED.search(key) and isinstance(value, int) and abs(value) > MOST:
+    if COUNTED.fullmatch(key) and isinstance(value, int) and abs(value) > MOST:
         raise CheckpointError(f"{where}: {shown(key)}: found {shown(value)}, expected at most {MOST}")
     fits, expected = RANGES.get(key, (None, ""))
     if fits is not None and value is not None and not fits(value):
@@ -134,12 +134,14 @@ DTYPE = (_is_dtype, "the name of a dtype such as bfloat16")
 RANGES: dict[str, tuple[Callable[[object], bool], str]] = {
     "architectures": (_are_classes, "a list of class names of models"),
     **dict.fromkeys(("dtype", "torch_dtype"), DTYPE),
-    **dict.fromkeys(("image_size", "patch_size"), SIZES),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "intermediate_size", "d_ff", "moe_intermediate_size"), SIZE),
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer"), SIZE),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "head_dim", "d_kv"), SIZE),
-    **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions", "num_channels", "n_inner"), SIZE),
-    **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance", "projection_dim"), SIZE),
+    # Several are of stages, or of layers, one each (Swin, Gemma 3n); a class that knows of one only will say so.
+    **dict.fromkeys(("image_size", "patch_size", "intermediate_size", "moe_intermediate_size"), SIZES),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_heads"), SIZES),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "d_ff", "num_layers", "num_decoder_layers", "n_layer"), SIZE),
+    **dict.fromkeys(("n_head", "head_dim", "d_kv", "n_inner", "num_channels"), SIZE),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), SIZE),
+    **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), SIZE),
+    "projection_dim": (lambda value: value == 0 or _is_size(value), "an integer from 0 on"),  # 0: none (DPR)
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), (_is_small, "a number from 0 to 1")),
     **dict.fromkeys(
         ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"),

@@ -54,10 +54,7 @@ def find_expert(reference: str, root: Path, label: str, base: Checkpoint) -> Ten
 
 def find_folder(reference: str, root: Path, label: str) -> Path:
     """The folder of the model that a recipe names; it need not exist where a path is named."""
-    try:
-        path = root / Path(reference).expanduser()
-    except RuntimeError as error:  # no such user
-        raise CheckpointError(f"{label}: {shown(reference)}: {error}; name the folder by its full path") from error
+    path = root / Path(reference).expanduser()
     with read_errors(label, path):
         if (path / "snapshots").is_dir() and not (path / "config.json").is_file():
             return _snapshot(path, label)

@@ -13,7 +13,7 @@ from featcal_fast.checkpoints.config import transformers_config
 from featcal_fast.checkpoints.documents import read_document, read_errors
 from featcal_fast.checkpoints.shards import DTYPES, Shards, TensorInfo
 from featcal_fast.checkpoints.side_files import SideFiles, find_side_files
-from featcal_fast.errors import CheckpointError, UnsupportedModelError, shown
+from featcal_fast.errors import CheckpointError, UnsupportedModelError, named
 
 ADAPTER_CONFIG = "adapter_config.json"
 FLOATS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
@@ -231,8 +231,7 @@ def quant_method(config: Mapping[str, Any]) -> str | None:
     quantised = config.get("quantization_config")
     if not quantised:
         return None
-    found = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised
-    return (found if isinstance(found, str) else shown(found))[:80]
+    return named(quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised)
 
 
 def read_json(path: Path, file: str, label: str) -> dict[str, Any]:

@@ -80,8 +80,9 @@ class _Index:
             block = files.read_at(file, self.starts[number + 1] - self.starts[number], self.starts[number])
             begins, full = _lines(block)
             for i in inside:
-                line = int(full[i - int(first_filled[number])]) if i - int(first_filled[number]) < len(full) else -1
-                if line >= 0:
+                place = i - int(first_filled[number])
+                if place < len(full):  # else the file has changed
+                    line = int(full[place])
                     found[i] = int(first_line[number]) + line + 1, block[int(begins[line]) : int(begins[line + 1])]
                     together += len(found[i][1])
             if together > TOGETHER:

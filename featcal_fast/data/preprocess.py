@@ -10,7 +10,7 @@ from typing import Any
 from featcal_fast import files
 from featcal_fast.checkpoints import leads_out
 from featcal_fast.data.samples import import_optional, listed, os_errors
-from featcal_fast.errors import DataError, shown
+from featcal_fast.errors import DataError, shown, told
 from featcal_fast.untrusted.documents import DocumentError, parse_json
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -81,8 +81,8 @@ def _from_pretrained(auto_class: Any, folder: Path, **options: str) -> Any:
     try:
         return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
-        if "trust_remote_code" in problem:  # which is advice that nobody should take
+        problem = told(error)
+        if "trust_remote_code" in str(error):  # which is advice that nobody should take
             problem = "it needs code of its own, which is never run; expected a class that transformers has"
         raise DataError(f"{folder}: {auto_class.__name__} cannot load it; repair its files ({problem})") from None
 

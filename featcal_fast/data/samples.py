@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from featcal_fast.errors import DataError
+from featcal_fast.errors import DataError, told
 from featcal_fast.untrusted.limits import LimitError, ProgramError, limited
 
 # The keys of a text sample; of a dataset with more columns than that, the first kind it has.
@@ -65,7 +65,7 @@ def as_tokens(sample: Sample) -> Sample:
 
 def listed(names: Iterable[object], most: int = 20) -> str:
     """Names for an error message, not more than some."""
-    every = [str(name)[:80] for name in names]
+    every = [text if len(text := str(name)) <= 200 else f"{text[:80]}...{text[-80:]}" for name in names]
     return ", ".join(every[:most] + ["..."] * (len(every) > most)) or "nothing"
 
 
@@ -100,7 +100,7 @@ def as_data_error(message: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{message} ({type(error).__name__}: {error})") from error
+        raise DataError(f"{message} ({told(error)})") from error
 
 
 def confined(program: Callable[[], Any], seconds: int, nbytes: int) -> Any:

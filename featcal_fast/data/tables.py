@@ -138,7 +138,7 @@ def _check_unpacked(path: Path, most: int) -> None:
     def unpack() -> None:
         total = 0
         for batch in _parts_of(path):
-            total += batch.nbytes
+            total += sum(_unpacked(column).nbytes for column in batch.columns)
             if total > most:
                 raise DataError(
                     f"{path}: what it unpacks to is too large for its size, more than {most / 2**20:.0f} MiB; save it "
@@ -149,6 +149,11 @@ def _check_unpacked(path: Path, most: int) -> None:
         confined(unpack, SECONDS, ROOM_TO_UNPACK)
     except LimitError as error:
         raise DataError(f"{path}: it cannot be unpacked: {error}; save it again, in smaller parts") from None
+
+
+def _unpacked(column: Any) -> Any:
+    """A column's own values; its dictionary, if it has one, comes with each part of a table anew."""
+    return column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
 
 
 def _parts_of(path: Path) -> Iterator[Any]:
@@ -176,7 +181,7 @@ def _check_card(path: Path) -> None:
         values = [parse_yaml(text.encode()).get("configs")]
     for value in values:
         if isinstance(value, (list, dict)):
-            values += value.values() if isinstance(value, dict) else value
+            values += [value[key] for key in value if key != "description"] if isinstance(value, dict) else value
         elif isinstance(value, str) and (
             value.startswith(("/", "~")) or ".." in value or "://" in value or "::" in value
         ):

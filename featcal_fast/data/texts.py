@@ -22,6 +22,8 @@ from featcal_fast.untrusted.limits import LimitError
 TEMPLATE_SECONDS, SAMPLES_A_SECOND = 1, 50
 TOKENIZER_SECONDS, CHARACTERS_A_SECOND = 20, 100_000  # to load it, too
 TEMPLATE_BYTES, TOKENIZER_BYTES = 2**28, 3 * 2**30
+# What is tried before: characters of a text, what they may take, and the tokens that one may become.
+TRIAL, TRIAL_SECONDS, TRIAL_BYTES, MOST_TOKENS = 64, 1, 2**28, 64
 BYTES_A_CHARACTER = 16  # that a template may take for what it is given, besides
 IDS = 2**24  # that come from one process
 
@@ -75,7 +77,29 @@ def _tokenize(
     tokenizer = load_tokenizer(source, folders, chat=chat)
     if chat:
         samples = _render_all(samples, tokenizer)
+    _try(tokenizer, "".join(map(str, samples[0].values.values()))[:TRIAL])
     return tokenizer.pad_token_id, [_row(sample, tokenizer, max_length, targets, added=not chat) for sample in samples]
+
+
+def _try(tokenizer: Any, text: str) -> None:
+    """Raises:
+    DataError: a short text takes too much already, or becomes far longer than it is."""
+
+    def trial() -> int:
+        try:
+            return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        except MemoryError:
+            raise
+        except Exception:  # which is told where the whole text cannot be tokenized
+            return 0
+
+    where = f"{tokenizer.name_or_path}: its tokenizer cannot be used"
+    try:
+        count = confined(trial, TRIAL_SECONDS, TRIAL_BYTES)
+    except LimitError as error:
+        raise DataError(f"{where}: {TRIAL} characters of text: {error}; repair its files") from None
+    if count > MOST_TOKENS * TRIAL:
+        raise DataError(f"{where}: it makes {count} tokens of {len(text)} characters; repair its files")
 
 
 def _characters(sample: Sample) -> int:
@@ -114,13 +138,7 @@ def _text(sample: Sample) -> str:
     for key, value in sample.values.items():
         if not isinstance(value, str):
             raise DataError(f"{sample.where}, {key}: found {type(value).__name__}; expected a string")
-    text = "".join(sample.values.values())
-    if len(text) > LONGEST_TEXT:
-        raise DataError(
-            f"{sample.where}: found a text of {len(text)} characters, expected at most {LONGEST_TEXT}; shorten it: no "
-            "more than max_length tokens of it are used"
-        )
-    return text
+    return "".join(sample.values.values())[:LONGEST_TEXT]  # a book; no more than max_length tokens of it are used
 
 
 def _render_all(samples: Sequence[Sample], tokenizer: Any) -> list[Sample]:
@@ -149,4 +167,10 @@ def _render(sample: Sample, tokenizer: Any) -> str:
         raise DataError(f"{where}, messages: found {shown(messages)}; expected a list of role and content objects")
     # A template may refuse a role, or fail in any other way.
     with as_data_error(f"{where}: the chat template of {tokenizer.name_or_path} rejects the messages"):
-        return _text(Sample(where, {"text": str(tokenizer.apply_chat_template(messages, tokenize=False))}))
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    if len(text) > LONGEST_TEXT:
+        raise DataError(
+            f"{where}: found a text of {len(text)} characters, which the chat template makes of the messages, expected "
+            f"at most {LONGEST_TEXT}; shorten them: no more than max_length tokens are used"
+        )
+    return text

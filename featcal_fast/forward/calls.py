@@ -58,7 +58,7 @@ class BatchCalls:
         out = out[0] if isinstance(out, tuple) and out else out
         if not isinstance(out, Tensor) or out.shape != hidden.shape:
             raise UnsupportedModelError(
-                f"{self._doing(number, block)}: found {_told(out)} to come out of it, expected hidden states "
+                f"{self._doing(number, block)}: found {described(out)} to come out of it, expected hidden states "
                 f"{tuple(hidden.shape)}"
             )
         return out
@@ -165,7 +165,8 @@ def _record_stage(
             raise _not_in_order(structure, stage, label, len(calls.args))
         if number == 0:
             if not isinstance(hidden, Tensor) or hidden.ndim != 3:
-                raise Refused(f"{structure.paths[stage]}.0 is given {_told(hidden)}, expected [batch, tokens, width]")
+                found = described(hidden)
+                raise Refused(f"{structure.paths[stage]}.0 is given {found}, expected [batch, tokens, width]")
             first.append(hidden)
             if relays:
                 with ModelCode(DataError, doing):
@@ -251,8 +252,12 @@ def _check_rows(structure: Structure, table: nn.Embedding, args: tuple[Any, ...]
         )
 
 
-def _told(value: object) -> str:
-    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+def described(value: object) -> str:
+    """What something is, in a few words."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    empty = isinstance(value, (Mapping, list, tuple)) and not value  # of an array nobody can say whether it is true
+    return f"an empty {type(value).__name__}" if empty else f"a {type(value).__name__}"
 
 
 def move(value: Any, device: torch.device) -> Any:

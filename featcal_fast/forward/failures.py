@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from textwrap import shorten
 from types import TracebackType
 
 import featcal_kernels
 import torch
 
-from featcal_fast.errors import FeatCalError, UnsupportedModelError
+from featcal_fast.errors import FeatCalError, UnsupportedModelError, told
 
 OURS = tuple(f"{folder}/" for folder in (Path(__file__).parents[1], Path(featcal_kernels.__file__).parent))
-LONGEST = 400  # characters of an error that are repeated
 
 
 class Passing(Exception):
@@ -52,12 +50,6 @@ class ModelCode:
             return
         if not _in_our_code(traceback):
             raise self._kind(f"{self._doing()}: {told(error)}") from error
-
-
-def told(error: BaseException) -> str:
-    """An error's type and text, in one line that is not too long."""
-    text = shorten(str(error), LONGEST, placeholder=" ...")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _in_our_code(traceback: TracebackType | None) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from featcal_fast import files
 from featcal_fast.checkpoints import STORAGES
-from featcal_fast.errors import RecipeError, printable, shown
+from featcal_fast.errors import RecipeError, named, printable, shown
 from featcal_fast.inputs.paths import check_text, checked_path
 from featcal_fast.merging.merged import METHODS
 from featcal_fast.settings import Settings, number, unknown_key
@@ -176,13 +176,16 @@ class Recipe:
         if "settings" in values:
             values["settings"] = Settings.from_dict(values["settings"])
         if values.get("merge") is not None:
-            values["merge"] = MergeRecipe(**_known(MergeRecipe, values["merge"], "merge."))
+            merge = _known(MergeRecipe, values["merge"], "merge.")
+            if "scaling" in merge and merge["method"] == "average":
+                raise RecipeError("merge.scaling: found with the method average, which takes none; remove it")
+            values["merge"] = MergeRecipe(**merge)
         experts: dict[Any, ExpertRecipe] = {}
         for name, expert in _mapping(values["experts"], "experts").items():
             task = str(name) if type(name) is int else name
             if task in experts:
                 raise RecipeError(f"experts: found the name {shown(task)} twice; each may be there once")
-            experts[task] = ExpertRecipe(**_known(ExpertRecipe, expert, f"experts.{_short(task)}."))
+            experts[task] = ExpertRecipe(**_known(ExpertRecipe, expert, f"experts.{named(task)}."))
         values["experts"] = experts
         return cls(**values, root=root)
 
@@ -246,10 +249,6 @@ def _mapping(value: Any, where: str) -> dict[Any, Any]:
     if not isinstance(value, Mapping):
         raise RecipeError(f"{where}: found {shown(value)}, expected a mapping")
     return dict(value)
-
-
-def _short(task: object) -> str:
-    return task if isinstance(task, str) and len(task) <= LONGEST_NAME else shown(task)
 
 
 def _working_directory() -> Path:

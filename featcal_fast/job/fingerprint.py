@@ -107,7 +107,8 @@ class Digested:
 def _files(path: Path) -> dict[str, list[int]]:
     try:
         every = list(files_below(path)) if path.is_dir() else [path]
-        stats = {str(file.relative_to(path.parent)): files.stat(file) for file in every}
+        present = [file for file in every if file.exists() or not file.is_symlink()]  # links to nothing are no data
+        stats = {str(file.relative_to(path.parent)): files.stat(file) for file in present}
     except OSError as error:
         raise DataError(f"{path}: cannot be looked through: {error.strerror} ({error.filename})") from error
     return {name: [found.st_size, found.st_mtime_ns] for name, found in stats.items()}

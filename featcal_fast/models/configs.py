@@ -16,16 +16,19 @@ FROM_PADDING = {
     *("longformer", "mpnet", "luke", "ibert"),
 }
 # What may differ between models that compute the same with the same parameters: who made them and with what, how they
-# are trained and read out, and the sizes of what is outside of the blocks.
+# are trained and read out, and sizes: of what is outside of the blocks, and what the shapes of their parameters tell.
 IGNORED = re.compile(
     r"_name_or_path|transformers_version|architectures|dtype|torch_dtype|quantization_config|chunk_size_feed_forward"
     r"|.*_token_ids?|.*_token_index|use_cache|output_.*|return_dict|use_return_dict|pretraining_tp"
     r"|.*dropout.*|.*_pdrop|drop_path_rate|layerdrop|router_aux_loss_coef|router_jitter_noise|gradient_checkpointing"
     r"|initializer_.*|.*_init_value|layerscale_value|id2label|label2id|num_labels|problem_type|classifier_.*|summary_.*"
-    r"|vocab_size|tie_word_embeddings|pooler_.*|projection_dim|encoder_stride|use_mask_token"
+    r"|vocab_size|type_vocab_size|tie_word_embeddings|pooler_.*|projection_dim|encoder_stride|use_mask_token"
+    r"|final_logit_softcapping|head_dim|n_inner"
     r"|_?out_(features|indices)|stage_names|reshape_hidden_states|apply_layernorm|max_window_layers|use_sliding_window"
 )
 POSITIONS = {"max_position_embeddings", "n_positions", "original_max_position_embeddings"}
+OLDER = re.compile(r"rope_parameters\..*\btype")  # which older versions write beside `rope_type`
+FIXED = ("default", "linear", "llama3")  # kinds of rotary angles that do not depend on these
 NAMED = 10  # differences that an error names
 
 
@@ -62,7 +65,7 @@ def _forward(config: Any) -> dict[str, Any]:
         kept |= {key: values.get(key) for key in ("decoder_start_token_id", "pad_token_id")}
     elif kept["model_type"] in FROM_PADDING:
         kept["pad_token_id"] = _padding(config)
-    return dict(_flat(kept))
+    return {key: value for key, value in _flat(kept) if not OLDER.fullmatch(key)}
 
 
 def _padding(config: Any) -> int:
@@ -74,7 +77,7 @@ def _scales_positions(rope: object) -> bool:
     """Whether rotary angles depend on how long a sequence may be."""
     if not isinstance(rope, Mapping):
         return False
-    return rope.get("rope_type", "default") != "default" or any(map(_scales_positions, rope.values()))
+    return rope.get("rope_type", "default") not in FIXED or any(map(_scales_positions, rope.values()))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

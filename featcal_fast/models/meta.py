@@ -15,7 +15,7 @@ from torch import nn
 
 from featcal_fast.checkpoints import TensorSource, canonical
 from featcal_fast.checkpoints.config import quiet
-from featcal_fast.errors import ModelMismatchError, UnsupportedModelError, shown
+from featcal_fast.errors import ModelMismatchError, UnsupportedModelError, shown, told
 from featcal_fast.models.stored import StoredNames
 from featcal_fast.untrusted.limits import LimitError, ProgramError, limited
 
@@ -43,10 +43,8 @@ def meta_model(checkpoint: TensorSource, device: torch.device) -> tuple[nn.Modul
     except LimitError as error:
         raise UnsupportedModelError(f"{label} describes a {cls.__name__} that cannot be built: {error}") from error
     except Exception as error:  # whatever a model's code makes of values that are not what they should be
-        kind = "" if isinstance(error, ProgramError) else f"{type(error).__name__}: "
-        raise UnsupportedModelError(
-            f"{label} describes no {cls.__name__} that can be built: {kind}{str(error)[:500]}"
-        ) from error
+        what = told(error).removeprefix(f"{ProgramError.__name__}: ")
+        raise UnsupportedModelError(f"{label} describes no {cls.__name__} that can be built: {what}") from error
     stored = StoredNames((canonical(name) for name in model.state_dict()), checkpoint.names)
     others, count = len(stored.unknown), len(checkpoint.tensors)
     if others > PARAMETERS + 4 * (count - others):

@@ -6,16 +6,26 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from featcal_fast.errors import DataError
 from featcal_fast.models.family import Family, Stage
 
 
 def target_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """The decoder's tokens that count: not masked, and with a target where there are `labels` (-100 is none)."""
+    """The decoder's tokens that count: not masked, and with a target where there are `labels` (-100 is none).
+
+    Raises:
+        DataError: mask and labels are not of one shape.
+    """
     mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
     if labels is None:
         return mask
     given = labels != -100
-    return given if mask is None else given & (mask != 0)
+    if mask is None:
+        return given
+    if mask.shape != given.shape:
+        found, expected = tuple(mask.shape), tuple(given.shape)
+        raise DataError(f"decoder_attention_mask: found shape {found}, expected {expected}, that of labels")
+    return given & (mask != 0)
 
 
 T5 = Family(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from featcal_fast.errors import MemoryBudgetError, printable, shown
+from featcal_fast.errors import MemoryBudgetError, one_line, shown
 from featcal_fast.layer.layout import Layout
 
 if TYPE_CHECKING:  # only terminals need it, and bench.gpu runs without
@@ -268,7 +268,7 @@ def _names(lines: Iterable[str]) -> Text:
     """A cell of lines that hold names, which may be a stranger's: nothing in them is markup, or acts on a terminal."""
     from rich.text import Text
 
-    return Text("\n".join(printable(line).replace("\n", "\\n") for line in lines))
+    return Text("\n".join(one_line(line) for line in lines))
 
 
 def _last_part(name: str) -> str:

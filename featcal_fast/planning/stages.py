@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from featcal_fast.errors import DataError, FeatCalError
+from featcal_fast.errors import DataError
 from featcal_fast.inputs.task_data import TaskData
 from featcal_fast.planning.footprint import StageInputs
 from featcal_fast.planning.models import (
@@ -85,13 +85,6 @@ def _enter(source: CheckpointSource, task: str, data: TaskData, stage: int, befo
         return StageInputs.of(source, data.example, stage, before)
     except DataError as error:
         raise DataError(f"task {task}, {data.source}: {error}") from error.__cause__
-    except FeatCalError:
-        raise
-    except Exception as error:  # whatever a model makes of inputs that are not its own
-        found = ", ".join(f"{name} {tuple(value.shape)}" for name, value in data.example.items())
-        raise DataError(
-            f"task {task}, {data.source}: the {source.label} cannot take the inputs {found}: {error}"
-        ) from error
 
 
 def _loaded(source: MetaCheckpoint, start: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from featcal_fast.errors import printable
+from featcal_fast.errors import one_line
 from featcal_fast.reporting.report import GroupReport, Report, drift_text, percent_text
 from featcal_fast.settings import Settings
 
@@ -79,7 +79,7 @@ def about_samples(samples: Mapping[str, tuple[int, int]]) -> list[str]:
     if not short:
         return []
     told = f"fewer samples than asked for: {_listed(short)}; add data, or ask for fewer (samples)"
-    return [_line(told)]
+    return [one_line(told)]
 
 
 def about_same_model(experts: Iterable[str]) -> list[str]:
@@ -95,7 +95,7 @@ def about_same_model(experts: Iterable[str]) -> list[str]:
     if not same:
         return []
     told = f"nothing was learned by the experts of {_listed(same)}: their weights look like the base model's"
-    return [_line(f"{told}, toward which the result is pulled; check which models the recipe names")]
+    return [one_line(f"{told}, toward which the result is pulled; check which models the recipe names")]
 
 
 def about_run(report: Report) -> list[str]:
@@ -108,7 +108,7 @@ def about_run(report: Report) -> list[str]:
         Sentences, each of another kind; none where nothing is to be said.
     """
     kinds = (_drift, _undefined_drift, _change, _raised, _rank, _few_tokens, _calibrated, _storage)
-    return [_line(sentence) for kind in kinds if (sentence := kind(report))]
+    return [one_line(sentence) for kind in kinds if (sentence := kind(report))]
 
 
 def _drift(report: Report) -> str:
@@ -225,8 +225,3 @@ def _groups(report: Report) -> list[tuple[str, GroupReport]]:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
-
-
-def _line(text: str) -> str:
-    """Names in it may be a stranger's."""
-    return printable(text).replace("\n", "\\n")

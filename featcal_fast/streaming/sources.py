@@ -213,14 +213,14 @@ class CheckpointSource:
         known = canonical(self._tied.get(name, name))
         if known not in self._stored:
             raise CheckpointError(
-                f"{self.label}: tensor {name} is missing from the checkpoint; the download is incomplete, "
-                "or config.json is another model's"
+                f"{self.label}: {self.checkpoint.path}: tensor {name} is missing from the checkpoint; the download is "
+                "incomplete, or config.json is another model's"
             )
         found = self._stored.shape(known, lambda own: self.checkpoint.tensors[own].shape)
         if found != tuple(parameter.shape):
             raise ModelMismatchError(
-                f"{self.label}: tensor {self._stored[known]} has shape {found}, expected {tuple(parameter.shape)} from "
-                "config.json"
+                f"{self.label}: {self.checkpoint.path}: tensor {self._stored[known]} has shape {found}, expected "
+                f"{tuple(parameter.shape)} from config.json"
             )
 
 

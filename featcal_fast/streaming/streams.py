@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from featcal_fast.errors import DataError
+from featcal_fast.forward.calls import described
 from featcal_fast.forward.runner import BlockRunner, should_compile
 from featcal_fast.layer.precision import ieee_float32
 from featcal_fast.layer.tokens import TokenCounts, Tokens
@@ -308,16 +309,11 @@ def _checked(task: str, batches: Iterable[Batch], structure: Structure) -> Seque
 def _check_tensors(where: str, batch: object) -> None:
     """A batch must be tensors by name, each with a sample a row."""
     if not isinstance(batch, Mapping) or not batch:
-        raise DataError(f"{where}: found {_told(batch)}, expected a dict of tensors by the names of the model's inputs")
+        raise DataError(
+            f"{where}: found {described(batch)}, expected a dict of tensors by the names of the model's inputs"
+        )
     for name, value in batch.items():
         if not isinstance(value, Tensor) or not value.numel() or value.ndim == 0:
             raise DataError(
-                f"{where}, {name}: found {_told(value)}, expected a tensor [samples, ...] that is not empty"
+                f"{where}, {name}: found {described(value)}, expected a tensor [samples, ...] that is not empty"
             )
-
-
-def _told(value: object) -> str:
-    """What something is, in a few words."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}" if value else f"an empty {type(value).__name__}"

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from featcal_fast.errors import shown
+from featcal_fast.errors import named, shown
 
 DEPTH = 64  # of lists and mappings in each other
 NODES = 20_000  # of a YAML document, with what its aliases stand for; its reader makes 50,000 a second
@@ -124,7 +124,7 @@ def parse_yaml(data: bytes) -> Any:
     except RecursionError:
         raise DocumentError(_TOO_DEEP) from None
     except Exception as error:  # PyYAML raises more than its own: ValueError for `%YAML 1.` and 5,000 digits
-        raise DocumentError(str(error)) from None
+        raise DocumentError(" ".join(str(error).split())) from None  # of several lines
 
 
 _TEXT = "tag:yaml.org,2002:str"
@@ -168,7 +168,7 @@ class _Loader(yaml.SafeLoader):
         keys = []
         while place:
             place, key = place
-            keys.append(key if len(key) <= 80 and key.isprintable() else shown(key))
+            keys.append(named(key))
         return DocumentError(f"line {node.start_mark.line + 1}: {'.'.join(reversed(keys))}{': ' if keys else ''}{text}")
 
     def get_single_node(self) -> yaml.Node | None:

@@ -57,7 +57,6 @@ FILES: dict[str, bytes] = {
     "large": png(20_000, 20_000, b"\0" * 1000, bits=1, color=0),
     "postscript": EPS,
     "tiff": _saved("TIFF"),
-    "gif": _saved("GIF"),
     "pcx": _saved("PCX"),
     "icon": _saved("ICO"),
     "pdf": b"%PDF-1.4\n1 0 obj<<>>endobj\n",
@@ -150,7 +149,7 @@ def folders() -> Iterator[Variant]:
         yield damage.__name__, (FOLDER, ("image", "read")), damage
 
 
-@attack("math", ("pixel", "image"), kind="llama")
+@attack("data/images", ("pixel", "processor"), kind="llama")
 def images_for_a_decoder(job: Job) -> None:
     from data_files import save_image
 

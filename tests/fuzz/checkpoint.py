@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from featcal_fast.checkpoints import Checkpoint, TensorSource, find_checkpoint, find_expert
 from featcal_fast.streaming.sources import CheckpointSource
+from tests.fuzz import places
 
 CPU = torch.device("cpu")
 FOLDER = tempfile.TemporaryDirectory(prefix="fuzz-")
@@ -178,10 +179,10 @@ def damage(data: bytes, chance: random.Random) -> bytes:
         values = json.loads(content[start:end])
     except (ValueError, RecursionError):
         return data
-    places = list(_places(values))
-    if not places:
+    found = places(values)
+    if not found:
         return data
-    owner, key = chance.choice(places)
+    owner, key = chance.choice(found)
     way = chance.randrange(5)
     if way < 2:
         owner[key] = chance.choice(ODD)
@@ -206,8 +207,3 @@ def _document(content: bytes, kind: bytes, chance: random.Random) -> tuple[int, 
     if kind == b"state" and place > 0 and chance.random() < 0.5:
         return place, content.find(b"}", place) + 1
     return header
-
-
-def _places(value: Any) -> list[tuple[Any, Any]]:
-    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
-    return [place for key in keys for place in ((value, key), *_places(value[key]))]

@@ -13,6 +13,7 @@ import yaml
 import featcal_fast as ff
 from featcal_fast.checkpoints import check_output
 from featcal_fast.layer.selection import check_patterns
+from tests.fuzz import places
 
 FOLDER = tempfile.TemporaryDirectory(prefix="fuzz-")
 MODULES = [f"model.layers.{layer}.{name}" for layer in range(4) for name in ("self_attn.q_proj", "mlp.up_proj")]
@@ -67,10 +68,10 @@ def damage(data: bytes, chance: random.Random) -> bytes:
         values = yaml.safe_load(data)
     except Exception:
         return data
-    places = list(_places(values))
-    if not places:
+    found = places(values)
+    if not found:
         return data
-    owner, key = chance.choice(places)
+    owner, key = chance.choice(found)
     way = chance.randrange(5)
     if way == 0:
         owner[key] = chance.choice(ODD)
@@ -84,8 +85,3 @@ def damage(data: bytes, chance: random.Random) -> bytes:
         del owner[key]
     text = yaml.safe_dump(values, default_flow_style=chance.random() < 0.5, sort_keys=False)
     return text.encode("utf-8", "surrogatepass")
-
-
-def _places(value: Any) -> list[tuple[Any, Any]]:
-    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
-    return [place for key in keys for place in ((value, key), *_places(value[key]))]
