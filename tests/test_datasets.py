@@ -85,7 +85,7 @@ def test_a_folder_of_parquet_files_is_a_dataset_in_spite_of_a_picture(datasets, 
     save_image(tmp_path / "tables" / "card.png", (0, 0, 0))
     assert sorted(rows(load_batches(tmp_path / "tables", folders=[bare]))) == [[A], [A + 1]]
     (tmp_path / "tables" / "train.parquet").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"tables: cannot be read with the split 'train'"):
+    with pytest.raises(DataError, match=r"tables/train.parquet: cannot be read as a parquet file"):
         load_batches(tmp_path / "tables", folders=[bare])
 
 

@@ -57,6 +57,10 @@ PARTS: list[tuple[str, Callable[[Tensors], None], str]] = [
     ),
     ("nf4", put(MAP, lambda t: t[:15]), rf"tensor {MAP} has shape \(15,\) .* expected \(16,\)"),
     ("nf4", put(MAP, lambda t: t[:, None]), rf"tensor {MAP} has shape \(16, 1\)"),
+    ("nf4", put(MAP, lambda t: t.flip(0)), rf"tensor {MAP} has the values \[1.0, .*, expected those of nf4"),
+    ("nf4", put(MAP, lambda t: t * 1e38), rf"tensor {MAP} has the values .*, expected those of nf4"),
+    ("nf4", put(MAP, lambda t: t * torch.nan), rf"tensor {MAP} has the values \[nan, .*, expected those of nf4"),
+    ("nf4", described(quant_type="fp4"), r"has the quant_type 'fp4', expected nf4"),
     ("nf4", put(MAP, Tensor.half), rf"tensor {MAP} has shape \(16,\) and torch.float16"),
     (
         "nf4",
@@ -129,10 +133,10 @@ def test_a_part_of_a_quantised_weight_is_what_it_must_be(
     assert len(str(error.value)) < 900
 
 
-def test_not_a_number_in_a_map_is_found_on_read(saved: Path, tmp_path: Path) -> None:
+def test_not_a_number_in_scales_is_found_on_read(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved / "nf4", tmp_path / "nf4")
     tensors = load_file(tmp_path / "nf4" / "model.safetensors")
-    tensors[MAP][:] = torch.nan
+    tensors[SCALES][:] = torch.nan
     save_file(tensors, tmp_path / "nf4" / "model.safetensors")
     expert = find_expert("nf4", tmp_path, "expert", find_checkpoint("base", saved, "base model"))
     with pytest.raises(ff.FeatCalError, match=rf"tensor {W} is not finite once dequantised"):

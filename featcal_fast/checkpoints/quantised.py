@@ -150,13 +150,9 @@ class BitsAndBytesCheckpoint(Checkpoint):
         super().__init__(path, label)
         self.packed: dict[str, QuantisedWeight] = {}
         described = set()  # tensors that only say how others are to be read
-        for name in self.shards.headers:
-            if STATE in name:
-                described.add(name)
-                self._add(self._four_bit(name))
-            elif name.endswith(".SCB"):
-                described.add(f"{name.removesuffix('SCB')}weight_format")
-                self._add(self._eight_bit(name))
+        for name, weight in self._descriptions().items():
+            described.add(name if STATE in name else f"{weight}_format")
+            self.packed[weight] = self._four_bit(name) if STATE in name else self._eight_bit(name)
         self.shards.bytes_read = 0  # what was read is form, not weights
         described.update(part for packed in self.packed.values() for part in packed.parts)
         self.tensors = {name: info for name, info in self.shards.tensors.items() if name not in described}
@@ -193,13 +189,20 @@ class BitsAndBytesCheckpoint(Checkpoint):
         parts = [part for name in names for part in (self.packed[name].parts if name in self.packed else (name,))]
         return sum(self.shards.tensors[part].nbytes for part in parts)
 
-    def _add(self, packed: QuantisedWeight) -> None:
-        if packed.name in self.packed:
-            raise CheckpointError(
-                f"{self.label}: {self.shards.where(packed.name)} is described twice; nobody can tell which of both "
-                "counts"
-            )
-        self.packed[packed.name] = packed
+    def _descriptions(self) -> dict[str, str]:
+        """Tensors that say how a weight is quantised, and that weight."""
+        found: dict[str, str] = {}
+        weights = set()
+        for name in self.shards.headers:
+            if STATE in name or name.endswith(".SCB"):
+                found[name] = name.partition(STATE)[0] if STATE in name else f"{name.removesuffix('SCB')}weight"
+                if found[name] in weights:
+                    raise CheckpointError(
+                        f"{self.label}: {self.shards.where(found[name])} is described twice; nobody can tell which of "
+                        "both counts"
+                    )
+                weights.add(found[name])
+        return found
 
     def _four_bit(self, state: str) -> FourBit:
         name, _, kind = state.partition(STATE)

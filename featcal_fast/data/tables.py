@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def read_dataset(source: Path | str, split: str, samples: int, seed: int, tables
         for name in CARDS:
             _check_card(source / name)
     absent = "" if isinstance(source, Path) else "no such file or folder, and as a hub id "
-    with as_data_error(f"{source}: {absent}cannot be read with the split {split!r}; expected {SUPPORTED}"):
+    with as_data_error(f"{source}: {absent}cannot be read with the split {split!r}; expected {SUPPORTED}"), _quiet():
         dataset = datasets.load_from_disk(source) if saved else datasets.load_dataset(str(source), split=split)
     if isinstance(dataset, dict):
         if split not in dataset:
@@ -61,6 +62,18 @@ def read_dataset(source: Path | str, split: str, samples: int, seed: int, tables
         places = _places(source, datasets)
         return [Sample(each.where, {"image": _image(each, places)}) for each in found]
     return [as_tokens(each) for each in found] if "input_ids" in found[0].values else found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What the library says of a stranger's files reaches no terminal: it shows their names as they are."""
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _needed(dataset: Any, datasets: Any, source: object) -> Any:
@@ -119,8 +132,8 @@ def _check_tables(tables: Sequence[Path]) -> None:
         if not (size := files.stat(path).st_size):
             continue
         if path.suffix.lower() == ".parquet":
-            parquet, largest = import_optional("pyarrow.parquet", "datasets", path), 0
-            with suppress(Exception):  # which whoever loads it will say, too
+            parquet = import_optional("pyarrow.parquet", "datasets", path)
+            with as_data_error(f"{path}: cannot be read as a parquet file; download or save it again"):
                 found = parquet.read_metadata(path)
                 largest = max((found.row_group(i).total_byte_size for i in range(found.num_row_groups)), default=0)
             if largest > (free := available_host_bytes() // 2):

@@ -176,10 +176,7 @@ class Recipe:
         if "settings" in values:
             values["settings"] = Settings.from_dict(values["settings"])
         if values.get("merge") is not None:
-            merge = _known(MergeRecipe, values["merge"], "merge.")
-            if "scaling" in merge and merge["method"] == "average":
-                raise RecipeError("merge.scaling: found with the method average, which takes none; remove it")
-            values["merge"] = MergeRecipe(**merge)
+            values["merge"] = MergeRecipe(**_known(MergeRecipe, values["merge"], "merge."))
         experts: dict[Any, ExpertRecipe] = {}
         for name, expert in _mapping(values["experts"], "experts").items():
             task = str(name) if type(name) is int else name

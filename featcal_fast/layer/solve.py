@@ -51,15 +51,19 @@ MAX_CONDITION_FLOAT32 = 1e4  # beyond this bound on cond(A), float32's 6e-8 leav
 #       801       8.5e-6       1.0e-5       1.6e-5
 #     8,001       8.1e-5       8.9e-5       1.4e-4
 MAX_CONDITION_SPLIT = 1e3
+OUT_OF_RANGE = (
+    "the drift, or the change of the weights, leaves float32's range (3.4e+38), though all of both are finite; look at"
+    " weights of the merged model, the experts and the base model that are larger than 1e+17"
+)
 RAISES = (1e-7, 1e-6, 1e-5, 1e-4)  # of the mean of the diagonal
 
 
 class NotFinite(SolveError):
-    """A number of a layer is NaN or Inf: of which groups, or of none where it is the drift; not yet, whose fault."""
+    """A number of a layer is NaN or Inf: of which groups, or of none where it is another; not yet, whose fault."""
 
     def __init__(self, groups: Sequence[InputGroup] = ()) -> None:
         names = ", ".join(name for group in groups for name in group.modules)
-        super().__init__(f"{names or 'the drift'}: found NaN or Inf, expected finite numbers")
+        super().__init__(f"{names}: found NaN or Inf, expected finite numbers" if names else OUT_OF_RANGE)
         self.groups = list(groups)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from featcal_fast.forward.calls import Origin
 from featcal_fast.inputs.load import load_data
 from featcal_fast.inputs.models import RecipeModels, check_folders
 from featcal_fast.inputs.recipe import Recipe, RecipeLike
@@ -190,6 +191,9 @@ class Planner:
                 (layer.token_weights, layer.stage, layer.path if chosen else None),
             )
             if key not in seen:
+                for source, each in zip((self.models.student, expert), states[task], strict=True):
+                    path, rows = source.structure.paths[layer.stage], slice(0, len(each.hidden))
+                    each.calls.origin = Origin(source.label, path, task, 0, rows)  # for errors
                 seen[key] = measure_layer(
                     self.models.student, expert, layer, states[task], counts, self.recipe.settings, self.device
                 )

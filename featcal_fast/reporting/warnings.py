@@ -22,7 +22,8 @@ FEW_TOKENS = 32  # of a task, which weighs as much as one with thousands
 LARGE_STORAGE_ERROR = 0.02  # of a weight; fine-tuning often changes no more of it. 8 bits make about 0.01
 NAMED = 3  # modules, tasks or reasons that a sentence names
 
-USERS = ("not included", "excluded")  # reasons to keep a weight that are the recipe's own
+# Reasons to keep a weight that are the recipe's own, and those of what is never calibrated.
+EXPECTED = ("not included", "excluded", "outside of the layers", "the text tower keeps its merged values")
 
 
 def about_settings(settings: Settings, condition: float, trusted: float) -> list[str]:
@@ -189,7 +190,7 @@ def _few_tokens(report: Report) -> str:
 def _calibrated(report: Report) -> str:
     kept = Counter(report.kept.values())
     total = report.calibrated + kept.total()
-    others = Counter({reason: count for reason, count in kept.items() if reason not in USERS})
+    others = Counter({reason: count for reason, count in kept.items() if reason not in EXPECTED})
     if total == 0 or (report.calibrated and others.total() <= report.calibrated):
         return ""
     reasons = [f"{count:,} {reason}" for reason, count in (kept if not report.calibrated else others).most_common()]

@@ -61,10 +61,9 @@ class ModuleSource:
         self._training = [module for module in model.modules() if module.training]
         for index, block in enumerate(self.structure.blocks):
             for name, parameter in block.named_parameters():
-                if not is_finite(parameter):
-                    raise ModelMismatchError(
-                        f"{label}: block {index}, {name} holds NaN or Inf; expected finite weights"
-                    )
+                found = "is on the meta device, without values" if parameter.is_meta else "holds NaN or Inf"
+                if parameter.is_meta or not is_finite(parameter):
+                    raise ModelMismatchError(f"{label}: block {index}, {name} {found}; expected finite weights")
 
     def stage_inputs(
         self, batch: Mapping[str, Tensor], stage: int, previous: Tensor | None
@@ -205,8 +204,9 @@ class CheckpointSource:
                 and not any(re.search(pattern, own) for pattern in ignored)
             ):
                 raise ModelMismatchError(
-                    f"{self.label}: tensor {own} belongs to no module of {type(self.model).__name__} as config.json "
-                    "describes it; weights and config.json are not of the same model"
+                    f"{self.label}: {self.checkpoint.path}: tensor {own} belongs to no module of "
+                    f"{type(self.model).__name__} as config.json describes it; weights and config.json are not of the "
+                    "same model"
                 )
 
     def _check_tensor(self, name: str, parameter: Tensor) -> None:

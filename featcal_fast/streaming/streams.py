@@ -313,6 +313,8 @@ def _check_tensors(where: str, batch: object) -> None:
             f"{where}: found {described(batch)}, expected a dict of tensors by the names of the model's inputs"
         )
     for name, value in batch.items():
+        if isinstance(value, Tensor) and (value.is_meta or value.is_nested or value.layout != torch.strided):
+            raise DataError(f"{where}, {name}: found a tensor that is nested, sparse or meta, expected a dense one")
         if not isinstance(value, Tensor) or not value.numel() or value.ndim == 0:
             raise DataError(
                 f"{where}, {name}: found {described(value)}, expected a tensor [samples, ...] that is not empty"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -88,6 +89,7 @@ def _answer(program: Callable[[], Any], sending: Any, nbytes: int, seconds: int)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         files.silence()
+        faulthandler.disable()  # which has a standard error of its own
         taken = int(files.read_text(Path("/proc/self/statm")).split()[0]) * resource.getpagesize()
         _limit(resource.RLIMIT_AS, taken + nbytes)
         _limit(resource.RLIMIT_CPU, seconds)
