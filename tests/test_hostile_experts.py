@@ -57,9 +57,8 @@ PARTS: list[tuple[str, Callable[[Tensors], None], str]] = [
     ),
     ("nf4", put(MAP, lambda t: t[:15]), rf"tensor {MAP} has shape \(15,\) .* expected \(16,\)"),
     ("nf4", put(MAP, lambda t: t[:, None]), rf"tensor {MAP} has shape \(16, 1\)"),
-    ("nf4", put(MAP, lambda t: t.flip(0)), rf"tensor {MAP} has the values \[1.0, .*, expected those of nf4"),
-    ("nf4", put(MAP, lambda t: t * 1e38), rf"tensor {MAP} has the values .*, expected those of nf4"),
-    ("nf4", put(MAP, lambda t: t * torch.nan), rf"tensor {MAP} has the values \[nan, .*, expected those of nf4"),
+    ("nf4", put(MAP, lambda t: t * 1e38), rf"tensor {MAP} has the values .*, expected some from -1 to 1"),
+    ("nf4", put(MAP, lambda t: t * torch.nan), rf"tensor {MAP} has the values \[nan, .*, expected some from -1 to 1"),
     ("nf4", described(quant_type="fp4"), r"has the quant_type 'fp4', expected nf4"),
     ("nf4", put(MAP, Tensor.half), rf"tensor {MAP} has shape \(16,\) and torch.float16"),
     (

@@ -33,14 +33,6 @@ STATE_BYTES = 2**16  # of the description of one weight; they have 200
 LARGEST_OFFSET = 1e6  # of scales, which are sizes of weights
 BLOCKSIZES = {2**power for power in range(4, 17)}
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# What 4-bit codes stand for. bitsandbytes has these in its kernels, whatever a checkpoint says of them.
-MAPS = {
-    "nf4": (
-        *(-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0),
-        *(0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0),
-    ),
-    "fp4": tuple(sign * each / 12 for sign in (1, -1) for each in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
-}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -226,8 +218,8 @@ class BitsAndBytesCheckpoint(Checkpoint):
             raise self._foreign(state, f"the quant_type {shown(values['quant_type'])}", kind)
         quant_map = next(iter(parts))
         found = self.shards.read([quant_map], packed=True)[quant_map]
-        if not torch.allclose(found, torch.tensor(MAPS[kind]), rtol=0.0, atol=1e-3):
-            raise self._foreign(quant_map, f"the values {shown(found.tolist())}", f"those of {kind}")
+        if not found.abs().max() <= 1.001:  # nor is NaN; a code stands for a share of its run's scale
+            raise self._foreign(quant_map, f"the values {shown(found.tolist())}", "some from -1 to 1")
         info = TensorInfo(codes.file, shape, dtype)
         return FourBit(name, info, (name, *parts), blocksize, nested, values.get("nested_offset", 0.0))
 
