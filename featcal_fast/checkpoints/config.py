@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from featcal_fast.errors import CheckpointError, UnsupportedModelError, shown, told
+from featcal_fast.untrusted.quiet import quiet
 
 # Values that would have transformers look elsewhere: for code, kernels, weights or another config; none of them says
 # what a model computes.
@@ -53,22 +52,10 @@ def transformers_config(values: Mapping[str, Any], path: Path, label: str) -> An
     for key, value in _entries(values):
         _check(key, value, cls, where)
     try:
-        with quiet():
+        with quiet("transformers"):
             return cls.from_dict(_without(values))
     except Exception as error:  # whatever transformers makes of values that are not what they should be
         raise UnsupportedModelError(f"{where} cannot be used: {told(error)}") from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Nothing that transformers says of a stranger's values reaches a terminal: it shows them as they are."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _entries(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

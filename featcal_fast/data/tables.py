@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from featcal_fast.errors import DataError, shown
 from featcal_fast.streaming.machine import available_host_bytes
 from featcal_fast.untrusted.documents import DocumentError, parse_json, parse_yaml
 from featcal_fast.untrusted.limits import LimitError
+from featcal_fast.untrusted.quiet import quiet
 
 STATE, SPLITS = "state.json", "dataset_dict.json"  # of a data set that was saved by the library, and of several
 SMALL = 2**26  # bytes of a table's file up to which it is unpacked once before: what unpacks to far more is small
@@ -48,7 +48,8 @@ def read_dataset(source: Path | str, split: str, samples: int, seed: int, tables
         for name in CARDS:
             _check_card(source / name)
     absent = "" if isinstance(source, Path) else "no such file or folder, and as a hub id "
-    with as_data_error(f"{source}: {absent}cannot be read with the split {split!r}; expected {SUPPORTED}"), _quiet():
+    error = f"{source}: {absent}cannot be read with the split {split!r}; expected {SUPPORTED}"
+    with as_data_error(error), quiet("datasets"):
         dataset = datasets.load_from_disk(source) if saved else datasets.load_dataset(str(source), split=split)
     if isinstance(dataset, dict):
         if split not in dataset:
@@ -62,18 +63,6 @@ def read_dataset(source: Path | str, split: str, samples: int, seed: int, tables
         places = _places(source, datasets)
         return [Sample(each.where, {"image": _image(each, places)}) for each in found]
     return [as_tokens(each) for each in found] if "input_ids" in found[0].values else found
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What the library says of a stranger's files reaches no terminal: it shows their names as they are."""
-    logger = logging.getLogger("datasets")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _needed(dataset: Any, datasets: Any, source: object) -> Any:

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from featcal_fast.checkpoints import TensorSource, canonical
-from featcal_fast.checkpoints.config import quiet
 from featcal_fast.errors import ModelMismatchError, UnsupportedModelError, shown, told
 from featcal_fast.models.stored import StoredNames
 from featcal_fast.untrusted.limits import LimitError, ProgramError, limited
+from featcal_fast.untrusted.quiet import quiet
 
 # What a model may have besides four times what its checkpoint has (which may be one of several towers), and a
 # checkpoint besides four times what its model has.
@@ -147,7 +147,7 @@ def _build(cls: type[nn.Module], config: _Config, threads: int | None = None) ->
     if threads:  # those of the process that this one is a copy of are not there
         torch.set_num_threads(threads)
     try:
-        with parameters_on_meta(config.room), _offline(), quiet():
+        with parameters_on_meta(config.room), _offline(), quiet("transformers"):
             model = cls(config.config).eval().requires_grad_(False)
     except RuntimeError as error:
         if "allocate memory" in str(error):  # torch's way to say so
