@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import errno
-import io
 import math
 import signal
 import sys
-import time
 import traceback
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, TextIO, cast
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from featcal_fast import files
 from featcal_fast.errors import FeatCalError, OutputError, printable
 from featcal_fast.job.interrupts import ENDING
 from featcal_fast.job.throughput import known_rate, remember_rate
-from featcal_fast.planning.plan import format_bytes
-from featcal_fast.reporting.progress import Progress
-from featcal_fast.reporting.report import LayerReport, drift_text
 from featcal_fast.streaming.malloc import configure_process
+from featcal_fast.terminal import BarProgress, Terminal, complain
 from featcal_fast.version import __version__
 
 EXAMPLE = """
@@ -126,7 +119,7 @@ def calibrate(
     if no_checkpoint and checkpoint_every:
         raise typer.BadParameter("found --no-checkpoint too, expected one of the two", param_hint="--checkpoint-every")
     configure_process()
-    console = _Console()
+    console = Terminal()
     report = run(
         recipe,
         out=out,
@@ -179,7 +172,7 @@ def plan(
             f"found {rate}, expected TFLOP/s above 0, such as a run's summary says", param_hint="--rate"
         )
     configure_process()
-    console = _Console()
+    console = Terminal()
     found = make(
         recipe,
         device=device,
@@ -216,7 +209,7 @@ def merge(
     """
     from featcal_fast.job.run import merge as run
 
-    console = _Console()
+    console = Terminal()
     with console.status("merging"):
         folder = run(recipe, out=out)
     console.say(f"Wrote {folder}")
@@ -240,7 +233,7 @@ def check(
     from featcal_fast.job.resume import left_behind
 
     found = run(out)
-    console = _Console()
+    console = Terminal()
     besides = [f"not of the model: {name}" for name in found.unlisted]
     lines = [left_behind(out)] if found.status == NOT_OURS else [*found.problems, *besides]
     for line in (*filter(None, lines), found.summary()):
@@ -268,124 +261,6 @@ def demo(
     run(out, console=Console(), device=device)
 
 
-class BarProgress(Progress):
-    """A bar with layer, task, tokens/s and time left on a terminal; a line a layer elsewhere."""
-
-    def __init__(self, console: _Console) -> None:
-        self._console = console
-        self._bar: Bar | None = None
-        self._id = TaskID(0)
-        self._layers, self._before, self._done, self._started = 0, 0, 0, 0.0
-
-    def warning(self, text: str) -> None:
-        self._console.say(f"warning: {text}")
-
-    def scanned(self, model: str, done: int, total: int) -> None:
-        if self._bar is None:
-            self._start(total)
-        if self._bar:
-            self._bar.update(self._id, completed=done, description=f"scanning  {printable(model)}")
-        if done == total:
-            self.close()
-            self._console.say(f"scanned {format_bytes(total)} of weights: all are finite")
-
-    def stage(self, layers: int, tokens: int) -> None:
-        if self._bar:
-            self._bar.update(self._id, total=self._done + layers * tokens)
-            return
-        self._layers, self._started = self._before + layers, time.perf_counter()
-        self._start(layers * tokens)
-
-    def task(self, layer: int, task: str) -> None:
-        if self._bar:
-            self._bar.update(self._id, description=f"layer {layer + 1}/{self._layers}  {printable(task)}")
-
-    def tokens(self, count: int) -> None:
-        self._done += count
-        if self._bar:
-            rate = self._done / (time.perf_counter() - self._started)
-            self._bar.update(self._id, advance=count, rate=f"{rate:,.0f} tokens/s")
-
-    def layer(self, report: LayerReport) -> None:
-        if not self._console.is_terminal:
-            done = report.index + 1 - self._before
-            left = (time.perf_counter() - self._started) / done * (self._layers - report.index - 1)
-            drift = f"{drift_text(report.drift_before)} -> {drift_text(report.drift_after)}"
-            self._console.say(
-                f"layer {report.index + 1}/{self._layers}: drift {drift}, {report.seconds:.1f} s, {left:.0f} s left"
-            )
-
-    def resumed(self, layers: int) -> None:
-        self._before = layers
-        self._console.say(f"resuming: {layers} layers were done")
-
-    def interrupted(self, left: str) -> None:
-        _complain(left or "interrupted: nothing is left of it")
-
-    def close(self) -> None:
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
-
-    def _start(self, total: int) -> None:
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
-        self._id = self._bar.add_task("starting", total=total, rate="")
-        self._bar.start()
-
-
-class _Stdout(io.TextIOBase):
-    """The standard output, which may be closed or full: what cannot be shown is no reason to end a job."""
-
-    def __init__(self) -> None:
-        self._stream = sys.stdout  # as it is now: a bar puts a stream of its own, which writes here, in its place
-        self.failed = self._stream is None
-
-    def write(self, text: str) -> int:
-        if not self.failed:
-            try:
-                self._stream.write(text)
-                self._stream.flush()
-            except (OSError, ValueError):
-                self.failed = True
-                with suppress(OSError, ValueError):
-                    files.discard(self._stream)  # what Python still holds would change the exit code
-        return len(text)
-
-    def isatty(self) -> bool:
-        return not self.failed and self._stream.isatty()
-
-    def fileno(self) -> int:
-        return -1 if self._stream is None else self._stream.fileno()
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return getattr(self._stream, "encoding", None) or "utf-8"
-
-
-class _Console(Console):
-    """A terminal, or whatever stands in its place. Nothing in what it is given is markup: names may be a stranger's."""
-
-    def __init__(self) -> None:
-        self.stdout = _Stdout()
-        super().__init__(file=cast(TextIO, self.stdout), markup=False, emoji=False, highlight=False)
-
-    def say(self, text: str) -> None:
-        """Lines of text; warnings in yellow."""
-        for line in text.split("\n"):
-            self.print(printable(line), style="yellow" if line.startswith("warning: ") else None, soft_wrap=True)
-
-
-def _complain(text: str, style: str = "red") -> None:
-    """Lines on standard error."""
-    Console(stderr=True).print(text, style=style, soft_wrap=True, highlight=False, markup=False, emoji=False)
-
-
 def _exit(number: int, _frame: object) -> None:
     sys.exit(128 + number)
 
@@ -408,20 +283,20 @@ def main() -> None:
 def _trace(error: Exception) -> None:
     if DEBUG in sys.argv:
         for line in "".join(traceback.format_exception(error)).splitlines():
-            _complain(printable(line), style="dim")
+            complain(printable(line), style="dim")
 
 
 def _told(error: Exception) -> int:
     """The exit code that an error ends the process with, once it is told."""
     if isinstance(error, FeatCalError):
-        _complain(f"error: {error}")
+        complain(f"error: {error}")
         return 1
     if isinstance(error, OSError) and error.filename is None and error.errno in OUTPUT_FAILED:  # of a help page, say
         files.discard(sys.stdout)
-        _complain(f"error: standard output cannot be written: {error.strerror}")
+        complain(f"error: standard output cannot be written: {error.strerror}")
         return 1
     what = printable(f"{type(error).__name__}: {error}").replace("\n", " ")
-    _complain(f"unexpected error: {what}; this is a fault of featcal_fast: run it again with {DEBUG} and report that")
+    complain(f"unexpected error: {what}; this is a fault of featcal_fast: run it again with {DEBUG} and report that")
     return FAULT
 
 

@@ -17,7 +17,7 @@ PACKAGE, KERNELS = ROOT / "featcal_fast", ROOT / "kernels" / "featcal_kernels"
 FLOORS = [
     ["__main__"],
     ["cli"],
-    ["demo"],
+    ["terminal", "demo"],
     ["__init__"],
     ["job"],
     ["planning"],

@@ -16,11 +16,11 @@ from runs import Case, contents, stopped
 from safetensors.torch import load_file, save_file
 
 import featcal_fast as ff
-from featcal_fast.cli import BarProgress, _Console
 from featcal_fast.layer.solve import MAX_CONDITION_FLOAT32, max_condition
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import GroupReport, LayerReport, Report, drift_text, percent_text
 from featcal_fast.reporting.warnings import about_run, about_same_model, about_samples, about_settings
+from featcal_fast.terminal import BarProgress, Terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -288,7 +288,7 @@ def test_no_name_acts_on_a_terminal(
     name = "a\x1b]0;title\x07\x1b[2J[bold]b[/bold]:smile:"
     shown = r"a\x1b]0;title\x07\x1b[2J[bold]b[/bold]:smile:"
     monkeypatch.setenv("FORCE_COLOR", "1")
-    bar = BarProgress(_Console())
+    bar = BarProgress(Terminal())
     bar.stage(1, 10)
     bar.task(0, name)
     bar.warning(name)
@@ -299,7 +299,7 @@ def test_no_name_acts_on_a_terminal(
     assert "\x1b[?25l" in text, "it was drawn"
     plan = ff.plan(recipe, device="cpu")
     plan.kept, plan.bytes_read, plan.warnings = {name: "a reason"}, {name: 1}, [name]
-    console = _Console()
+    console = Terminal()
     for table in plan.tables():
         console.print(table)
     console.say(plan.summary())

@@ -1,0 +1,137 @@
+"""What a user sees: a bar, lines, tables, errors, on a terminal or whatever stands in its place."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from contextlib import suppress
+from typing import TextIO, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from featcal_fast import files
+from featcal_fast.errors import printable
+from featcal_fast.planning.plan import format_bytes
+from featcal_fast.reporting.progress import Progress
+from featcal_fast.reporting.report import LayerReport, drift_text
+
+
+class BarProgress(Progress):
+    """A bar with layer, task, tokens/s and time left on a terminal; a line a layer elsewhere."""
+
+    def __init__(self, console: Terminal) -> None:
+        self._console = console
+        self._bar: Bar | None = None
+        self._id = TaskID(0)
+        self._layers, self._before, self._done, self._started = 0, 0, 0, 0.0
+
+    def warning(self, text: str) -> None:
+        self._console.say(f"warning: {text}")
+
+    def scanned(self, model: str, done: int, total: int) -> None:
+        if self._bar is None:
+            self._start(total)
+        if self._bar:
+            self._bar.update(self._id, completed=done, description=f"scanning  {printable(model)}")
+        if done == total:
+            self.close()
+            self._console.say(f"scanned {format_bytes(total)} of weights: all are finite")
+
+    def stage(self, layers: int, tokens: int) -> None:
+        if self._bar:
+            self._bar.update(self._id, total=self._done + layers * tokens)
+            return
+        self._layers, self._started = self._before + layers, time.perf_counter()
+        self._start(layers * tokens)
+
+    def task(self, layer: int, task: str) -> None:
+        if self._bar:
+            self._bar.update(self._id, description=f"layer {layer + 1}/{self._layers}  {printable(task)}")
+
+    def tokens(self, count: int) -> None:
+        self._done += count
+        if self._bar:
+            rate = self._done / (time.perf_counter() - self._started)
+            self._bar.update(self._id, advance=count, rate=f"{rate:,.0f} tokens/s")
+
+    def layer(self, report: LayerReport) -> None:
+        if not self._console.is_terminal:
+            done = report.index + 1 - self._before
+            left = (time.perf_counter() - self._started) / done * (self._layers - report.index - 1)
+            drift = f"{drift_text(report.drift_before)} -> {drift_text(report.drift_after)}"
+            self._console.say(
+                f"layer {report.index + 1}/{self._layers}: drift {drift}, {report.seconds:.1f} s, {left:.0f} s left"
+            )
+
+    def resumed(self, layers: int) -> None:
+        self._before = layers
+        self._console.say(f"resuming: {layers} layers were done")
+
+    def interrupted(self, left: str) -> None:
+        complain(left or "interrupted: nothing is left of it")
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def _start(self, total: int) -> None:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._id = self._bar.add_task("starting", total=total, rate="")
+        self._bar.start()
+
+
+class Stdout(io.TextIOBase):
+    """The standard output, which may be closed or full: what cannot be shown is no reason to end a job."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stdout  # as it is now: a bar puts a stream of its own, which writes here, in its place
+        self.failed = self._stream is None
+
+    def write(self, text: str) -> int:
+        if not self.failed:
+            try:
+                self._stream.write(text)
+                self._stream.flush()
+            except (OSError, ValueError):
+                self.failed = True
+                with suppress(OSError, ValueError):
+                    files.discard(self._stream)  # what Python still holds would change the exit code
+        return len(text)
+
+    def isatty(self) -> bool:
+        return not self.failed and self._stream.isatty()
+
+    def fileno(self) -> int:
+        return -1 if self._stream is None else self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+
+class Terminal(Console):
+    """A terminal, or whatever stands in its place. Nothing in what it is given is markup: names may be a stranger's."""
+
+    def __init__(self) -> None:
+        self.stdout = Stdout()
+        super().__init__(file=cast(TextIO, self.stdout), markup=False, emoji=False, highlight=False)
+
+    def say(self, text: str) -> None:
+        """Lines of text; warnings in yellow."""
+        for line in text.split("\n"):
+            self.print(printable(line), style="yellow" if line.startswith("warning: ") else None, soft_wrap=True)
+
+
+def complain(text: str, style: str = "red") -> None:
+    """Lines on standard error."""
+    Console(stderr=True).print(text, style=style, soft_wrap=True, highlight=False, markup=False, emoji=False)
