@@ -6,8 +6,10 @@
 from featcal_fast import reference
 from featcal_fast.calibrate import calibrate_model
 from featcal_fast.errors import FeatCalError
+from featcal_fast.inputs.mergekit import from_mergekit
 from featcal_fast.inputs.recipe import ExpertRecipe, MergeRecipe, Recipe
 from featcal_fast.job.check import Check, check
+from featcal_fast.job.delta import Delta, delta
 from featcal_fast.job.run import calibrate, merge
 from featcal_fast.planning.plan import Plan
 from featcal_fast.planning.planner import plan
@@ -18,6 +20,7 @@ from featcal_fast.version import __version__
 __all__ = [
     "PRESETS",
     "Check",
+    "Delta",
     "ExpertRecipe",
     "FeatCalError",
     "MergeRecipe",
@@ -29,6 +32,8 @@ __all__ = [
     "calibrate",
     "calibrate_model",
     "check",
+    "delta",
+    "from_mergekit",
     "merge",
     "plan",
     "reference",

@@ -30,14 +30,15 @@ from featcal_fast.layer.solve import (
 )
 from featcal_fast.layer.systems import Anchor, LayerSystem
 from featcal_fast.models.structure import Layer
+from featcal_fast.reporting.clock import Clock
 from featcal_fast.reporting.progress import Progress
-from featcal_fast.reporting.report import GroupReport, LayerReport, Report
+from featcal_fast.reporting.report import GroupReport, LayerReport, Peaks, Report
 from featcal_fast.reporting.warnings import about_run, about_settings
 from featcal_fast.settings import Settings
 from featcal_fast.streaming.chunks import Chunk
 from featcal_fast.streaming.culprit import Culprits
 from featcal_fast.streaming.hidden_states import HOST, HiddenStates, Offload
-from featcal_fast.streaming.machine import find_device
+from featcal_fast.streaming.machine import find_device, forget_device_peak, peak_device_bytes, peak_resident_bytes
 from featcal_fast.streaming.scratch import Snapshots
 from featcal_fast.streaming.sources import ModuleSource, Source, check_same_architecture
 from featcal_fast.streaming.streams import Streams, check_tasks
@@ -104,6 +105,7 @@ def calibrate_model(
         SolveError: numbers that are not finite; it says whose.
         MemoryBudgetError: the device's memory will not do, however few samples it takes at a time.
     """
+    clock = Clock()
     device = find_device(device) if device is not None else next(merged.parameters()).device
     student = ModuleSource(merged, "merged model", device)
     sources = {task: ModuleSource(model, f"expert {task}", device) for task, model in experts.items()}
@@ -117,14 +119,17 @@ def calibrate_model(
         device,
         Output(lambda _index, parameters: updates.append(parameters)),
         progress or Progress(),
+        clock,
     )
     condition = max_condition(settings, len(experts))
     report.warnings = [*about_settings(settings, condition, MAX_CONDITION_FLOAT32), *about_run(report)]
-    with torch.no_grad():
+    with torch.no_grad(), clock("finishing"):
         for block, parameters in zip(student.structure.blocks, updates, strict=True):
             own = dict(block.named_parameters())
             for name, value in parameters.items():
                 own[name].copy_(value)
+    report.phases = clock.seconds
+    report.seconds = sum(report.phases.values())
     return report
 
 
@@ -138,16 +143,18 @@ def calibrate_source(
     device: torch.device,
     output: Output,
     progress: Progress,
+    clock: Clock,
     offload: Offload = HOST,
     chunk: int | None = None,
 ) -> Report:
     """Calibrate a model whose blocks arrive one at a time, each being read while the one before it is in use.
 
-    `output` takes each layer's new parameters, and knows which are done already; `offload` is where hidden states wait
-    between layers; `chunk` is how many tokens pass a layer at a time, by default a batch's. A task's batches are
-    gone through once, and dropped before the next task's are. Everything else is as in `calibrate_model`.
+    `output` takes each layer's new parameters, and knows which are done already; `clock` is told what each moment is
+    for, which the report does not hold yet; `offload` is where hidden states wait between layers; `chunk` is how many
+    tokens pass a layer at a time, by default a batch's. A task's batches are gone through once, and dropped before the
+    next task's are. Everything else is as in `calibrate_model`.
     """
-    started = time.perf_counter()
+    forget_device_peak(device)
     structure = student.structure
     check_tasks(experts, batches)
     check_same_architecture(student, {"base": base, **experts})
@@ -156,21 +163,24 @@ def calibrate_source(
     report.kept |= structure.outside
     sources = student, base, experts
     with Streams(
-        *sources, batches, settings, device, progress, offload, chunk, output.snapshots, output.first
+        *sources, batches, settings, device, progress, clock, offload, chunk, output.snapshots, output.first
     ) as streams:
         for layer in structure.layers:
             for task, count in streams.enter(layer).items():
                 report.tokens[task] += count
             if layer.index < output.first:
-                output.restore(layer, report, streams)
+                with clock("entering"):
+                    output.restore(layer, report, streams)
                 continue
-            done, kept = calibrate_layer(layer, streams, settings, output.write)
+            with clock("accumulating"):
+                done, kept = calibrate_layer(layer, streams, settings, output.write)
             report.layers.append(done)
             report.kept |= kept
             progress.layer(done)
-            output.keep(layer, report, streams)
+            with clock("keeping"):
+                output.keep(layer, report, streams)
     report.bytes_read, report.bytes_written = streams.traffic
-    report.seconds = time.perf_counter() - started
+    report.peaks = Peaks(peak_resident_bytes(), peak_device_bytes(device))
     return report
 
 
@@ -188,7 +198,7 @@ def calibrate_layer(
     Returns:
         What happened, and the linear weights that keep their merged values, each with the reason.
     """
-    began = time.perf_counter()
+    began, clock = time.perf_counter(), streams.clock
     student = streams.next_block()
     anchor = Anchor(student, streams.next_block(), settings.anchor_rho)
     layout, made = find_layout(student, layer, *streams.drift.sample(), settings)
@@ -207,7 +217,7 @@ def calibrate_layer(
         streams.drift.advance_expert(layer, task, expert)
         del expert  # before the next but one is read
 
-    with Culprits(streams, layer, layout):
+    with Culprits(streams, layer, layout), clock("solving"):
         update = solve_layer(system, moments, streams.counts.tasks)
         streams.drift.advance_merged(layer, student)
         changes = relative_changes(layout, update, student)
@@ -220,7 +230,8 @@ def calibrate_layer(
         streams.drift.check_repeats(layer, repeats)
         check_finite(system.systems, sums, [before, after, *changed])
     streams.advance_student(layer, student)
-    write(layer.index, parameters.synchronize())  # while a GPU advances
+    with clock("writing"):
+        write(layer.index, parameters.synchronize())  # while a GPU advances
 
     groups = _group_reports(system, moments, update, changed)
     seconds = time.perf_counter() - began
@@ -300,6 +311,7 @@ def _group_reports(
             change=change,
             tokens=solved.tokens,
             raised=update.raised.get(group.leader, 0.0),
+            solver_steps=update.steps[group.leader],
         )
         for group, solved, change in zip(moments.layout.groups, system.systems, changes, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""The command line: `featcal-fast calibrate | plan | merge | check | demo`."""
+"""The command line: `featcal-fast calibrate | plan | merge | delta | check | demo`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
 from rich.console import Console
 
 from featcal_fast import files
-from featcal_fast.errors import FeatCalError, OutputError, printable
+from featcal_fast.errors import FeatCalError, OutputError, printable, shown
 from featcal_fast.job.interrupts import ENDING
 from featcal_fast.job.throughput import known_rate, remember_rate
 from featcal_fast.streaming.malloc import configure_process
 from featcal_fast.terminal import BarProgress, Terminal, complain
 from featcal_fast.version import __version__
+
+if TYPE_CHECKING:
+    from featcal_fast.inputs.recipe import Recipe
 
 EXAMPLE = """
 Repair a merged model: pull its features toward the experts it was made from, layer by layer, in closed form.
@@ -39,6 +42,11 @@ A recipe says what to calibrate, with what, into what:
 \b
     featcal-fast calibrate recipe.yaml
 
+A folder that mergekit wrote says itself what it was made of:
+
+\b
+    featcal-fast calibrate --mergekit merged --data math=math.jsonl --data code=code.jsonl --out calibrated
+
 No data at hand? `featcal-fast demo` makes four small experts from real scans of digits and repairs their merge.
 """
 
@@ -50,7 +58,37 @@ OUTPUT_FAILED = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF
 app = typer.Typer(
     help=EXAMPLE, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The job; paths in it are relative to it.")]
+RECIPE = typer.Argument(metavar="RECIPE.yaml", help="The job; paths in it are relative to it.")
+RecipePath = Annotated[Path, RECIPE]
+RecipeOrNone = Annotated[Path | None, RECIPE]
+Mergekit = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="A folder that mergekit wrote, in place of RECIPE.yaml.")
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=FILE", help="With --mergekit: calibration data of a merged model. One for each."),
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="With --mergekit: a merged model that needs no data, and is left out."),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="With --mergekit: what the models were fine-tuned from. Default: as it says."),
+]
+RecipeOut = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="With --mergekit: write the recipe that it amounts to.")
+]
+Out = Annotated[Path | None, typer.Option(help="Folder to write, in place of the recipe's `out`.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left, if any.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what an interrupted run left, and start over.")]
+CheckpointEvery = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Layers after which what is done is made durable. Default: as often as takes a thirtieth of the time.",
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(help="Where to compute: cuda, cuda:1, cpu. Default: the first GPU, or the CPU.")
 ]
@@ -70,6 +108,10 @@ NoCheckpoint = Annotated[
 Scan = Annotated[
     bool, typer.Option("--scan", help="Read all weights of all models first, and see that they are finite.")
 ]
+DeltaFolder = Annotated[
+    Path | None, typer.Option(help="Folder to write, too: the calibration as a LoRA adapter of the merged model.")
+]
+Rank = Annotated[int | None, typer.Option(min=1, help="Rank of the adapter's factors. Default: 16.")]
 Debug = Annotated[bool, typer.Option(DEBUG, help="Where an error is told, show the traceback too.")]  # see `main`
 
 
@@ -85,43 +127,46 @@ def version(
 
 @app.command()
 def calibrate(
-    recipe: RecipePath,
-    out: Annotated[Path | None, typer.Option(help="Folder to write, in place of the recipe's `out`.")] = None,
+    recipe: RecipeOrNone = None,
+    mergekit: Mergekit = None,
+    data: Data = None,
+    skip: Skip = None,
+    base: Base = None,
+    recipe_out: RecipeOut = None,
+    out: Out = None,
     device: Device = None,
     device_memory: DeviceMemory = None,
     host_memory: HostMemory = None,
     scratch: Scratch = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left, if any.")] = False,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Remove what an interrupted run left, and start over.")
-    ] = False,
-    checkpoint_every: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Layers after which what is done is made durable. Default: as often as takes a thirtieth of the time.",
-        ),
-    ] = None,
+    resume: Resume = False,
+    fresh: Fresh = False,
+    checkpoint_every: CheckpointEvery = None,
     no_checkpoint: NoCheckpoint = False,
     scan: Scan = False,
+    delta: DeltaFolder = None,
+    delta_rank: Rank = None,
     debug: Debug = False,
 ) -> None:
-    """Calibrate the model that RECIPE.yaml describes and write it, with report.json, to a new folder.
+    """Calibrate what RECIPE.yaml describes, or mergekit made, and write it, with report.json, to a new folder.
 
     \b
-    Example:
+    Examples:
         featcal-fast calibrate recipe.yaml --out models/calibrated --device cuda
+        featcal-fast calibrate --mergekit merged --data math=math.jsonl --data code=code.jsonl --out calibrated
     """
+    from featcal_fast.job.delta import RANK, read_summary
     from featcal_fast.job.run import calibrate as run
 
     if resume and fresh:
         raise typer.BadParameter("found --fresh too, expected one of the two", param_hint="--resume")
     if no_checkpoint and checkpoint_every:
         raise typer.BadParameter("found --no-checkpoint too, expected one of the two", param_hint="--checkpoint-every")
+    if delta_rank and delta is None:
+        raise typer.BadParameter("found no --delta, which it belongs to", param_hint="--delta-rank")
     configure_process()
     console = Terminal()
     report = run(
-        recipe,
+        _job(recipe, mergekit, data, skip, base, recipe_out, out),
         out=out,
         device=device,
         progress=BarProgress(console),
@@ -132,17 +177,25 @@ def calibrate(
         fresh=fresh,
         checkpoint_every=0 if no_checkpoint else checkpoint_every,
         scan=scan,
+        delta=delta,
+        delta_rank=delta_rank or RANK,
     )
     if report.seconds > LONG_ENOUGH:
         remember_rate(torch.device(report.device), report.rate)
     console.print(report.table())
-    console.say(report.summary())
-    console.say(f"Wrote {report.out}")
+    console.say(report.summary() + (f"\nWrote {delta}: {read_summary(delta)}" if delta else ""))
+    console.next_steps(Path(report.out or ""))
 
 
 @app.command()
 def plan(
-    recipe: RecipePath,
+    recipe: RecipeOrNone = None,
+    mergekit: Mergekit = None,
+    data: Data = None,
+    skip: Skip = None,
+    base: Base = None,
+    recipe_out: RecipeOut = None,
+    out: Out = None,
     device: Device = None,
     device_memory: DeviceMemory = None,
     host_memory: HostMemory = None,
@@ -157,13 +210,13 @@ def plan(
 ) -> None:
     """Say what RECIPE.yaml will need (memory, disk, bytes read, arithmetic) and which weights will change.
 
-    Nothing is run. Exit code 1 when the recipe cannot work or will not fit.
+    Nothing is run. It takes what `calibrate` takes. Exit code 1 when the recipe cannot work or will not fit.
 
     \b
     Example:
         featcal-fast plan recipe.yaml --device-memory 22GiB --rate 150
     """
-    from featcal_fast.inputs.recipe import Recipe
+    from featcal_fast.inputs.recipe import with_out
     from featcal_fast.job.resume import left_behind
     from featcal_fast.planning.planner import plan as make
 
@@ -172,9 +225,9 @@ def plan(
             f"found {rate}, expected TFLOP/s above 0, such as a run's summary says", param_hint="--rate"
         )
     configure_process()
-    console = Terminal()
+    console, job = Terminal(), with_out(_job(recipe, mergekit, data, skip, base, recipe_out, out), out)
     found = make(
-        recipe,
+        job,
         device=device,
         device_memory=device_memory,
         host_memory=host_memory,
@@ -190,7 +243,7 @@ def plan(
     console.say(found.summary(known))
     if console.stdout.failed:
         raise OutputError("standard output cannot be written: the plan is not shown")
-    if (out := Recipe.load(recipe).folder) and (left := left_behind(out)):
+    if job.folder and (left := left_behind(job.folder)):
         console.say(left)
     found.check()
 
@@ -198,7 +251,7 @@ def plan(
 @app.command()
 def merge(
     recipe: RecipePath,
-    out: Annotated[Path | None, typer.Option(help="Folder to write, in place of the recipe's `out`.")] = None,
+    out: Out = None,
     debug: Debug = False,
 ) -> None:
     """Write the merged model that RECIPE.yaml's `merge` describes, uncalibrated.
@@ -216,13 +269,39 @@ def merge(
 
 
 @app.command()
+def delta(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder that `calibrate` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    rank: Rank = None,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Write what calibration changed in MODEL as a LoRA adapter of the merged model, for PEFT.
+
+    The merged model must still be where the recipe in MODEL's report.json says, as it was.
+
+    \b
+    Example:
+        featcal-fast delta models/calibrated --out models/delta --rank 32
+    """
+    from featcal_fast.job.delta import RANK
+    from featcal_fast.job.delta import delta as run
+
+    console = Terminal()
+    with console.status("comparing"):
+        made = run(model, out=out, rank=rank or RANK, device=device)
+    console.say(f"Wrote {out}: {made.summary()}")
+
+
+@app.command()
 def check(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `calibrate` wrote.")],
     debug: Debug = False,
 ) -> None:
-    """Compare every tensor and file of a calibrated model with the hashes in its report.json.
+    """Compare every tensor and file of a calibrated model with the hashes in its report.json, and see that it loads.
 
-    Exit code 0: whole. 1: damaged, and what. 2: not a folder that `calibrate` wrote.
+    Exit code 0: whole, and loads. 1: damaged, and what. 2: not a folder that `calibrate` wrote. 3: whole, but it does
+    not load, and why.
 
     \b
     Example:
@@ -259,6 +338,35 @@ def demo(
     from featcal_fast.demo import run
 
     run(out, console=Console(), device=device)
+
+
+def _job(
+    recipe: Path | None,
+    mergekit: Path | None,
+    data: list[str] | None,
+    skip: list[str] | None,
+    base: str | None,
+    recipe_out: Path | None,
+    out: Path | None,
+) -> Path | Recipe:
+    """What is to be done: a recipe's path, or what a folder of mergekit's amounts to."""
+    if mergekit is None:
+        for option, value in {"--data": data, "--skip": skip, "--base": base, "--recipe-out": recipe_out}.items():
+            if value:
+                raise typer.BadParameter("found without --mergekit, which it belongs to", param_hint=option)
+        if recipe is None:
+            raise typer.BadParameter("missing; expected it, or --mergekit FOLDER", param_hint="RECIPE.yaml")
+        return recipe
+    if recipe is not None:
+        raise typer.BadParameter("found --mergekit too, expected one of the two", param_hint="RECIPE.yaml")
+    from featcal_fast.inputs.mergekit import from_mergekit
+
+    pairs = [each.partition("=") for each in data or []]
+    for name, _, file in pairs:
+        if not name or not file:
+            raise typer.BadParameter(f"found {shown(name or file)}, expected NAME=FILE", param_hint="--data")
+    given = [(name, file) for name, _, file in pairs]
+    return from_mergekit(mergekit, given, skip=skip or [], base=base, out=out, recipe_out=recipe_out)
 
 
 def _exit(number: int, _frame: object) -> None:

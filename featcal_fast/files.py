@@ -175,6 +175,19 @@ def rename(path: Path, target: Path) -> None:
     os.replace(path, target)
 
 
+def link(path: Path, target: Path) -> None:
+    """Give a file a second name; FileExistsError where there is one. Where the file system has no such thing, another
+    process that takes the name meanwhile may be overwritten."""
+    try:
+        os.link(path, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        os.replace(path, target)
+
+
 def remove(path: Path) -> None:
     """A file's name."""
     os.unlink(path)
@@ -264,6 +277,18 @@ def write_bytes(path: Path, data: bytes) -> None:
         sync(file)
     finally:
         close(file)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """A new file with its content, whole or not at all, synced; FileExistsError where there is something."""
+    new = path.with_name(f".{uuid4().hex}.partial")
+    try:
+        write_bytes(new, data)
+        link(new, path)
+    finally:
+        with suppress(OSError):
+            remove(new)
+    sync_folder(path.parent)
 
 
 def replace_bytes(path: Path, data: bytes) -> None:

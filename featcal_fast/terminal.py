@@ -6,6 +6,8 @@ import io
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
+from textwrap import indent
 from typing import TextIO, cast
 
 from rich.console import Console
@@ -17,6 +19,8 @@ from featcal_fast.errors import printable
 from featcal_fast.planning.plan import format_bytes
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import LayerReport, drift_text
+from featcal_fast.reporting.usage import shell_quoted, usage
+from featcal_fast.untrusted.documents import parse_json
 
 
 class BarProgress(Progress):
@@ -130,6 +134,15 @@ class Terminal(Console):
         """Lines of text; warnings in yellow."""
         for line in text.split("\n"):
             self.print(printable(line), style="yellow" if line.startswith("warning: ") else None, soft_wrap=True)
+
+    def next_steps(self, out: Path) -> None:
+        """Where a calibrated model is, and what to do with it, as snippets to copy."""
+        self.say(f"Wrote {out}")
+        with suppress(OSError, ValueError):  # it was there just now
+            config = parse_json(files.read_bytes(out / "config.json"))
+            for title, snippet in usage(config, str(out), [path.name for path in files.list_folder(out)]):
+                self.say(f"With {title}:\n{indent(snippet, '    ')}")
+        self.say(f"To see whether it is still whole, and loads:\n    featcal-fast check {shell_quoted(str(out))}")
 
 
 def complain(text: str, style: str = "red") -> None:

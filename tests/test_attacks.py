@@ -28,7 +28,7 @@ SLOW = ("*-catastrophic*", "*/patterns-slow-*")  # takes a second each
 ALWAYS = (
     *("recipes/documents-nested-*", "recipes/lines-*", "recipes/experts-that-*", "settings/numbers-*-as-1*"),
     *("settings/patterns-include-catastrophic", "settings/seeds-184*", "settings/merges-scaling-1e+30"),
-    *("settings/out-of-range-*-1e+300", "paths/nowhere-*", "paths/outputs-*", "indexes/files-*"),
+    *("settings/out-of-range-*-1e+300", "paths/nowhere-*", "paths/outputs-*", "paths/taken-*", "indexes/files-*"),
     *("headers/fields-dtype-F32", "headers/fields-shape-*of*", "headers/others-*", "headers/lengths-922*"),
     *("configs/forward-num-hidden-layers-10000*", "configs/forward-max-position-embeddings--5", "configs/code-*"),
     *("configs/architectures-[5ap]*", "configs/lines-*-merged", "configs/sizes-*-1099511627776"),
@@ -44,7 +44,8 @@ ALWAYS = (
     *("tokenizers/patterns-split-catastrophic", "ready_inputs/unknown-*", "ready_inputs/ids-complex"),
     *("ready_inputs/sizes-*", "ready_inputs/encoder-inputs-*", "ready_inputs/pixels-no-width"),
     *("images/files-postscript", "images/folders-*", "processors/values-crop-size-height-*", "changing/*"),
-    *("processors/documents-ff-*",),
+    *("processors/documents-ff-*", "cards/*"),
+    *("mergekit/references-signs*", "mergekit/references-*-out"),
 )
 
 

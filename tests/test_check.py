@@ -29,6 +29,12 @@ def header_end(data: bytes) -> int:
     return 8 + int.from_bytes(data[:8], "little")
 
 
+@pytest.fixture(autouse=True)
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared here is no model; `test_loads.py` has some."""
+    monkeypatch.setattr("featcal_fast.job.check.check_loads", lambda out: None)
+
+
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     """Two shards of two tensors each, an index, files beside them, one in a subfolder, and the report on them."""
@@ -59,7 +65,8 @@ def test_what_was_written_is_whole(out: Path, monkeypatch: pytest.MonkeyPatch) -
     assert found.whole
     assert (found.status, found.problems, found.unlisted) == (0, [], [])
     assert (found.tensors, found.shards, found.files) == (4, 2, 3)
-    assert found.summary() == f"{out} is whole; as written: 4 tensors, 2 of their files' headers, 3 other files"
+    as_written = "as written: 4 tensors, 2 of their files' headers, 3 other files"
+    assert found.summary() == f"{out} is whole, and loads; {as_written}"
 
 
 def test_other_files_are_mentioned_and_no_more(out: Path) -> None:

@@ -10,6 +10,7 @@ from data_files import BOS, EOS, PAD, TEMPLATE, WORDS, A, assert_same, ids, rows
 from safetensors.torch import save_file
 
 from featcal_fast.data.batches import load_batches
+from featcal_fast.data.checks import Limits
 from featcal_fast.errors import DataError
 
 # ---- text
@@ -65,7 +66,7 @@ def test_without_a_usable_pad_token_padding_is_zero(write, bare, tmp_path):
     (batch,) = load_batches(path, folders=[added])
     assert batch["input_ids"].tolist() == [[A, len(WORDS)], [A + 1, A + 2]]
     assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]
-    (batch,) = load_batches(path, folders=[added], vocab_size=len(WORDS))
+    (batch,) = load_batches(path, folders=[added], limits=Limits(vocab_size=len(WORDS)))
     assert batch["input_ids"].tolist() == [[A, 0], [A + 1, A + 2]]
 
 
@@ -158,18 +159,20 @@ def test_a_broken_tokenizer_is_named_not_passed_over(write, tmp_path, plain):
 def test_lengths_that_do_not_fit_are_named(write, plain):
     path = write({"text": "a b"})
     with pytest.raises(DataError, match=r"data\.jsonl: found max_length 9.* lower max_length to 8"):
-        load_batches(path, folders=[plain], max_length=9, max_positions=8)
-    assert rows(load_batches(path, folders=[plain], max_length=8, max_positions=8)) == [[BOS, *ids("a b"), EOS]]
+        load_batches(path, folders=[plain], max_length=9, limits=Limits(8))
+    assert rows(load_batches(path, folders=[plain], max_length=8, limits=Limits(8))) == [[BOS, *ids("a b"), EOS]]
     with pytest.raises(DataError, match=r"line 1: found max_length 2, expected more than the 2 special tokens"):
         load_batches(path, folders=[plain], max_length=2)
 
 
 def test_a_token_outside_the_vocabulary_is_named(write, plain):
     path = write({"text": "a"}, {"text": "b j"})
-    message = rf"line 2 \(tokenizer of {plain}\), input_ids: found token id 14, expected 0 to 13 \(vocabulary of 14\)"
+    message = (
+        rf"line 2 \(tokenizer of {plain}\), input_ids: found token id 14, expected 0 to 13 \(vocabulary of the model\)"
+    )
     with pytest.raises(DataError, match=message):
-        load_batches(path, folders=[plain], vocab_size=14)
-    assert len(load_batches(path, folders=[plain], vocab_size=15)) == 1
+        load_batches(path, folders=[plain], limits=Limits(vocab_size=14))
+    assert len(load_batches(path, folders=[plain], limits=Limits(vocab_size=15))) == 1
 
 
 # ---- ready inputs
@@ -188,7 +191,7 @@ def test_ready_inputs_keep_their_rows_together_in_drawn_order(tmp_path):
     path = save_tensors(
         tmp_path, pixel_values=pixels, input_ids=tokens, attention_mask=mask, labels=tokens[:, 0].clone()
     )
-    batches = load_batches(path, folders=[], samples=5, batch_size=3, seed=4, max_length=1, max_positions=3)
+    batches = load_batches(path, folders=[], samples=5, batch_size=3, seed=4, max_length=1, limits=Limits(3))
     drawn = torch.randperm(10, generator=torch.Generator().manual_seed(4))[:5]
     assert [len(batch["input_ids"]) for batch in batches] == [3, 2]
     for name, tensor in (("input_ids", tokens), ("attention_mask", mask), ("labels", tokens[:, 0])):
@@ -207,7 +210,10 @@ def test_ready_inputs_keep_their_rows_together_in_drawn_order(tmp_path):
     [
         ({"input_ids": [[1], [2]], "a": [[1.0]]}, r"ready.*, a: found 1 in .*, expected 2 samples as in input_ids"),
         ({"input_ids": [[1, 2, 3, 4]]}, r"ready.*, sample 0, input_ids: found 4 tokens, expected at most 3"),
-        ({"input_ids": [[1], [5]]}, r"sample 1, input_ids: found token id 5, expected 0 to 4 \(vocabulary of 5\)"),
+        (
+            {"input_ids": [[1], [5]]},
+            r"sample 1, input_ids: found token id 5, expected 0 to 4 \(vocabulary of the model\)",
+        ),
         ({"input_ids": [[1, -1]]}, r"sample 0, input_ids: found token id -1, expected 0 to 4"),
         ({"decoder_input_ids": [[7]]}, r"sample 0, decoder_input_ids: found token id 7"),
         ({"input_ids": [1, 2]}, r"input_ids: found torch.int64 of shape \[\], expected one or more integers"),
@@ -225,7 +231,7 @@ def test_ready_inputs_keep_their_rows_together_in_drawn_order(tmp_path):
 )
 def test_unusable_ready_inputs_are_named(tmp_path, tensors, message):
     with pytest.raises(DataError, match=message):
-        load_batches(save_tensors(tmp_path, **tensors), folders=[], max_positions=3, vocab_size=5)
+        load_batches(save_tensors(tmp_path, **tensors), folders=[], limits=Limits(3, 5))
 
 
 def test_a_broken_safetensors_file_is_named(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from data_files import BOS, EOS, A, assert_same, ids, rows, save_image, texts
 
 from featcal_fast.data.batches import load_batches
+from featcal_fast.data.checks import Limits
 from featcal_fast.errors import DataError
 
 
@@ -46,7 +47,7 @@ def test_a_saved_dataset_of_token_ids(save_dataset):
     assert batch["input_ids"].tolist() == [[4, 0, 0], [1, 2, 3]]
     assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
     with pytest.raises(DataError, match=r"saved, row 0, input_ids: found 3 tokens, expected at most 2"):
-        load_batches(path, folders=[], max_positions=2)
+        load_batches(path, folders=[], limits=Limits(2))
     path = save_dataset(input_ids=[[1, 2]], attention_mask=[[0, 1]])
     assert texts(load_batches(path, folders=[])) == [[2]]
     with pytest.raises(DataError, match=r"saved, row 1: found no row of token ids"):

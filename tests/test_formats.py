@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import featcal_fast as ff
 from featcal_fast.checkpoints import CachedExpert, Checkpoint, LoraExpert, cached_bytes, find_expert
+from featcal_fast.errors import ModelMismatchError
 
 
 @pytest.fixture
@@ -156,6 +158,27 @@ def test_adapters_that_peft_writes(kind: str, options: dict, tmp_path: Path) -> 
         own = name if name in expected else name.removeprefix("vision_model.")
         if options.get("bias") != "lora_only" or not name.endswith("bias"):  # whose biases peft does not save
             assert torch.allclose(value, expected[own], atol=1e-6), name
+
+
+def test_names_of_modules_on_disk_and_in_the_model_are_both_read(tmp_path: Path) -> None:
+    """Of ViT, which transformers 5 renames as it loads; and where there is no such module, that is said."""
+    pico.KINDS["vit"]().save_pretrained(tmp_path / "base")
+    base = Checkpoint(tmp_path / "base", "base model")
+    own = "encoder.layer.1.attention.attention.query"
+    a, b = torch.randn(2, 48), torch.randn(48, 2)
+    (tmp_path / "adapter").mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [own, "layers.1.attention.q_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    for module in (own, "layers.1.attention.q_proj", "layers.7.attention.q_proj"):
+        factors = {f"base_model.model.{module}.lora_{key}.weight": each for key, each in (("A", a), ("B", b))}
+        save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+        if "7" in module:
+            with pytest.raises(ModelMismatchError, match=r"adapts layers.7.* which the base model .* has not"):
+                find_expert("adapter", tmp_path, "expert", base)
+        else:
+            expert = find_expert("adapter", tmp_path, "expert", base)
+            name = f"{own}.weight"
+            assert torch.allclose(expert.read([name])[name], base.read([name])[name] + b @ a, atol=1e-6)
 
 
 # bitsandbytes checkpoints

@@ -81,3 +81,19 @@ def test_seeds_of_model_folders_are_read_and_damaged(tmp_path: Path) -> None:
     for seed in checkpoint.SEEDS:
         checkpoint.target(seed)
     assert driver.fuzz(checkpoint, 0.02, random.Random(0), tmp_path) == 0
+
+
+def test_seeds_of_cards_are_read_and_damaged(tmp_path: Path) -> None:
+    from tests.fuzz import card
+
+    for seed in card.SEEDS:
+        card.target(seed)
+    assert driver.fuzz(card, 0.02, random.Random(0), tmp_path) == 0
+
+
+def test_seeds_of_mergekit_configs_are_mapped_and_damaged(tmp_path: Path) -> None:
+    from tests.fuzz import mergekit
+
+    for seed in mergekit.SEEDS:
+        mergekit.target(seed)
+    assert driver.fuzz(mergekit, 0.02, random.Random(0), tmp_path) == 0

@@ -20,6 +20,7 @@ import featcal_fast as ff
 from featcal_fast.checkpoints.config import transformers_config
 from featcal_fast.data import texts
 from featcal_fast.data.batches import load_batches
+from featcal_fast.data.checks import Limits
 from featcal_fast.models.configs import differences
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -99,7 +100,7 @@ def test_of_a_book_the_beginning_counts(tmp_path: Path, plain: Path, monkeypatch
 def test_token_ids_may_be_unsigned(tmp_path: Path, dtype: torch.dtype) -> None:
     """As they are kept where a vocabulary has less than 65,536."""
     save_file({"input_ids": torch.tensor([[3, 2**15 + 1]]).to(dtype)}, tmp_path / "ids.safetensors")
-    (batch,) = load_batches(tmp_path / "ids.safetensors", folders=[], vocab_size=2**16)
+    (batch,) = load_batches(tmp_path / "ids.safetensors", folders=[], limits=Limits(vocab_size=2**16))
     assert batch["input_ids"].tolist() == [[3, 2**15 + 1]]
 
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig
 import featcal_fast as ff
 from featcal_fast.checkpoints import find_checkpoint
 from featcal_fast.data.batches import load_batches
+from featcal_fast.data.checks import Limits
 from featcal_fast.models.configs import differences, max_positions
 from featcal_fast.models.meta import meta_model
 
@@ -297,7 +298,7 @@ def test_positions_of_roberta_start_after_its_padding(tmp_path: Path) -> None:
         model(input_ids=ids)
     save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
     with pytest.raises(ff.FeatCalError, match="found 65 tokens, expected at most 64"):
-        load_batches(tmp_path / "ids.safetensors", folders=[], max_positions=max_positions(model.config))
+        load_batches(tmp_path / "ids.safetensors", folders=[], limits=Limits(max_positions(model.config)))
     assert max_positions(pico.KINDS["bert"]().config) == 64
     assert max_positions(pico.KINDS["t5"]().config) is None
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from featcal_fast import files
 from featcal_fast.data import ready, tables
 from featcal_fast.data.batches import load_batches
+from featcal_fast.data.checks import Limits
 from featcal_fast.errors import DataError
 
 IDS = torch.arange(12).reshape(3, 4)
@@ -96,7 +97,7 @@ def test_masks_count_as_ones_and_zeros_whatever_their_type(tmp_path):
 def test_values_that_no_model_has_are_named(tmp_path, tensors, message):
     save_file({"input_ids": IDS, **tensors}, tmp_path / "a.safetensors")
     with pytest.raises(DataError, match=message):
-        load_batches(tmp_path / "a.safetensors", folders=[], choices={"position_ids": 10})
+        load_batches(tmp_path / "a.safetensors", folders=[], limits=Limits(choices={"position_ids": 10}))
 
 
 class Config:

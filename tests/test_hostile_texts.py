@@ -190,8 +190,8 @@ def test_tokenizers_whose_patterns_do_not_end_are_given_up(write, tmp_path):
 
 def test_tokenizers_that_do_not_end_are_ended(write, plain, monkeypatch):
     monkeypatch.setattr(texts, "TOKENIZER_SECONDS", 1)
-    monkeypatch.setattr(texts, "_ids", lambda *_: deque(iter(int, 1), maxlen=0))
-    with pytest.raises(DataError, match=r"data.jsonl: the tokenizer in one of .* cannot tokenize the texts: it takes"):
+    monkeypatch.setattr(texts.Splitter, "row", lambda *_: deque(iter(int, 1), maxlen=0))
+    with pytest.raises(DataError, match=r"data.jsonl: the tokenizer in .* cannot tokenize the texts: it takes"):
         load_batches(write({"text": "a"}), folders=[plain])
 
 
@@ -202,11 +202,10 @@ def test_tokenizer_files_are_looked_at_before_a_library_reads_them(write, tmp_pa
     path = save_tokenizer(tmp_path / "odd", template=TEMPLATE) / name
     path.unlink(missing_ok=True)
     data = write({"text": "a"})
-    if name != "tokenizer.json":  # else there is none
-        os.mkfifo(path)
-        with pytest.raises(DataError, match=rf"odd/{name}: it is not a regular file"):
-            load_batches(data, folders=[tmp_path / "odd"])
-        path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=rf"odd/{name}: it is not a regular file"):
+        load_batches(data, folders=[tmp_path / "odd"])
+    path.unlink()
     with path.open("wb") as file:
         file.truncate(2**40)
     with pytest.raises(DataError, match=rf"odd/{name}: found 1099511627776 bytes, expected at most"):

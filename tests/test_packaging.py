@@ -48,7 +48,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(checkout: Path) -> None:
     code = {
         f"{package}/{path.relative_to(folder).as_posix()}"
         for package, folder in SOURCES.items()
-        for path in [*folder.rglob("*.py"), folder / "py.typed"]
+        for path in [*folder.rglob("*.py"), *folder.rglob("*.json"), folder / "py.typed"]
     }
     assert {name for name in names if ".dist-info/" not in name} == code
     assert f"\nVersion: {ff.__version__}\n" in metadata

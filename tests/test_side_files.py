@@ -83,14 +83,16 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_subfolders_go_with_the_model(recipe: dict, merged: Path, tmp_path: Path) -> None:
-    """All of the folder is in the output, byte for byte, but for the weights."""
+    """All of the folder is in the output, byte for byte, but for the weights and the card, in which the old one is."""
     expected = tree(merged)
     ff.calibrate(recipe)
     found = tree(tmp_path / "out")
     report = json.loads(found.pop("report.json"))
     assert report["left_out"] == []
+    assert found.pop("drift.svg").startswith(b"<svg ")
     assert found.keys() == expected.keys()
-    assert {name for name in found if found[name] != expected[name]} == {"model.safetensors"}
+    assert {name for name in found if found[name] != expected[name]} == {"model.safetensors", "README.md"}
+    assert found["README.md"].endswith(b"\n### A model\n")
     assert check(tmp_path / "out").whole
     (tmp_path / "out" / "1_Pooling" / "config.json").write_text("{}")
     assert check(tmp_path / "out").problems == ["1_Pooling/config.json is not as it was written"]
@@ -145,7 +147,10 @@ def test_a_calibrated_model_can_be_calibrated_again(recipe: dict, merged: Path, 
     first = ff.calibrate(recipe)
     second = ff.calibrate({**recipe, "merged_model": first.out}, out=tmp_path / "again")
     assert json.loads((tmp_path / "again" / "report.json").read_text())["out"] == second.out
-    assert tree(tmp_path / "again").keys() == tree(tmp_path / "out").keys()
+    before, after = tree(tmp_path / "out"), tree(tmp_path / "again")
+    assert after.keys() == {*before, "drift-2.svg"}
+    assert after["drift.svg"] == before["drift.svg"]
+    assert after["README.md"].decode().count("own card\n") == 2  # the first model's, and in it that of the merge
     assert check(tmp_path / "again").whole
 
 

@@ -169,6 +169,8 @@ def test_a_layer_is_solved_by_blocks_where_its_condition_allows(
     system, moments, block, expert = layer(settings, features)
     update = solve_layer(system, moments, tasks=1)
     assert len(called) == (max_condition(settings, 1) <= MAX_CONDITION_SPLIT) == (ridge_lambda == 0.05)
+    assert update.solver == {"fc": "float32"}
+    assert update.steps == {"fc": ["float32, by blocks" if called else "float32"]}
     judge = exact(features, block, expert, settings)
     assert torch.allclose(update.parameters["fc.weight"].double(), judge, atol=1e-6)
 
@@ -187,6 +189,8 @@ def test_a_failed_float32_factorisation_is_redone_in_float64(by_blocks: bool, mo
     system, moments, *_ = layer(settings, features)
     update = solve_layer(system, moments, tasks=1)
     assert update.solver["fc"].startswith("float64")
+    assert update.steps["fc"][:2] == ["float32", "float64"]
+    assert update.steps["fc"][-1] == update.solver["fc"]
     assert update.parameters["fc.weight"].isfinite().all()
 
 
@@ -199,6 +203,8 @@ def test_an_indefinite_system_has_its_diagonal_raised_and_says_so() -> None:
     system.systems[0].a.copy_(broken)
     update = solve_layer(system, moments, tasks=1)
     assert update.solver["fc"] == "float64, diagonal raised by 1e-05 of its mean"
+    raised = [f"float64, diagonal raised by {each} of its mean" for each in ("1e-07", "1e-06", "1e-05")]
+    assert update.steps["fc"] == ["float32", "float64", *raised]
     assert update.parameters["fc.weight"].isfinite().all()
 
 

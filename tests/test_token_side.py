@@ -44,6 +44,8 @@ def test_it_is_the_same_solution(kind: str, ridge: float, monkeypatch: pytest.Mo
     assert "tokens" in spaces(report)
     expected = "float32, token side" if ridge == 0.05 else "float64, token side"
     assert {group.solver for layer in report.layers for group in layer.groups if group.space == "tokens"} == {expected}
+    steps = [group.solver_steps for layer in report.layers for group in layer.groups if group.space == "tokens"]
+    assert all(each == [expected.partition(",")[0]] for each in steps)
     worse = update_errors(plain, judge, job.merged)
     for name, (error, rounding) in update_errors(merged, judge, job.merged).items():
         if name.endswith("bias"):  # what is off in W lies in the tokens' span, where a bias sees all of it

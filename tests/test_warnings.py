@@ -19,7 +19,14 @@ import featcal_fast as ff
 from featcal_fast.layer.solve import MAX_CONDITION_FLOAT32, max_condition
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import GroupReport, LayerReport, Report, drift_text, percent_text
-from featcal_fast.reporting.warnings import about_run, about_same_model, about_samples, about_settings
+from featcal_fast.reporting.warnings import (
+    about_base,
+    about_left_out,
+    about_run,
+    about_same_model,
+    about_samples,
+    about_settings,
+)
 from featcal_fast.terminal import BarProgress, Terminal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,7 +135,12 @@ def test_the_page_explains_each_kind() -> None:
     rows = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
     settings = [ff.Settings(**values) for values, _ in SETTINGS]
     told = [about_settings(each, max_condition(each, 3), MAX_CONDITION_FLOAT32) for each in settings]
-    told += [about_run(found) for found, _ in RUNS] + [about_samples({"a": (1, 2)}), about_same_model(["a"])]
+    told += [about_run(found) for found, _ in RUNS] + [
+        about_samples({"a": (1, 2)}),
+        about_same_model(["a"]),
+        about_base(True),
+        about_left_out({"a": ({"of other tokens": 1}, 2)}),
+    ]
     sentences = [sentence for each in told for sentence in each]
     for sentence in sentences:
         assert [row for row in rows if row in sentence], sentence

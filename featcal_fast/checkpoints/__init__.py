@@ -6,10 +6,11 @@ from featcal_fast.checkpoints.documents import leads_out, read_errors
 from featcal_fast.checkpoints.find import find_checkpoint, find_expert
 from featcal_fast.checkpoints.lock import Lock
 from featcal_fast.checkpoints.manifest import Manifest
+from featcal_fast.checkpoints.metadata import Metadata
 from featcal_fast.checkpoints.quantised import BitsAndBytesCheckpoint
 from featcal_fast.checkpoints.reader import Checkpoint, TensorSource, WrappedSource, canonical
 from featcal_fast.checkpoints.shards import TensorInfo, is_finite, parse_header, read_header
-from featcal_fast.checkpoints.side_files import REPORT
+from featcal_fast.checkpoints.side_files import CARD, REPORT
 from featcal_fast.checkpoints.work import (
     WorkFolder,
     check_output,
@@ -17,12 +18,14 @@ from featcal_fast.checkpoints.work import (
     held_bytes,
     nearest_existing,
     states_path,
+    taken,
     work_path,
     write_errors,
 )
 from featcal_fast.checkpoints.writer import CheckpointWriter
 
 __all__ = [
+    "CARD",
     "REPORT",
     "STORAGES",
     "BitsAndBytesCheckpoint",
@@ -32,6 +35,7 @@ __all__ = [
     "Lock",
     "LoraExpert",
     "Manifest",
+    "Metadata",
     "TensorInfo",
     "TensorSource",
     "WorkFolder",
@@ -50,6 +54,7 @@ __all__ = [
     "read_errors",
     "read_header",
     "states_path",
+    "taken",
     "work_path",
     "write_errors",
 ]

@@ -21,7 +21,9 @@ from typing import Any
 
 from torch import Tensor
 
+from featcal_fast.checkpoints.metadata import Metadata
 from featcal_fast.checkpoints.reader import ADAPTER_CONFIG, Checkpoint, canonical, read_json
+from featcal_fast.checkpoints.renamed import meanings
 from featcal_fast.checkpoints.shards import Shards, TensorInfo, is_finite
 from featcal_fast.checkpoints.targets import Targets
 from featcal_fast.errors import CheckpointError, ModelMismatchError, UnsupportedModelError, named, shown
@@ -112,6 +114,11 @@ class LoraExpert:
         """Tensor names by canonical name; the base's."""
         return self.base.names
 
+    @cached_property
+    def _renamed(self) -> dict[str, str]:
+        """The base's tensors by what transformers calls them, where files have another name."""
+        return {meaning: own for name, own in self.base.names.items() for meaning in meanings(name)[1:]}
+
     @property
     def bytes_read(self) -> int:
         return self.base.bytes_read + self.shards.bytes_read
@@ -150,6 +157,10 @@ class LoraExpert:
     def left_out(self) -> list[str]:
         """The base's likewise."""
         return self.base.left_out()
+
+    def metadata(self) -> Metadata:
+        """The base's likewise."""
+        return self.base.metadata()
 
     def _add(self, name: str, base: Tensor, low_rank: LowRank) -> Tensor:
         """`base`, changed in place."""
@@ -250,10 +261,11 @@ class LoraExpert:
         self.tensors[own] = TensorInfo(info.file, info.shape, base.dtype)
 
     def _base_name(self, inner: str, name: str) -> str:
-        own = self.base.names.get(canonical(inner))
+        known = canonical(inner)
+        own = self.base.names.get(known) or self._renamed.get(known)
         if own is None:
             adapts = f"{self.label}: {self.shards.where(name)} adapts {inner}, which the base model ({self.base.path})"
-            if self.base.config.tie_word_embeddings and inner.startswith(OUTPUTS):
+            if getattr(self.base.config, "tie_word_embeddings", False) and inner.startswith(OUTPUTS):
                 raise UnsupportedModelError(
                     f"{adapts} shares with its embedding (tie_word_embeddings); merge this adapter first, into a "
                     "checkpoint with an output layer of its own"
@@ -296,7 +308,7 @@ class LoraExpert:
             raise CheckpointError(
                 f"{self.label}: {self.path / WEIGHTS} holds no lora_A and lora_B; the adapter changes nothing"
             )
-        adapted = {canonical(f"{module}.weight") for module in modules}
+        adapted = {canonical(self._base_name(f"{module}.weight", module)) for module in modules}
         kinds, roots = {_any_layer(name) for name in adapted}, {_root(name) for name in adapted}
         # Of another root may be what the adapted model has not: the text tower beside a vision model, say. Experts are
         # matrices of one parameter in a model, each of its own in a checkpoint.

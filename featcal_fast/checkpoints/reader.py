@@ -11,6 +11,7 @@ from torch import Tensor
 
 from featcal_fast.checkpoints.config import transformers_config
 from featcal_fast.checkpoints.documents import read_document, read_errors
+from featcal_fast.checkpoints.metadata import Metadata
 from featcal_fast.checkpoints.shards import DTYPES, Shards, TensorInfo
 from featcal_fast.checkpoints.side_files import SideFiles, find_side_files
 from featcal_fast.errors import CheckpointError, UnsupportedModelError, named
@@ -66,6 +67,10 @@ class TensorSource(Protocol):
         """What else the folder holds: this model's weights in other forms, which would be another model's there."""
         ...
 
+    def metadata(self) -> Metadata:
+        """What a model of this form may repeat of what its files say of themselves."""
+        ...
+
 
 class WrappedSource:
     """A source that is as another one, but for what a subclass says.
@@ -105,6 +110,9 @@ class WrappedSource:
 
     def left_out(self) -> list[str]:
         return self.source.left_out()
+
+    def metadata(self) -> Metadata:
+        return self.source.metadata()
 
 
 def canonical(name: str) -> str:
@@ -202,6 +210,10 @@ class Checkpoint:
     def left_out(self) -> list[str]:
         """Paths of the same weights in other forms, such as `pytorch_model.bin` and `onnx/model.onnx`."""
         return self._beside.left_out
+
+    def metadata(self) -> Metadata:
+        """What its files say of themselves, within bounds."""
+        return self.shards.metadata
 
     @cached_property
     def _beside(self) -> SideFiles:

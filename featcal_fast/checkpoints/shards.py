@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
@@ -25,6 +25,7 @@ from featcal_fast.checkpoints.documents import (
     read_document,
     read_errors,
 )
+from featcal_fast.checkpoints.metadata import Metadata, repeated
 from featcal_fast.errors import CheckpointError, UnsupportedModelError, shown
 from featcal_fast.untrusted.documents import no_collection, parse_json
 
@@ -32,6 +33,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER = 2**24  # bytes; of a model of 10**5 tensors in one file it has half of that
 MAX_INDEX = 2**25
+MAX_UNUSED_INDEX = 2**21  # of one beside a single file, which needs none
 MAX_TENSORS = 500_000  # of one folder; the largest models have 140,000
 MAX_NAME, MAX_DTYPE = 500, 32  # characters of a tensor's name, and of that of its dtype
 MAX_DIMENSIONS = 64  # as torch has it
@@ -96,6 +98,7 @@ class Shards:
         files: names of the safetensors files.
         index: the name that an index has, where there is one.
         headers: of all tensors, by name.
+        metadata: what its files say of themselves.
         bytes_read: of tensors, so far.
 
     Raises:
@@ -105,10 +108,12 @@ class Shards:
     def __init__(self, path: Path, label: str, single: str = SINGLE, index: str = INDEX) -> None:
         self.path, self.label, self.index = path, label, index
         self.bytes_read = 0
+        self.metadata = Metadata()
         self._counting = Lock()  # blocks are read in a thread of their own
         with read_errors(label, path):
             if (path / single).is_file():
                 self.files, listed = [single], {}
+                self._read_unused_index()
             elif (path / index).is_file():
                 listed = self._read_index()
                 self.files = sorted(set(listed.values()))
@@ -218,7 +223,7 @@ class Shards:
             with closing(files.open_to_read(inside(path, self.path, self.label))) as handle:
                 size = files.stat(path).st_size
                 try:
-                    headers, end = parse_header(read_header(handle, size), file)
+                    headers, end, self.metadata.files[file] = _parse(read_header(handle, size), file)
                     if end != size:
                         raise ValueError(f"{end} bytes expected, {size} found")
                 except ValueError as error:
@@ -226,6 +231,13 @@ class Shards:
                         f"{self.label}: {path} is not a complete safetensors file ({error}); download or copy it again"
                     ) from error
         return headers
+
+    def _read_unused_index(self) -> None:
+        """What it says of the model; whatever is wrong with it does not matter, as nothing is read by it."""
+        path = self.path / self.index
+        with suppress(CheckpointError):
+            if path.is_file() and isinstance(document := read_document(path, self.label, MAX_UNUSED_INDEX), dict):
+                self.metadata = Metadata(repeated(document.get("metadata")))
 
     def _read_index(self) -> dict[str, str]:
         path = self.path / self.index
@@ -246,6 +258,7 @@ class Shards:
                     ".safetensors file in the folder"
                 )
             fitting.add(file)
+        self.metadata = Metadata(repeated(document.get("metadata")))
         return listed
 
     def _no_weights(self, single: str) -> CheckpointError:
@@ -277,7 +290,6 @@ def read_header(file: FileIO, size: int) -> bytes:
     return files.read_at(file, 8 + length, 0)
 
 
-@no_collection()
 def parse_header(data: bytes, file: str) -> tuple[dict[str, Header], int]:
     """What a safetensors file holds, and where it ends.
 
@@ -288,6 +300,13 @@ def parse_header(data: bytes, file: str) -> tuple[dict[str, Header], int]:
     Raises:
         ValueError: there are gaps between the tensors, or one is not of the size that its shape says.
     """
+    headers, end, _ = _parse(data, file)
+    return headers, end
+
+
+@no_collection()
+def _parse(data: bytes, file: str) -> tuple[dict[str, Header], int, dict[str, str]]:
+    """Likewise, with what it says of itself."""
     entries = parse_json(data[8:])
     if not isinstance(entries, dict):
         raise ValueError(f"its header is {shown(entries)}, expected tensors by name")
@@ -307,7 +326,7 @@ def parse_header(data: bytes, file: str) -> tuple[dict[str, Header], int]:
     _check_names(headers)
     if metadata is not None and not _are_texts(metadata):
         raise ValueError(f"its __metadata__ is {shown(metadata)}, expected texts by name")
-    return headers, position
+    return headers, position, repeated(metadata)
 
 
 def _is_entry(entry: object) -> bool:

@@ -13,6 +13,7 @@ from featcal_fast.checkpoints.shards import Shards
 from featcal_fast.errors import CheckpointError, shown
 
 MOST = 10_000  # files and folders beside the weights
+CARD = "README.md"  # what a model says of itself; what is made of it says something else
 REPORT = "report.json"  # of the run that wrote a folder; what is made of it gets its own
 # What ends in one of these holds weights, or a graph that is of no use without them. In a model's root they are the
 # model's own; in a subfolder they are those of another module, but for EXPORTS.
@@ -83,6 +84,8 @@ def find_side_files(shards: Shards) -> SideFiles:
             if stat.S_ISREG(mode):
                 with closing(files.open_to_read(path)):
                     found.files[name.as_posix()] = path
+            elif stat.S_ISDIR(mode) and name.as_posix() == CARD:
+                raise CheckpointError(f"{label}: {path} is a folder, expected a file, the model's card; rename it")
             elif stat.S_ISDIR(mode):
                 if linked and followed:
                     raise CheckpointError(

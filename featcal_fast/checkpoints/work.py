@@ -53,13 +53,27 @@ def _digest(out: Path) -> str:
     return hashlib.sha256(str(files.resolve(out)).encode(errors="surrogateescape")).hexdigest()[:8]
 
 
-def check_output(out: Path, inputs: Mapping[str, Path], nbytes: int) -> None:
+def taken(out: Path) -> str:
+    """What is said of an output folder that holds something; nothing, where it may be written.
+
+    Raises:
+        OSError: nobody can say where `out` leads.
+    """
+    resolved, work = files.resolve(out), work_path(out)
+    if not resolved.exists() or (resolved.is_dir() and not files.list_folder(resolved)):
+        return ""
+    beside = f", and {work} beside it, which a run has left" if work.exists() else ""
+    return f"out: {out} already holds something; choose another folder, or remove it{beside}"
+
+
+def check_output(out: Path, inputs: Mapping[str, Path], nbytes: int, *, may_be_taken: bool = False) -> None:
     """Refuse an output folder before any work is done.
 
     Args:
         out: the folder.
         inputs: files and folders that are read, by what they are.
         nbytes: that will be written.
+        may_be_taken: whether it may hold something, for a job that is only planned.
 
     Raises:
         OutputError: it holds something, lies in an input folder, cannot be made, or the disk lacks `nbytes`.
@@ -67,9 +81,8 @@ def check_output(out: Path, inputs: Mapping[str, Path], nbytes: int) -> None:
     with write_errors(out):
         resolved, work = files.resolve(out), work_path(out)
         _check_outside("out", out, resolved, inputs)
-        if resolved.exists() and (not resolved.is_dir() or files.list_folder(resolved)):
-            beside = f", and {work} beside it, which a run has left" if work.exists() else ""
-            raise OutputError(f"out: {out} already holds something; choose another folder, or remove it{beside}")
+        if not may_be_taken and (found := taken(out)):
+            raise OutputError(found)
         if resolved.exists() and resolved.samefile("."):  # whoever works in it would be left in a folder without a name
             raise OutputError(f"out: {out} is the working directory; name a folder in it: {out / 'calibrated'}")
         if resolved.is_mount():  # a finished folder is renamed to it, which cannot be done to a mount point

@@ -18,7 +18,7 @@ from featcal_fast import files
 from featcal_fast.checkpoints.documents import read_errors
 from featcal_fast.checkpoints.reader import TensorSource
 from featcal_fast.checkpoints.shards import DTYPES, INDEX, SINGLE, TensorInfo, is_finite
-from featcal_fast.checkpoints.side_files import REPORT
+from featcal_fast.checkpoints.side_files import CARD, REPORT
 from featcal_fast.checkpoints.work import WorkFolder, write_errors
 from featcal_fast.errors import OutputError, ResumeError
 
@@ -29,7 +29,8 @@ COPIED = 2**22  # bytes of a file at a time
 class CheckpointWriter:
     """Streams tensors into safetensors files laid out like `layout`'s: same names, shapes, dtypes and shards.
 
-    Used as a context manager. Every file has its room on the disk before the first tensor comes. With `finish` the
+    The layout's card alone is not copied: what it says is not true of the output, whose own `add` takes. Used as a
+    context manager. Every file has its room on the disk before the first tensor comes. With `finish` the
     folder is whole and on the disk; `WorkFolder.publish` gives it its name.
 
     Args:
@@ -97,6 +98,15 @@ class CheckpointWriter:
                 files.write_at(self._shards[info.file], memory, self._offsets[name])
             self._unsynced.add(info.file)
 
+    def add(self, name: str, text: str) -> None:
+        """Write a text file beside the weights, whose `contents` have it from then on.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with write_errors(self.out):
+            self._side[name] = self._add(name, text)
+
     def copy(self, names: Iterable[str]) -> None:
         """Copy the named tensors, where not written yet, from the layout's own checkpoint, one at a time."""
         for name in names:
@@ -146,7 +156,8 @@ class CheckpointWriter:
 
     def _open(self, file: str, members: Mapping[str, TensorInfo]) -> None:
         """Reserve a safetensors file, or go on with it: its header is known before any tensor is."""
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        own = self.layout.metadata().files.get(file, {})
+        header: dict[str, object] = {"__metadata__": {**own, "format": "pt"}}
         position = 0
         # Wide types first, so that every tensor starts at a multiple of its item size.
         for name, info in sorted(members.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
@@ -185,7 +196,7 @@ class CheckpointWriter:
                 )
 
     def _copy_side_files(self) -> None:
-        side = self.layout.side_files()
+        side = {name: path for name, path in self.layout.side_files().items() if name != CARD}
         for name, path in side.items():
             target = self.folder / name
             if target.exists():  # half-written, for all that is known
@@ -194,10 +205,10 @@ class CheckpointWriter:
                 if not (self.folder / folder).exists():
                     files.make_folder(self.folder / folder)
             self._side[name] = self._copy_file(path, target)
-        infos = self.layout.tensors
-        if set(self._shards) != {SINGLE}:
+        infos, own = self.layout.tensors, self.layout.metadata().index
+        if set(self._shards) != {SINGLE} or own is not None:
             index = {
-                "metadata": {"total_size": sum(info.nbytes for info in infos.values())},
+                "metadata": {**(own or {}), "total_size": sum(info.nbytes for info in infos.values())},
                 "weight_map": {name: infos[name].file for name in sorted(infos)},
             }
             self._side[INDEX] = self._add(INDEX, json.dumps(index, indent=2) + "\n")

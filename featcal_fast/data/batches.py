@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -11,9 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from featcal_fast.data.checks import Limits
 from featcal_fast.data.images import process_images
+from featcal_fast.data.left_out import LeftOut
 from featcal_fast.data.samples import TEXT_KINDS, Sample, os_errors
 from featcal_fast.data.sources import read_samples
-from featcal_fast.data.texts import tokenize
+from featcal_fast.data.texts import Reader, tokenize
 from featcal_fast.errors import DataError
 
 Batch = dict[str, torch.Tensor]
@@ -28,27 +29,27 @@ def load_batches(
     batch_size: int = 16,
     batch_tokens: int | None = None,
     seed: int = 0,
-    max_positions: int | None = None,
-    vocab_size: int | None = None,
-    choices: Mapping[str, int] | None = None,
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
     targets: bool = False,
+    tokenizer: Path | None = None,
+    left_out: LeftOut | None = None,
 ) -> list[Batch]:
     """Draw `samples` samples of `source` and make batches of model keyword arguments of them.
 
     Args:
         source: see `samples.read_samples`.
-        folders: model folders to take the tokenizer or image processor from; the first that has one.
+        folders: model folders to take the image processor or chat template from; the first that has one.
         samples: how many to draw without replacement; all of them if there are fewer. What is not drawn is
             not read, and so not checked.
         max_length: tokens that a text is truncated to, at its end. Ready inputs are never truncated.
         batch_size: rows of a batch; the last one may be smaller.
         batch_tokens: of texts, in place of `batch_size`: as many rows as have no more positions, padding included.
         seed: of the draw; the same seed and data give the same batches.
-        max_positions: the longest sequence that the model takes, if it has a limit.
-        vocab_size: rows of the model's embedding, if known.
-        choices: by the name of another input of integers, how many values it chooses from.
+        limits: what the model takes.
         targets: the model is an encoder-decoder: texts must be `prompt` and `completion`, the prompt becomes
             `input_ids`, the completion `labels`.
+        tokenizer: the folder to take the tokenizer from; by default the first of `folders` that has one.
+        left_out: says which samples the task's expert cannot be given, and is told of them.
 
     Returns:
         Batches on the CPU. Texts: `input_ids` and `attention_mask`, `[rows, longest of the batch]`, int64,
@@ -59,35 +60,34 @@ def load_batches(
     Raises:
         DataError: the source is missing, empty, unreadable or of an unknown kind; a sample is malformed,
             empty, not finite, longer than the model takes or outside its vocabulary; a folder's tokenizer or
-            image processor cannot be loaded, or none has one; an optional library is missing.
+            image processor cannot be loaded, or none has one; an optional library is missing; more than half of
+            the samples are to be left out.
     """
-    limits = Limits(max_positions, vocab_size, choices or {})
     with os_errors(source):
-        found = read_samples(source, samples, seed, max_positions)
-        prepared, padding = _prepared(source, found, [*map(Path, folders)], max_length, max_positions, targets)
-        drawn = [limits.checked(sample) for sample in prepared]
+        found = read_samples(source, samples, seed, limits.max_positions)
+        reader = Reader([*map(Path, folders)], max_length, targets, tokenizer, left_out)
+        prepared, padding = _prepared(source, found, reader, limits.max_positions)
+        checked = (limits.checked(sample) for sample in prepared)
+        drawn = [sample for sample in checked if left_out is None or left_out.keeps(sample)]
+    if left_out is not None:
+        left_out.check(source)
     # Padding is embedded too, so a pad token added beyond the model's vocabulary will not do.
-    if padding is None or padding >= (vocab_size or float("inf")):
+    if padding is None or padding >= (limits.vocab_size or float("inf")):
         padding = 0
     return _batched(drawn, batch_size, batch_tokens, padding)
 
 
 def _prepared(
-    source: str | Path,
-    samples: Iterator[Sample],
-    folders: Sequence[Path],
-    max_length: int,
-    max_positions: int | None,
-    targets: bool,
+    source: str | Path, samples: Iterator[Sample], reader: Reader, max_positions: int | None
 ) -> tuple[Iterable[Sample], int | None]:
     """Samples as tensors; those of ready inputs one after the other. The token that pads them, if there is one."""
     first = next(samples)
     samples = chain([first], samples)
     if tuple(first.values) in TEXT_KINDS:
-        check_length(source, max_length, max_positions)
-        return tokenize(source, list(samples), folders, max_length, targets)
+        check_length(source, reader.max_length, max_positions)
+        return tokenize(source, list(samples), reader)
     if "image" in first.values:
-        return process_images(source, list(samples), folders), None
+        return process_images(source, list(samples), reader.folders), None
     return samples, None
 
 

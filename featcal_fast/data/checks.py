@@ -20,11 +20,15 @@ class Limits:
         max_positions: the longest sequence, if it has a limit.
         vocab_size: rows of its embedding, if known.
         choices: by the name of another input of integers, how many values it chooses from.
+        owner: whose vocabulary it is.
+        advice: what to do about ids outside of it.
     """
 
     max_positions: int | None = None
     vocab_size: int | None = None
     choices: Mapping[str, int] = field(default_factory=dict)
+    owner: str = "the model"
+    advice: str = "use the model's own tokenizer"
 
     def checked(self, sample: Sample) -> Sample:
         """The sample, with masks as integers.
@@ -61,8 +65,8 @@ class Limits:
             )
         if (odd := _outside(ids, self.vocab_size)) is not None:
             size = self.vocab_size
-            limit = "0 or more" if size is None else f"0 to {size - 1} (vocabulary of {size})"
-            raise DataError(f"{where}: found token id {odd}, expected {limit}; use the model's own tokenizer")
+            limit = "0 or more" if size is None else f"0 to {size - 1} (vocabulary of {self.owner})"
+            raise DataError(f"{where}: found token id {odd}, expected {limit}; {self.advice}")
 
     def _check_choices(self, value: torch.Tensor, name: str, where: str) -> None:
         most = self.choices[name] - 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ from featcal_fast.data.samples import import_optional, listed, os_errors
 from featcal_fast.errors import DataError, shown, told
 from featcal_fast.untrusted.documents import DocumentError, parse_json
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"),
+    *("sentencepiece.bpe.model", "sentencepiece.model", "spm.model"),
+)
 PROCESSOR, NESTED_PROCESSOR = "preprocessor_config.json", "processor_config.json"
 # What transformers may read beside them, by how files of the kind end, and how large one of them may be, in bytes.
 LARGEST = {**dict.fromkeys((".json", ".txt", ".model", ".spm", ".tiktoken"), 2**27), ".jinja": 2**20}
@@ -24,25 +27,28 @@ CONFIGS = {
 }
 
 
-def load_tokenizer(source: object, folders: Sequence[Path], *, chat: bool) -> Any:
-    """Of the first folder that has one, with a chat template where one is needed.
+def find_tokenizer(folders: Iterable[Path]) -> Path | None:
+    """The first folder that has one."""
+    for folder in folders:
+        with os_errors(folder):
+            if any((folder / name).exists() for name in VOCABULARIES):  # what is no file is refused, not passed over
+                return folder
+    return None
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """A folder's.
 
     Its files are a stranger's, and reading them may take any time: to be called in a process of its own.
 
     Raises:
-        DataError: it cannot be loaded, or there is none.
+        DataError: it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
-    for folder in folders:
-        with os_errors(folder):
-            if any((folder / name).is_file() for name in VOCABULARIES):
-                _check_files(folder)
-                tokenizer = _from_pretrained(AutoTokenizer, folder, truncation_side="right")
-                if tokenizer.chat_template or not chat:
-                    return tokenizer
-    needed = "tokenizer with a chat template" if chat else "tokenizer"
-    raise DataError(f"{source}: found no {needed} in {listed(folders)}; copy its files into one of them")
+    with os_errors(folder):
+        _check_files(folder)
+    return _from_pretrained(AutoTokenizer, folder, truncation_side="right")
 
 
 def find_image_processor(source: object, folders: Sequence[Path]) -> Path:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from featcal_fast.data.preprocess import load_tokenizer
+from featcal_fast.data.left_out import LeftOut
+from featcal_fast.data.preprocess import find_tokenizer, load_tokenizer
 from featcal_fast.data.samples import LONGEST_TEXT, Sample, as_data_error, as_tokens, confined, listed
 from featcal_fast.errors import DataError, shown
 from featcal_fast.untrusted.limits import LimitError
@@ -27,58 +30,104 @@ TRIAL, TRIAL_SECONDS, TRIAL_BYTES, MOST_TOKENS = 64, 1, 2**28, 64
 BYTES_A_CHARACTER = 16  # that a template may take for what it is given, besides
 IDS = 2**24  # that come from one process
 
-Row = tuple[str, dict[str, list[int]]]  # where it is from, and its ids
+Row = tuple[str, dict[str, list[int]], str]  # where it is from, its ids, and how another tokenizer splits it
 
 
-def tokenize(
-    source: object, samples: Sequence[Sample], folders: Sequence[Path], max_length: int, targets: bool
-) -> tuple[list[Sample], int | None]:
+@dataclass(frozen=True)
+class Reader:
+    """How texts become token ids.
+
+    Attributes:
+        folders: model folders that may have a chat template.
+        max_length: tokens that each text is cut at.
+        targets: make labels of completions.
+        tokenizer: the folder of the tokenizer; by default the first of `folders` that has one.
+        left_out: says by which other tokenizer texts must be split alike, if by any.
+    """
+
+    folders: Sequence[Path]
+    max_length: int
+    targets: bool = False
+    tokenizer: Path | None = None
+    left_out: LeftOut | None = None
+
+    @property
+    def other(self) -> Path | None:
+        """The folder of the tokenizer that must split texts alike."""
+        return None if self.left_out is None or self.left_out.own.same else self.left_out.own.folder
+
+
+def tokenize(source: object, samples: Sequence[Sample], reader: Reader) -> tuple[list[Sample], int | None]:
     """Token ids and masks of texts, and the token that pads them, if there is one.
 
     Args:
         source: where they are from.
         samples: all of one kind.
-        folders: model folders; the first that has a tokenizer counts.
-        max_length: tokens that each text is cut at.
-        targets: make labels of completions.
+        reader: by what; what its `left_out` says is not among the result.
 
     Raises:
         DataError: one cannot be tokenized; there is no tokenizer, or it takes too much time or memory.
     """
     from transformers import AutoTokenizer  # noqa: F401 (now: this process may be copied several times)
 
+    folder = reader.tokenizer or find_tokenizer(reader.folders)
+    if folder is None:
+        raise DataError(f"{source}: found no tokenizer in {listed(reader.folders)}; copy its files into one of them")
+    used = [folder, *([] if reader.other is None else [reader.other])]
+    times = 1 if reader.other is None else 3  # both, without special tokens, besides
     found: list[Sample] = []
     padding: int | None = None
-    several = max(1, IDS // max_length)
+    several = max(1, IDS // reader.max_length)
     for start in range(0, len(samples), several):
         part = samples[start : start + several]
         characters = sum(map(_characters, part))
         try:
             padding, rows = confined(
-                partial(_tokenize, source, part, folders, max_length, targets),
-                TOKENIZER_SECONDS + characters // CHARACTERS_A_SECOND,
-                TOKENIZER_BYTES,
+                partial(_tokenize, source, part, folder, reader),
+                len(used) * TOKENIZER_SECONDS + times * characters // CHARACTERS_A_SECOND,
+                len(used) * TOKENIZER_BYTES,
             )
         except LimitError as error:
             raise DataError(
-                f"{source}: the tokenizer in one of {listed(folders)} cannot tokenize the texts: {error}; repair its "
-                "files, or take those of another model of the family"
+                f"{source}: the tokenizer in {' or '.join(map(str, used))} cannot tokenize the texts: {error}; repair "
+                "its files, or take those of another model of the family"
             ) from None
-        found += [as_tokens(Sample(where, values)) for where, values in rows]
+        found += [as_tokens(Sample(where, values)) for where, values, split in rows if not split]
+        if reader.left_out is not None:
+            reader.left_out.add_split([f"{where}: {split}" for where, _, split in rows if split])
     return found, padding
 
 
-def _tokenize(
-    source: object, samples: Sequence[Sample], folders: Sequence[Path], max_length: int, targets: bool
-) -> tuple[int | None, list[Row]]:
+def _tokenize(source: object, samples: Sequence[Sample], folder: Path, reader: Reader) -> tuple[int | None, list[Row]]:
     """In a process of its own: the padding token, and the ids of every sample."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads that were there before a copy are not there after it
+    tokenizer = load_tokenizer(folder)
+    other = None if reader.other is None else load_tokenizer(reader.other)
     chat = "messages" in samples[0].values
-    tokenizer = load_tokenizer(source, folders, chat=chat)
     if chat:
-        samples = _render_all(samples, tokenizer)
-    _try(tokenizer, "".join(map(str, samples[0].values.values()))[:TRIAL])
-    return tokenizer.pad_token_id, [_row(sample, tokenizer, max_length, targets, added=not chat) for sample in samples]
+        samples = _render_all(samples, _with_template(source, tokenizer, folder, reader))
+    for each in (tokenizer, other):
+        if each is not None:
+            _try(each, "".join(map(str, samples[0].values.values()))[:TRIAL])
+    splitter = Splitter(tokenizer, other, reader, added=not chat)
+    return tokenizer.pad_token_id, [splitter.row(sample) for sample in samples]
+
+
+def _with_template(source: object, tokenizer: Any, folder: Path, reader: Reader) -> Any:
+    """The first tokenizer that has a chat template, the texts' own before others.
+
+    Raises:
+        DataError: there is none.
+    """
+    if tokenizer.chat_template:
+        return tokenizer
+    for each in reader.folders:
+        if each != folder and find_tokenizer([each]) and (found := load_tokenizer(each)).chat_template:
+            return found
+    raise DataError(
+        f"{source}: found no tokenizer with a chat template in {listed(dict.fromkeys([*reader.folders, folder]))}; "
+        "copy its files into one of them"
+    )
 
 
 def _try(tokenizer: Any, text: str) -> None:
@@ -106,32 +155,76 @@ def _characters(sample: Sample) -> int:
     return len(json.dumps(sample.values, ensure_ascii=False, default=str))
 
 
-def _row(sample: Sample, tokenizer: Any, max_length: int, targets: bool, added: bool) -> Row:
-    if not targets:
-        return _ids(sample, tokenizer, max_length, added)
-    where, values = sample
-    if "completion" not in values:
-        raise DataError(f"{where}: found {listed(values)}; expected prompt and completion, for the model's decoder")
-    prompt, completion = (Sample(where, {"text": values[key]}) for key in ("prompt", "completion"))
-    given, ids = _ids(prompt, tokenizer, max_length, added)
-    return given, {**ids, "labels": _ids(completion, tokenizer, max_length, added)[1]["input_ids"]}
+class Splitter:
+    """Texts to ids.
 
+    Args:
+        tokenizer: by what.
+        other: by what texts must be split alike; None where there is no such.
+        reader: how.
+        added: whether special tokens are added; a chat template writes them itself.
+    """
 
-def _ids(sample: Sample, tokenizer: Any, max_length: int, added: bool) -> Row:
-    text = _text(sample)
-    # A chat template writes the special tokens itself.
-    special = tokenizer.num_special_tokens_to_add() if added else 0
-    if max_length <= special:
-        raise DataError(
-            f"{sample.where}: found max_length {max_length}, expected more than the {special} special tokens that the "
-            f"tokenizer of {tokenizer.name_or_path} adds"
+    def __init__(self, tokenizer: Any, other: Any, reader: Reader, added: bool) -> None:
+        self.tokenizer, self.other, self.reader, self.added = tokenizer, other, reader, added
+        self.special = tokenizer.num_special_tokens_to_add() if added else 0
+        own = None if reader.left_out is None else reader.left_out.own
+        self._table: list[int] | None = None if own is None or own.table is None else own.table.tolist()
+
+    def row(self, sample: Sample) -> Row:
+        """A sample's ids."""
+        if not self.reader.targets:
+            return self._ids(sample)
+        where, values = sample
+        if "completion" not in values:
+            raise DataError(f"{where}: found {listed(values)}; expected prompt and completion, for the model's decoder")
+        prompt, completion = (Sample(where, {"text": values[key]}) for key in ("prompt", "completion"))
+        given, ids, split = self._ids(prompt)
+        _, labels, split_labels = self._ids(completion)
+        return given, {**ids, "labels": labels["input_ids"]}, split or split_labels
+
+    def _ids(self, sample: Sample) -> Row:
+        text, most, name = _text(sample), self.reader.max_length, self.tokenizer.name_or_path
+        if most <= self.special:
+            raise DataError(
+                f"{sample.where}: found max_length {most}, expected more than the {self.special} special tokens that "
+                f"the tokenizer of {name} adds"
+            )
+        where = f"{sample.where} (tokenizer of {name})"
+        ids = _encoded(text, self.tokenizer, most, self.added, where)
+        if len(ids) <= self.special:
+            raise DataError(f"{where}: the text tokenizes to zero tokens; remove this sample")
+        return where, {"input_ids": ids}, "" if self.other is None else self._split(text, ids, sample.where)
+
+    def _split(self, text: str, ids: list[int], where: str) -> str:
+        """How the other tokenizer splits a text differently; empty where it does not, or one of its ids is lacking."""
+        if -1 in self._translated(ids):
+            return ""
+        most = self.reader.max_length - self.special
+        ours, theirs = (
+            _encoded(text, each, most, False, f"{where} (tokenizer of {each.name_or_path})")
+            for each in (self.tokenizer, self.other)
         )
-    where = f"{sample.where} (tokenizer of {tokenizer.name_or_path})"
+        pairs = zip_longest(self._translated(ours), theirs)
+        place = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
+        if place is None:
+            return ""
+        one, other = (
+            shown(each.convert_ids_to_tokens(found[place])) if place < len(found) else "its end"
+            for each, found in ((self.tokenizer, ours), (self.other, theirs))
+        )
+        return f"token {place} is {one}, by its own {other}"
+
+    def _translated(self, ids: list[int]) -> list[int]:
+        if self._table is None:
+            return ids
+        return [self._table[each] if each < len(self._table) else -1 for each in ids]
+
+
+def _encoded(text: str, tokenizer: Any, most: int, added: bool, where: str) -> list[int]:
     with as_data_error(f"{where}: cannot be tokenized"):
-        ids = tokenizer(text, add_special_tokens=added, truncation=True, max_length=max_length)["input_ids"]
-    if len(ids) <= special:
-        raise DataError(f"{where}: the text tokenizes to zero tokens; remove this sample")
-    return where, {"input_ids": ids}
+        ids: list[int] = tokenizer(text, add_special_tokens=added, truncation=True, max_length=most)["input_ids"]
+    return ids
 
 
 def _text(sample: Sample) -> str:

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from featcal_fast.data.batches import check_length, load_batches
+from featcal_fast.data.checks import Limits
+from featcal_fast.data.left_out import LeftOut
 from featcal_fast.data.ready import check_names
 from featcal_fast.data.samples import import_optional, os_errors
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.inputs.task_data import TaskData, chunk_tokens, describe, is_ready, local_data
-from featcal_fast.models.configs import max_positions
+from featcal_fast.inputs.tokens import merged_tokenizer, own_folders
+from featcal_fast.models.configs import first_position, max_positions
 from featcal_fast.streaming.malloc import trim_malloc
 
 Batches = list[dict[str, Tensor]]
@@ -60,12 +63,13 @@ def load_data(
             size = describe(source, models.merged.config, device, asked, length, recipe.batch_size)
             if is_ready(source):
                 check_names(Path(source), models.merged.config)
-        load = partial(_load, recipe, models, task, source, device, size.batch_size)
+        left_out = LeftOut(models.tokens[task], models.merged.config)
+        load = partial(_load, recipe, models, task, source, device, size.batch_size, left_out)
         if isinstance(source, str) and not keep:
             import_optional("datasets", "datasets", source)
             if size.cut:
                 check_length(source, length, max_positions(models.merged.config))
-        elif size.lazy:
+        elif size.lazy and not (is_ready(source) and left_out.own.table is not None):  # else some may be left out
             (first,) = load(samples=1) if keep else load()[:1]
             example = {
                 name: value[:1].clone().expand(size.batch_size, *value.shape[1:]) for name, value in first.items()
@@ -74,7 +78,13 @@ def load_data(
             batches[task] = LazyBatches(load)
         else:
             loaded = load()
-            size = replace(TaskData.of(loaded, asked), cut=size.cut, loaded=keep, source=str(source))
+            size = replace(
+                TaskData.of(loaded, asked),
+                cut=size.cut,
+                loaded=keep,
+                source=str(source),
+                left_out=left_out.by_reason(),
+            )
             batches[task] = loaded if keep else []
             del loaded
         if not keep:
@@ -90,28 +100,43 @@ def _load(
     source: Path | str,
     device: torch.device,
     batch_size: int,
+    left_out: LeftOut,
     samples: int | None = None,
 ) -> Batches:
     expert, config, own = recipe.experts[task], models.merged.config, models.experts[task]
-    vocabulary = _least("vocab_size", config, own.config)
-    choices = {
-        "position_ids": _least("max_position_embeddings", config, own.config),
-        "token_type_ids": _least("type_vocab_size", config, own.config) or vocabulary,  # GPT-2 has one table for both
-    }
-    folders = [models.merged.path, own.path, models.base.path]
     return load_batches(
         source,
-        folders=list(dict.fromkeys(folders)),
+        folders=list(dict.fromkeys([models.merged.path, *own_folders(own), models.base.path])),
         samples=samples or expert.samples or recipe.samples,
         max_length=expert.max_length or recipe.max_length,
         batch_size=batch_size,
         batch_tokens=None if recipe.batch_size else chunk_tokens(device),
         seed=recipe.seed,
-        max_positions=max_positions(config),
-        vocab_size=vocabulary,
-        choices={name: count for name, count in choices.items() if count},
+        limits=_limits(models, task),
         targets=bool(getattr(config, "is_encoder_decoder", False)),
+        tokenizer=merged_tokenizer(models.merged, models.base, own),
+        left_out=left_out,
     )
+
+
+def _limits(models: RecipeModels, task: str) -> Limits:
+    """What the merged model takes; the expert too, where nothing tells which of its tokens are which."""
+    config, own, tokens = models.merged.config, models.experts[task], models.tokens[task]
+    size, least = _least("vocab_size", config), _least("vocab_size", config, own.config)
+    if tokens.known or size == least:
+        owner, missing = "the merged model", models.merged.path
+        advice = f"ids are the merged model's: see that {missing} has the tokenizer that belongs to it, or use that"
+    else:
+        owner, size, missing = own.label, least, own.path if tokens.folder is None else models.merged.path
+        advice = f"ids of other vocabularies are translated by tokenizers: copy the one that is missing into {missing}"
+    choices = {
+        "position_ids": _least("max_position_embeddings", config, own.config),
+        "token_type_ids": _least("type_vocab_size", config, own.config) or size,  # GPT-2 has one table for both
+    }
+    positions = max_positions(config)
+    if positions is not None and first_position(own.config) is not None:  # which is each model's own
+        positions = min(positions, max_positions(own.config) or positions)
+    return Limits(positions, size, {name: count for name, count in choices.items() if count}, owner, advice)
 
 
 def _least(name: str, *configs: Any) -> int | None:

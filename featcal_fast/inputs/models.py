@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 from featcal_fast import files
 from featcal_fast.checkpoints import (
     CachedExpert,
     Checkpoint,
+    LoraExpert,
     TensorSource,
     check_output,
     check_scratch,
@@ -18,7 +21,10 @@ from featcal_fast.checkpoints import (
 from featcal_fast.errors import RecipeError
 from featcal_fast.inputs.paths import checked_path
 from featcal_fast.inputs.recipe import Recipe
+from featcal_fast.inputs.tokens import own_tokens
 from featcal_fast.merging.merged import MergedCheckpoint
+from featcal_fast.models.configs import token_keys
+from featcal_fast.models.tokens import OwnTokens
 
 
 class RecipeModels:
@@ -44,9 +50,34 @@ class RecipeModels:
             assert recipe.merged_model is not None
             self.merged = find_checkpoint(recipe.merged_model, recipe.root, "merged model")
         else:
-            self.merged = MergedCheckpoint(self.base, self.experts, recipe.merge.method, recipe.merge.scaling)
+            tokens = own_tokens(self.base, self.base, self.experts)
+            self.merged = MergedCheckpoint(self.base, self.experts, recipe.merge.method, recipe.merge.scaling, tokens)
         with read_errors(self.merged.label, self.merged.path):
             self.side_bytes = sum(files.stat(path).st_size for path in self.merged.side_files().values())
+
+    @cached_property
+    def tokens(self) -> Mapping[str, OwnTokens]:
+        """What the merged model's token ids are to the experts; nothing is compared where it takes none.
+
+        Raises:
+            DataError: a tokenizer that has to be compared cannot be read.
+        """
+        if isinstance(self.merged, MergedCheckpoint):
+            return self.merged.tokens
+        if not getattr(self.merged.config, "vocab_size", None):  # of images
+            return {task: OwnTokens(each.label) for task, each in self.experts.items()}
+        return own_tokens(self.merged, self.base, self.experts)
+
+    @cached_property
+    def base_tokens(self) -> OwnTokens:
+        """What they are to the base model, which is given none: looked at only where its config names some that count.
+
+        Raises:
+            DataError: as `tokens`.
+        """
+        if isinstance(self.merged, MergedCheckpoint) or not token_keys(self.merged.config):
+            return OwnTokens(self.base.label)
+        return own_tokens(self.merged, self.base, {"base": self.base})["base"]
 
     @property
     def nbytes(self) -> int:
@@ -70,18 +101,32 @@ class RecipeModels:
         return {task: each.error for task, each in self.experts.items() if isinstance(each, CachedExpert)}
 
 
-def check_folders(recipe: Recipe, models: RecipeModels, scratch: str | Path | None = None) -> None:
+def check_folders(
+    recipe: Recipe, models: RecipeModels, scratch: str | Path | None = None, *, may_be_taken: bool = False
+) -> None:
     """Refuse folders to write before any work is done: the recipe's output, if it names one, and that of hidden states.
+
+    Args:
+        recipe: the job.
+        models: its models.
+        scratch: the folder for hidden states.
+        may_be_taken: whether the output may hold something, for a job that is only planned.
 
     Raises:
         FeatCalError: one of them cannot be written, or lies where nothing may be.
     """
     inputs = {model.label: model.path for model in (models.merged, models.base, *models.experts.values())}
+    adapted = [each for each in map(_inner, models.experts.values()) if isinstance(each, LoraExpert)]
+    inputs |= {expert.base.label: expert.base.path for expert in adapted}
     inputs |= {f"data of task {task}": recipe.path(expert.data) for task, expert in recipe.experts.items()}
     if recipe.folder is not None:
-        check_output(recipe.folder, inputs, models.nbytes + models.side_bytes)
+        check_output(recipe.folder, inputs, models.nbytes + models.side_bytes, may_be_taken=may_be_taken)
     if scratch is not None:
         check_scratch(checked_path("scratch", scratch), inputs, recipe.folder)
+
+
+def _inner(source: TensorSource) -> TensorSource:
+    return source.source if isinstance(source, CachedExpert) else source
 
 
 def output_folder(recipe: Recipe, models: RecipeModels, scratch: str | Path | None = None) -> Path:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from featcal_fast import files
@@ -17,6 +18,7 @@ from featcal_fast.settings import Settings, number, unknown_key
 from featcal_fast.untrusted.documents import DocumentError, parse_yaml
 
 LONGEST_NAME = 200  # characters of a task's name
+MERGEKIT_CONFIG = "mergekit_config.yml"  # what mergekit writes into a merged model's folder
 MOST = 2**31 - 1  # samples, tokens
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("samples", "max_length", "batch_size"), (1, MOST)),
@@ -43,7 +45,8 @@ class ExpertRecipe:
     """One expert: its model, its calibration data, and where it departs from the recipe's sampling.
 
     Attributes:
-        model: folder or hub id, of a checkpoint or of a LoRA adapter of the base model.
+        model: folder or hub id, of a checkpoint or of a LoRA adapter of the base model; or `model+adapter`, of an
+            adapter of another model.
         data: file, folder or hub id of its calibration data.
         samples: calibration samples, in place of the recipe's number.
         max_length: tokens a text is cut at, likewise.
@@ -91,7 +94,7 @@ class Recipe:
     batch_size: int | None = None
     expert_storage: str = "disk"
     seed: int = 0
-    root: Path = field(default_factory=lambda: _working_directory())
+    root: Path = field(default_factory=lambda: working_directory())
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", checked_path("root", self.root))
@@ -148,9 +151,12 @@ class Recipe:
         if isinstance(recipe, Recipe):
             return recipe
         if isinstance(recipe, Mapping):
-            return cls._from_mapping(recipe, _working_directory())
+            _check_kind("recipe", recipe, Path("OUT_FOLDER"))
+            return cls._from_mapping(recipe, working_directory())
         path = checked_path("recipe", recipe)
         try:
+            if (path / MERGEKIT_CONFIG).is_file():
+                raise RecipeError(f"{path}: found a folder that mergekit wrote, expected a recipe; {_command(path)}")
             if not path.is_file():
                 raise RecipeError(f"{path} is not a file; expected a recipe in YAML (docs/recipes.md)")
             values = parse_yaml(files.read_bytes(path))
@@ -165,6 +171,7 @@ class Recipe:
             raise RecipeError(
                 f"{path}: found {type(values).__name__}, expected a mapping with base_model, experts, ..."
             )
+        _check_kind(str(path), values, path.parent if path.name == MERGEKIT_CONFIG else Path("OUT_FOLDER"))
         try:
             return cls._from_mapping(values, root)
         except RecipeError as error:
@@ -198,11 +205,39 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, as a YAML file would hold it."""
         values = asdict(self)
+        values["settings"] = {
+            key: list(each) if type(each) is tuple else each for key, each in values["settings"].items()
+        }
         root = values.pop("root")
         return {**{key: value for key, value in values.items() if value is not None}, "root": str(root)}
 
 
 RecipeLike = Recipe | Mapping[str, Any] | str | Path  # what `Recipe.load` takes
+
+
+def with_out(recipe: RecipeLike, out: str | Path | None) -> Recipe:
+    """A recipe, loaded, with another folder to write, relative to the working directory, where one is given."""
+    loaded = Recipe.load(recipe)
+    return loaded if out is None else replace(loaded, out=str(working_directory() / checked_path("out", out)))
+
+
+def _check_kind(where: str, values: Mapping[Any, Any], folder: Path) -> None:
+    """Refuse what mergekit makes a model from; `folder` is what it wrote."""
+    experts = values.get("experts")
+    if isinstance(experts, list) and any(isinstance(each, Mapping) and "source_model" in each for each in experts):
+        raise RecipeError(
+            f"{where}: found a config of mergekit-moe, whose models cannot be calibrated; expected a recipe"
+        )
+    if "merge_method" in values:
+        raise RecipeError(f"{where}: found a mergekit config, expected a recipe; {_command(folder)}")
+
+
+def _command(folder: Path) -> str:
+    return (
+        "for the folder that mergekit wrote use "
+        f"featcal-fast calibrate --mergekit {quote(str(folder))} --data NAME=FILE --out DIR (docs/mergekit.md)"
+    )
+
 
 # What a field may hold, by its annotation.
 _TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,)}
@@ -248,7 +283,7 @@ def _mapping(value: Any, where: str) -> dict[Any, Any]:
     return dict(value)
 
 
-def _working_directory() -> Path:
+def working_directory() -> Path:
     try:
         return Path.cwd()
     except OSError as error:

@@ -25,7 +25,7 @@ def scan(recipe: Recipe, models: RecipeModels, progress: Progress) -> int:
     Raises:
         CheckpointError: one is not finite; names model, file and tensor, and how many of its values.
     """
-    experts = {task: replace(each, model=str(models.experts[task].path)) for task, each in recipe.experts.items()}
+    experts = {task: replace(each, model=_found(models.experts[task])) for task, each in recipe.experts.items()}
     merged = None if recipe.merge else str(models.merged.path)
     again = replace(
         recipe, base_model=str(models.base.path), merged_model=merged, experts=experts, expert_storage="disk"
@@ -37,6 +37,12 @@ def scan(recipe: Recipe, models: RecipeModels, progress: Progress) -> int:
         done += source.stored_bytes([name])
         progress.scanned(source.label, done, total)
     return done
+
+
+def _found(source: TensorSource) -> str:
+    """An expert, as a recipe names it once it is known where it lies."""
+    own = source.source if isinstance(source, CachedExpert) else source
+    return f"{own.base.path}+{own.path}" if isinstance(own, LoraExpert) else str(own.path)
 
 
 def scanned_bytes(models: RecipeModels) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class TaskData:
         loaded: whether it is in this process's memory.
         entering: how many times as large the batches are that the model's first forward takes.
         source: where it is from, for errors.
+        left_out: samples that were drawn and left out, by the reason.
     """
 
     example: dict[str, Tensor]
@@ -45,6 +46,7 @@ class TaskData:
     loaded: bool = False
     entering: float = 1.0
     source: str = ""
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, batches: Sequence[Mapping[str, Tensor]], asked: int | None = None) -> TaskData:

@@ -33,6 +33,8 @@ def unchanged(experts: Mapping[str, TensorSource], base: Checkpoint) -> list[str
 def _alike(source: TensorSource, base: Checkpoint) -> bool:
     expert = source.source if isinstance(source, CachedExpert) else source
     if isinstance(expert, LoraExpert):
+        if expert.base.path.resolve() != base.path.resolve() and not _alike(expert.base, base):
+            return False  # it adapts a model that has learned something
         changes = [each.b for each in expert.low_rank.values() if each.scale != 0]
         zero = all(not any(_beginning(expert.shards, name)) for name in changes)
         return zero and _same(expert.shards, base.shards, ((new, name) for name, new in expert.replaced.items()))

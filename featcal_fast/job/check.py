@@ -1,4 +1,4 @@
-"""Whether a calibrated model's folder is as it was written: compared with the hashes in its `report.json`."""
+"""Whether a calibrated model's folder is as it was written, by the hashes in its `report.json`, and loads."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from typing import Any
 
 from featcal_fast import files
 from featcal_fast.checkpoints import REPORT, leads_out, parse_header, read_header
+from featcal_fast.errors import FeatCalError, told
 from featcal_fast.inputs.paths import checked_path
+from featcal_fast.job.loads import check_loads
+from featcal_fast.reporting.forms import FormError
+from featcal_fast.reporting.report import check_version
 from featcal_fast.untrusted.documents import parse_json
 
-WHOLE, DAMAGED, NOT_OURS = 0, 1, 2
+WHOLE, DAMAGED, NOT_OURS, NOT_LOADING = 0, 1, 2, 3
 NAME = "featcal_fast"  # what reports say of their maker, among versions
 KINDS = ("tensors", "headers", "files")  # of its `contents`: hashes by name
 MAX_REPORT = 2**28  # bytes
@@ -31,7 +35,7 @@ class Check:
 
     Attributes:
         out: the folder.
-        status: 0, whole; 1, damaged; 2, not a calibrated model.
+        status: 0, whole; 1, damaged; 2, not a calibrated model; 3, as it was written, but it does not load.
         problems: a text each, which names a tensor or file.
         tensors: how many are as they were written.
         shards: how many files have their headers as they were written.
@@ -49,7 +53,7 @@ class Check:
 
     @property
     def whole(self) -> bool:
-        """Whether all is as it was written."""
+        """Whether all is as it was written, and loads."""
         return self.status == WHOLE
 
     def summary(self) -> str:
@@ -59,12 +63,17 @@ class Check:
         more = f"; files besides: {len(self.unlisted)}" if self.unlisted else ""
         counts = f"as written: {self.tensors} tensors, {self.shards} of their files' headers, {self.files} other files"
         if self.whole:
-            return f"{self.out} is whole; {counts}{more}"
+            return f"{self.out} is whole, and loads; {counts}{more}"
+        if self.status == NOT_LOADING:
+            return f"{self.out} is whole, but does not load; {counts}{more}"
         return f"{self.out} is damaged; problems: {len(self.problems)}; {counts}{more}"
 
 
 def check(out: str | Path) -> Check:
-    """Compare a calibrated model's folder with its `report.json`. Nothing outside of the folder is read.
+    """Compare a calibrated model's folder with its `report.json`, and see that it loads.
+
+    Nothing outside of the folder is read, and no weight is loaded: the model that `config.json` describes is built
+    without storage, held against names and shapes of the tensors, and called once.
 
     Args:
         out: the folder.
@@ -85,7 +94,19 @@ def check(out: str | Path) -> Check:
     _Comparison(found, contents).run()
     if found.problems:
         found.status = DAMAGED
+    elif problem := _loading_problem(found.out):
+        found.status = NOT_LOADING
+        found.problems.append(problem)
     return found
+
+
+def _loading_problem(out: Path) -> str:
+    """Why a folder that is as it was written does not load here; its config and report may be anyone's."""
+    try:
+        check_loads(out)
+    except Exception as error:
+        return f"it does not load: {error if isinstance(error, FeatCalError) else told(error)}"
+    return ""
 
 
 class _NothingToCompare(Exception):
@@ -106,6 +127,10 @@ def _read_contents(out: Path) -> dict[str, dict[str, str]]:
     versions, contents = (report.get(key) if isinstance(report, dict) else None for key in ("versions", "contents"))
     if not any(isinstance(value, dict) and key in value for key, value in ((NAME, versions), ("tensors", contents))):
         raise _NothingToCompare(NOT_OURS, f"{REPORT} is not one of {NAME}")
+    try:
+        check_version(report)
+    except FormError as error:
+        raise _NothingToCompare(NOT_OURS, f"{REPORT} is of another version: {error}") from error
     for kind in KINDS:
         hashes = contents.get(kind) if isinstance(contents, dict) else None
         if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from featcal_fast import files
-from featcal_fast.checkpoints import TensorSource
+from featcal_fast.checkpoints import LoraExpert, TensorSource, WrappedSource
 from featcal_fast.data.sources import files_below
 from featcal_fast.errors import DataError
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.inputs.task_data import local_data
+from featcal_fast.reporting.clock import Clock
 from featcal_fast.streaming.machine import processor
 
 PACKAGES = (
@@ -63,12 +64,33 @@ def input_files(recipe: Recipe, models: RecipeModels) -> dict[str, dict[str, lis
     Raises:
         DataError: one cannot be looked at.
     """
-    found = {source.label: _files(source.path) for source in models.files}
+    found = {source.label: _files(source.path) for source, _ in read_models(models)}
     for task, expert in recipe.experts.items():
         data = local_data(recipe, expert.data)
         if isinstance(data, Path) and data.exists():  # else whoever loads it will say
-            found[f"data of {task}"] = _files(data)
+            found[data_label(task)] = _files(data)
     return found
+
+
+def read_models(models: RecipeModels) -> Iterator[tuple[TensorSource, TensorSource]]:
+    """Every model with files of its own, and whose it is: an adapter's may be of another base model than the job's."""
+    for source in models.files:
+        yield source, source
+        inner = unwrapped(source)
+        if isinstance(inner, LoraExpert) and inner.base.path.resolve() != models.base.path.resolve():
+            yield inner.base, source
+
+
+def unwrapped(source: TensorSource) -> TensorSource:
+    """What reads the files of a source."""
+    while isinstance(source, WrappedSource):
+        source = source.source
+    return source
+
+
+def data_label(task: str) -> str:
+    """What a task's data is called among the inputs."""
+    return f"data of {task}"
 
 
 def differences(before: Facts, now: Facts) -> str:
@@ -85,23 +107,31 @@ class Digested:
     """A task's batches, whose content leaves its SHA-256 when they are gone through.
 
     Args:
-        batches: of tensors.
+        batches: of tensors; what loads them when they are asked for, loads them all at once.
+        clock: told when that is.
 
     Attributes:
         digest: empty before.
+        count: of the batches, likewise.
+        samples: in them.
     """
 
-    def __init__(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
-        self._batches, self.digest = batches, ""
+    def __init__(self, batches: Iterable[Mapping[str, Tensor]], clock: Clock) -> None:
+        self._batches, self._clock = batches, clock
+        self.digest, self.count, self.samples = "", 0, 0
 
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
-        sha = hashlib.sha256()
-        for batch in self._batches:
-            for name, value in sorted(batch.items()):
-                sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                sha.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        sha, count, samples = hashlib.sha256(), 0, 0
+        with self._clock("data"):
+            batches = iter(self._batches)
+        for batch in batches:
+            with self._clock("data"):
+                for name, value in sorted(batch.items()):
+                    sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                    sha.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            count, samples = count + 1, samples + len(next(iter(batch.values())))
             yield batch
-        self.digest = sha.hexdigest()
+        self.digest, self.count, self.samples = sha.hexdigest(), count, samples
 
 
 def _files(path: Path) -> dict[str, list[int]]:

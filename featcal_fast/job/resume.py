@@ -16,13 +16,17 @@ from typing import Any
 
 from torch import Tensor
 
+from featcal_fast import files
 from featcal_fast.calibrate import Output
 from featcal_fast.checkpoints import REPORT, CheckpointWriter, Manifest, WorkFolder, work_path, write_errors
 from featcal_fast.errors import FeatCalError, ResumeError
 from featcal_fast.inputs.models import RecipeModels
+from featcal_fast.job.check import MAX_REPORT
 from featcal_fast.job.fingerprint import Digested, Facts, differences
 from featcal_fast.job.interrupts import finish_first
 from featcal_fast.models.structure import Layer
+from featcal_fast.reporting.clock import Clock
+from featcal_fast.reporting.forms import FormError, build
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import LayerReport, Report
 from featcal_fast.streaming.scratch import Snapshots
@@ -37,8 +41,9 @@ WAYS = "--resume goes on from there, --fresh starts over"
 FIRST: dict[str, tuple[type, ...]] = {"fingerprint": (dict,), "layers": (int, type(None))}
 LAYER: dict[str, tuple[type, ...]] = {
     **{"layer": (int,), "stage_ends": (bool,), "states": (dict, type(None)), "reports": (list,), "kept": (dict,)},
-    **{"tensors": (dict,), "data": (dict,), "chunk": (int, type(None)), "seconds": (int, float), "bytes_read": (dict,)},
+    **{"tensors": (dict,), "data": (dict,), "chunk": (int, type(None)), "phases": (dict,), "bytes_read": (dict,)},
 }
+COUNTS = ("phases", "bytes_read")  # of a layer: numbers by name
 
 
 class Past:
@@ -48,7 +53,7 @@ class Past:
         layers: how many are done.
         hashes: of the tensors that are written.
         chunk: tokens that passed a layer at a time; None if nothing was run.
-        seconds: it took.
+        phases: seconds that it took, by phase.
         bytes_read: by model.
     """
 
@@ -62,17 +67,26 @@ class Past:
             for key, kinds in form.items():
                 if not isinstance(entry.get(key), kinds):
                     raise TypeError(key)
+        for each in (number for line in self.lines for key in COUNTS for number in line[key].values()):
+            if type(each) not in (int, float):
+                raise TypeError(each)
         last: dict[str, Any] = self.lines[-1] if self.lines else {}
         self.layers: int = last.get("layer", -1) + 1
         self.chunk: int | None = last.get("chunk")
-        self.seconds: float = last.get("seconds", 0.0)
+        self.phases: dict[str, float] = last.get("phases", {})
         self.bytes_read: dict[str, int] = last.get("bytes_read", {})
         self.hashes: dict[str, str] = {}
         self.states: dict[int, Any] = {}  # that are still needed, by layer
+        self.reports: dict[int, list[LayerReport]] = {}  # that became durable, by the last one's layer
         for line in self.lines:
+            self.reports[line["layer"]] = [build(LayerReport, each) for each in line["reports"]]
             self.hashes |= line["tensors"]
             if line["states"] and (line is last or line["stage_ends"]):
                 self.states[line["layer"]] = line["states"]
+
+    def phases_with(self, clock: Clock) -> dict[str, float]:
+        """Seconds by phase of all runs up to now, the last of which has `clock`."""
+        return {phase: self.phases.get(phase, 0.0) + own for phase, own in clock.seconds.items()}
 
     def check(self, facts: Facts) -> None:
         """Raises:
@@ -122,8 +136,21 @@ def read_past(manifest: Manifest) -> Past:
     """
     try:
         return Past(manifest.entries)
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, FormError):
         raise ResumeError(f"{manifest.path} is of another version of featcal_fast; --fresh starts over") from None
+
+
+def finished_report(work: WorkFolder) -> Report:
+    """What an earlier run says, which lacked nothing but the output's name.
+
+    Raises:
+        ResumeError: it does not, any more.
+    """
+    path = work.model / REPORT
+    try:
+        return Report.from_json(files.read_text(path, MAX_REPORT))
+    except (OSError, ValueError, FeatCalError) as error:
+        raise ResumeError(f"out: {path} is not as the finished run wrote it: {error}; --fresh starts over") from error
 
 
 def left_behind(out: Path) -> str:
@@ -177,6 +204,7 @@ class Resumable(Output):
         batches: of every task.
         every: after how many layers what is done is made durable; None for as often as that takes a thirtieth of the
             time, 0 for never.
+        clock: of this run.
     """
 
     def __init__(
@@ -188,13 +216,14 @@ class Resumable(Output):
         past: Past,
         batches: Mapping[str, Digested],
         every: int | None,
+        clock: Clock,
     ) -> None:
         super().__init__(self._write)
         self._student, self._writer, self._work, self._models = student, writer, work, models
-        self._past, self._batches, self._every = past, batches, every
+        self._past, self._batches, self._every, self._clock = past, batches, every, clock
         self.first = self._durable = past.layers
         self._recorded = set(past.hashes)  # tensors
-        self._started = self._since = time.perf_counter()
+        self._since = time.perf_counter()
         self._cost = 0.0  # seconds that it took the last time
         if every != 0 or past.layers:
             self.snapshots = Snapshots(work.states, [states["file"] for states in past.states.values()])
@@ -207,11 +236,6 @@ class Resumable(Output):
             self.snapshots.close()
 
     @property
-    def seconds(self) -> float:
-        """Of all runs so far."""
-        return self._past.seconds + time.perf_counter() - self._started
-
-    @property
     def bytes_read(self) -> dict[str, int]:
         """By model, of all runs so far."""
         return {label: self._past.bytes_read.get(label, 0) + size for label, size in self._models.bytes_read.items()}
@@ -221,7 +245,7 @@ class Resumable(Output):
         if line is None:  # it comes with a later one
             return
         self._check_data(line["data"])
-        report.layers += [LayerReport.from_dict(each) for each in line["reports"]]
+        report.layers += self._past.reports[layer.index]
         report.kept |= line["kept"]
         if layer.index in self._past.states:
             streams.restore(self._past.states[layer.index])
@@ -258,7 +282,7 @@ class Resumable(Output):
             "tensors": {name: hashes[name] for name in sorted(written)},
             "data": {task: each.digest for task, each in self._batches.items()},
             "chunk": streams.chunk,
-            "seconds": self.seconds,
+            "phases": self._past.phases_with(self._clock),
             "bytes_read": self.bytes_read,
         }
         with write_errors(self._work.out):

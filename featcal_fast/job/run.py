@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from featcal_fast import files
 from featcal_fast.calibrate import calibrate_source
-from featcal_fast.checkpoints import REPORT, CheckpointWriter, Lock, WorkFolder, write_errors
-from featcal_fast.errors import OutputError, RecipeError, ResumeError, shown
+from featcal_fast.checkpoints import CheckpointWriter, Lock, WorkFolder, write_errors
+from featcal_fast.errors import FeatCalError, OutputError, RecipeError, ResumeError, shown
 from featcal_fast.inputs.load import load_data
 from featcal_fast.inputs.models import RecipeModels, output_folder
-from featcal_fast.inputs.paths import checked_path
-from featcal_fast.inputs.recipe import Recipe, RecipeLike
+from featcal_fast.inputs.recipe import Recipe, RecipeLike, with_out
 from featcal_fast.inputs.scan import scan as scan_weights
 from featcal_fast.inputs.unchanged import unchanged
-from featcal_fast.job.check import MAX_REPORT
+from featcal_fast.job.card import write_card
+from featcal_fast.job.delta import RANK, check_delta, write_delta
 from featcal_fast.job.fingerprint import Digested, Facts, differences, fingerprint, input_files
 from featcal_fast.job.interrupts import finish_first
-from featcal_fast.job.resume import Past, Resumable, find_past, left_behind, read_past, telling_what_is_kept
+from featcal_fast.job.loads import check_loads
+from featcal_fast.job.provenance import describe_inputs
+from featcal_fast.job.resume import (
+    Past,
+    Resumable,
+    find_past,
+    finished_report,
+    left_behind,
+    read_past,
+    telling_what_is_kept,
+)
 from featcal_fast.planning.plan import memory_bytes
 from featcal_fast.planning.planner import choose_offload
+from featcal_fast.reporting.clock import Clock
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import Report
+from featcal_fast.reporting.usage import shell_quoted
 from featcal_fast.reporting.warnings import about_run, about_same_model
 from featcal_fast.streaming.hidden_states import Offload
 from featcal_fast.streaming.machine import find_device
 from featcal_fast.streaming.scratch import scratch_errors
 from featcal_fast.streaming.sources import CheckpointSource
-
-Batches = Mapping[str, Iterable[Mapping[str, Tensor]]]
 
 
 def calibrate(
@@ -50,6 +58,8 @@ def calibrate(
     fresh: bool = False,
     checkpoint_every: int | None = None,
     scan: bool = False,
+    delta: str | Path | None = None,
+    delta_rank: int = RANK,
 ) -> Report:
     """Calibrate the model that a recipe describes and write it to a new folder, `report.json` beside the weights.
 
@@ -70,6 +80,8 @@ def calibrate(
         checkpoint_every: after how many layers all that is done is made durable; 0 for never, by default as often as
             that takes about a thirtieth of the time.
         scan: read all weights before the first layer, to see that they are finite, not only when their layer comes.
+        delta: a folder to write the calibration to as an adapter of the merged model, beside the model; see `delta`.
+        delta_rank: of its factors.
 
     Returns:
         What happened, layer by layer.
@@ -81,21 +93,17 @@ def calibrate(
     """
     _check_choices(resume, fresh, checkpoint_every)
     device_memory, host_memory = memory_bytes("device_memory", device_memory), memory_bytes("host_memory", host_memory)
-    recipe, device = _with_out(recipe, out), find_device(device)
+    clock, recipe, device = Clock(), with_out(recipe, out), find_device(device)
     models = RecipeModels(recipe)
-    with WorkFolder(output_folder(recipe, models, scratch)) as work:
-        past = find_past(work, resume=resume, fresh=fresh)
-        facts = fingerprint(recipe, models, device)
+    folder = output_folder(recipe, models, scratch)
+    adapter = None if delta is None else check_delta(delta, models.merged, folder, recipe, delta_rank, models.nbytes)
+    with WorkFolder(folder) as work:
+        past, facts = find_past(work, resume=resume, fresh=fresh), fingerprint(recipe, models, device)
         past.check(facts)
-        job = _Job(recipe, models, device, progress or Progress(), work, past, checkpoint_every, scan)
-        with telling_what_is_kept(work, job.progress):
-            if work.finished:
-                report = Report.from_json(files.read_text(work.model / REPORT, MAX_REPORT))
-            else:
-                with _scratch_locked(work, scratch):
-                    report = job.run(facts, device_memory, host_memory, scratch)
-            with finish_first():
-                work.publish()
+        job = _Job(recipe, models, device, progress or Progress(), work, past, checkpoint_every, scan, clock)
+        report = job.carry_out(facts, device_memory, host_memory, scratch)
+    if adapter is not None:
+        _write_delta(job, folder, adapter, delta_rank)
     return report
 
 
@@ -119,22 +127,44 @@ class _Job:
     past: Past
     every: int | None
     scan: bool
+    clock: Clock
 
-    def run(
+    def carry_out(
+        self, facts: Facts, device_memory: int | None, host_memory: int | None, scratch: str | Path | None
+    ) -> Report:
+        """From what is there already to the output under its name."""
+        work = self.work
+        with telling_what_is_kept(work, self.progress):
+            if work.finished:
+                report = finished_report(work)
+            else:
+                with _scratch_locked(work, scratch):
+                    report = self._run(facts, device_memory, host_memory, scratch)
+            with finish_first():
+                work.publish()
+        return report
+
+    def _run(
         self, facts: Facts, device_memory: int | None, host_memory: int | None, scratch: str | Path | None
     ) -> Report:
         """All but the output's name."""
-        recipe, models, work, past = self.recipe, self.models, self.work, self.past
-        batches, sizes = load_data(recipe, models, self.device)
-        plan, offload = choose_offload(
-            recipe, models, self.device, sizes, device_memory, host_memory, scratch, self.every
-        )
-        plan.check()
-        past.check_chunk(plan.chunk)
-        warnings = [*plan.warnings, *about_same_model(unchanged(models.experts, models.base))]
+        recipe, models, work, past, clock = self.recipe, self.models, self.work, self.past, self.clock
+        with clock("data"):
+            loaded, sizes = load_data(recipe, models, self.device)
+        batches = {task: Digested(each, clock) for task, each in loaded.items()}
+        with clock("planning"):
+            plan, offload = choose_offload(
+                recipe, models, self.device, sizes, device_memory, host_memory, scratch, self.every
+            )
+            plan.check()
+            past.check_chunk(plan.chunk)
+            warnings = [*plan.warnings, *about_same_model(unchanged(models.experts, models.base))]
         for warning in warnings:
             self.progress.warning(warning)
-        scanned = {"scan": scan_weights(recipe, models, self.progress)} if self.scan else {}
+        scanned = {}
+        if self.scan:
+            with clock("scanning"):
+                scanned["scan"] = scan_weights(recipe, models, self.progress)
         if past.layers:
             self.progress.resumed(past.layers)
         if not past.layers and self.every != 0:
@@ -143,35 +173,50 @@ class _Job:
         with CheckpointWriter(work, models.merged, past.hashes) as writer:
             report = self._calibrate(writer, batches, offload, past.chunk or plan.chunk)
             report.flops = sum(plan.flops.values())
+            report.peaks.planned_host_bytes = plan.host_bytes
+            report.peaks.planned_device_bytes = plan.device_bytes or None
             report.bytes_read |= scanned
             report.warnings = [*warnings, *about_run(report)]
+            with clock("finishing"):
+                report.inputs = describe_inputs(recipe, models, facts, sizes, batches)
+                write_card(writer, recipe, models, report)
+                report.contents = writer.contents()
+                writer.sync()
+            report.phases = past.phases_with(clock)
+            report.seconds = sum(report.phases.values())
             writer.finish(report.to_json())
         _check_unchanged(work, recipe, models, facts)
+        _check_loads(work, models)
         with finish_first():
             work.finish({"fingerprint": facts})
         return report
 
-    def _calibrate(self, writer: CheckpointWriter, batches: Batches, offload: Offload, chunk: int) -> Report:
+    def _calibrate(
+        self, writer: CheckpointWriter, batches: Mapping[str, Digested], offload: Offload, chunk: int
+    ) -> Report:
         """From the models' files to the output's."""
-        models, device = self.models, self.device
-        student, base = CheckpointSource(models.merged, device), CheckpointSource(models.base, device)
-        experts = {task: CheckpointSource(expert, device) for task, expert in models.experts.items()}
+        models, device, clock = self.models, self.device, self.clock
+        student = CheckpointSource(models.merged, device)
+        base = CheckpointSource(models.base, device, models.base_tokens.table)
+        experts = {
+            task: CheckpointSource(expert, device, models.tokens[task].table) for task, expert in models.experts.items()
+        }
         layers = {name for layer in student.structure.layers for name in student.block_tensors(layer.index)}
-        writer.copy(name for name in models.merged.tensors if name not in layers)  # what is broken is found at once
+        with clock("copying"):
+            writer.copy(name for name in models.merged.tensors if name not in layers)  # what is broken is found at once
 
-        digested = {task: Digested(each) for task, each in batches.items()}
-        with Resumable(student, writer, self.work, models, self.past, digested, self.every) as output:
+        with Resumable(student, writer, self.work, models, self.past, batches, self.every, clock) as output:
             settings, progress = self.recipe.settings, self.progress
             report = calibrate_source(
-                student, base, experts, digested, settings, device, output, progress, offload, chunk
+                student, base, experts, batches, settings, device, output, progress, clock, offload, chunk
             )
-            writer.copy_rest()
-            report.seconds = output.seconds
+            with clock("copying"):
+                writer.copy_rest()
             report.bytes_read |= output.bytes_read
         report.recipe, report.out = self.recipe.to_dict(), str(self.work.out)
         report.bytes_written["calibrated model"] = models.nbytes
         report.storage_error = models.storage_error
-        report.contents, report.left_out = writer.contents(), models.merged.left_out()
+        report.left_out = models.merged.left_out()
         return report
 
 
@@ -201,6 +246,25 @@ def _check_unchanged(work: WorkFolder, recipe: Recipe, models: RecipeModels, fac
         )
 
 
+def _check_loads(work: WorkFolder, models: RecipeModels) -> None:
+    """Raises:
+    OutputError: what was written is not a model that loads, with the merged model's tensors and files."""
+    try:
+        check_loads(work.model, models.merged)
+    except FeatCalError as error:
+        raise OutputError(
+            f"out: {work.out} was not written, because what is to become it does not load: {error}"
+        ) from error
+
+
+def _write_delta(job: _Job, out: Path, adapter: Path, rank: int) -> None:
+    try:
+        write_delta(job.models.merged, job.recipe, out, adapter, rank, job.device)
+    except (FeatCalError, torch.OutOfMemoryError) as error:
+        again = f"featcal-fast delta {shell_quoted(str(out))} --out {shell_quoted(str(adapter))} --rank {rank}"
+        raise OutputError(f"{error}; the calibrated model is whole in {out}: `{again}` writes its delta") from error
+
+
 def merge(recipe: RecipeLike, *, out: str | Path | None = None) -> Path:
     """Write the merged model that a recipe's `merge` describes, uncalibrated, to a new folder.
 
@@ -214,7 +278,7 @@ def merge(recipe: RecipeLike, *, out: str | Path | None = None) -> Path:
     Raises:
         FeatCalError: the recipe has no `merge`, or models or output folder are not usable.
     """
-    recipe = _with_out(recipe, out)
+    recipe = with_out(recipe, out)
     if recipe.merge is None:
         raise RecipeError(
             "merge: missing; expected `merge: {method: task_arithmetic, scaling: 0.3}` in place of merged_model"
@@ -227,13 +291,9 @@ def merge(recipe: RecipeLike, *, out: str | Path | None = None) -> Path:
         before = input_files(recipe, models)
         with CheckpointWriter(work, models.merged) as writer:
             writer.copy_rest()
+            write_card(writer, recipe, models)
             writer.finish()
         _check_unchanged(work, recipe, models, {"inputs": before})
         with finish_first():
             work.publish()
     return work.out
-
-
-def _with_out(recipe: RecipeLike, out: str | Path | None) -> Recipe:
-    loaded = Recipe.load(recipe)
-    return loaded if out is None else replace(loaded, out=str(checked_path("out", out).absolute()))

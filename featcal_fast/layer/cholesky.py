@@ -29,6 +29,7 @@ from torch import Tensor
 # So a factorisation is the library's, one system after the other: batched, three of 4,096 take 16.3, and even three of
 # 768 take longer.
 BLOCK = 1024
+BY_BLOCKS = ", by blocks"
 MIN_BLOCKED = 3 * BLOCK  # of two blocks, a library would still do half of a solve
 
 
@@ -64,6 +65,11 @@ def solve_(factor: Tensor, right: Tensor, *, split: bool = True) -> None:
 def by_blocks(factor: Tensor) -> bool:
     """Whether `factor` is large, and where split products are faster than a library's float32."""
     return factor.is_cuda and factor.dtype == torch.float32 and factor.shape[-1] >= MIN_BLOCKED
+
+
+def arithmetic(factor: Tensor, *, split: bool = True) -> str:
+    """What `solve_` does with such a factor: `float32`, `float32, by blocks` or `float64`."""
+    return str(factor.dtype).removeprefix("torch.") + BY_BLOCKS * (split and by_blocks(factor))
 
 
 def solve_blocked_(factor: Tensor, right: Tensor) -> None:

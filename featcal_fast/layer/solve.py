@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from featcal_fast.checkpoints import is_finite
 from featcal_fast.errors import SolveError
-from featcal_fast.layer.cholesky import factor_, solve_
+from featcal_fast.layer.cholesky import BY_BLOCKS, arithmetic, factor_, solve_
 from featcal_fast.layer.layout import InputGroup, Layout
 from featcal_fast.layer.moments import GroupMoments, TaskMoments
 from featcal_fast.layer.systems import (
@@ -75,13 +75,21 @@ class Update:
         parameters: by name, float32.
         solver: by group leader: "float32", "float64", "float64, diagonal raised by 1e-07 of its mean".
         raised: by group leader, what was added to the diagonal for that, relative to its mean.
+        steps: by group leader, what was tried; the last of it gave the solution.
         sums: of each system's new weights, in the order of the systems, for `check_finite`.
     """
 
     parameters: dict[str, Tensor] = field(default_factory=dict)
     solver: dict[str, str] = field(default_factory=dict)
     raised: dict[str, float] = field(default_factory=dict)
+    steps: dict[str, list[str]] = field(default_factory=dict)
     sums: list[Tensor] = field(default_factory=list)
+
+    def solved(self, system: InputSystem, steps: list[str]) -> None:
+        """Note what was tried."""
+        side = ", token side" if isinstance(system, RowSystem) else ""
+        self.steps[system.group.leader] = steps
+        self.solver[system.group.leader] = steps[-1].removesuffix(BY_BLOCKS) + side
 
 
 def max_condition(settings: Settings, tasks: int) -> float:
@@ -130,13 +138,13 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
         leader = system.group.leader
         if dtype == torch.float64 or leader in failed:
             extra = update.raised[leader] = _solve_float64(system, backups[leader])
-            update.solver[leader] = "float64" if not extra else f"float64, diagonal raised by {extra:.0e} of its mean"
+            update.solved(system, ["float32"] * (leader in failed) + _float64_steps(extra))
         else:
             solve_(system.a, system.r.mT, split=split)
-            update.solver[leader] = "float32"
+            update.solved(system, [arithmetic(system.a, split=split)])
     for rows_system in layer.systems:
         if isinstance(rows_system, RowSystem):
-            update.solver[rows_system.group.leader] = _solve_rows(rows_system, layer.anchor, settings, dtype, split)
+            update.solved(rows_system, _solve_rows(rows_system, layer.anchor, settings, dtype, split))
 
     for solved in layer.systems:
         for name, rows in solved.rows().items():
@@ -161,6 +169,12 @@ def _factor(systems: Sequence[GroupSystem]) -> set[str]:
     return {system.group.leader for system, info in zip(systems, flags, strict=True) if info != 0}
 
 
+def _float64_steps(extra: float) -> list[str]:
+    """Steps 2 and 3 as far as they went."""
+    raised = [f"float64, diagonal raised by {each:.0e} of its mean" for each in RAISES if each <= extra]
+    return ["float64", *raised]
+
+
 def _solve_float64(system: GroupSystem, backup: Tensor) -> float:
     """Steps 2 and 3 of the ladder; the solution overwrites `system.r`. What was added to the diagonal, of its mean."""
     mean = backup.diagonal().double().mean()
@@ -181,10 +195,13 @@ def _solve_float64(system: GroupSystem, backup: Tensor) -> float:
     )
 
 
-def _solve_rows(system: RowSystem, anchor: Anchor, settings: Settings, dtype: torch.dtype, split: bool) -> str:
+def _solve_rows(system: RowSystem, anchor: Anchor, settings: Settings, dtype: torch.dtype, split: bool) -> list[str]:
     """The change from the token side, as `system.r`; float64 where float32 fails. With mu = lambda + eps,
 
     `V' = Z' (Z Z' + mu I)^-1 (M + eps/mu Z W_a') - eps/mu W_a'`.
+
+    Returns:
+        What was tried.
     """
     mu = settings.ridge_lambda + settings.covariance_eps
     share = settings.covariance_eps / mu
@@ -193,18 +210,20 @@ def _solve_rows(system: RowSystem, anchor: Anchor, settings: Settings, dtype: to
         for name, rows in system.rows().items()
         for part in column_blocks(system.group.in_features)
     ]
+    steps: list[str] = []
     for each in dict.fromkeys((dtype, torch.float64)):
         z, right = system.z.to(each), system.m.to(each, copy=True)
         for rows, part, name in anchors:
             right[:, rows].addmm_(z[:, part], anchor.columns(name, part).to(each).mT, alpha=share)
         k = z @ z.mT
         k.diagonal().add_(mu)
+        steps.append(arithmetic(k, split=split))
         if int(factor_(k)) == 0:
             solve_(k, right, split=split)
             system.r = (right.mT @ z).float()
             for rows, part, name in anchors:
                 system.r[rows, part].sub_(anchor.columns(name, part), alpha=share)
-            return f"{str(each).removeprefix('torch.')}, token side"
+            return steps
     if not is_finite(system.z):
         raise NotFinite([system.group])
     raise SolveError(

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from featcal_fast.errors import shown
 
 # Models whose positions are counted from the number of the padding token on.
@@ -35,22 +37,39 @@ NAMED = 10  # differences that an error names
 def max_positions(config: Any) -> int | None:
     """The longest sequence that a model takes, in tokens; None where its config tells no limit."""
     count = getattr(config, "max_position_embeddings", None)
-    if count is not None and getattr(config, "model_type", None) in FROM_PADDING:
-        return max(0, int(count) - _padding(config) - 1)
+    if count is not None and (first := first_position(config)) is not None:
+        return max(0, int(count) - first)
     return None if count is None else int(count)
 
 
-def differences(found: Any, expected: Any) -> list[str]:
+def first_position(config: Any) -> int | None:
+    """The row of its table of positions that a model's first token has, where the padding token's number decides."""
+    return _padding(config) + 1 if getattr(config, "model_type", None) in FROM_PADDING else None
+
+
+def differences(found: Any, expected: Any, tokens: Tensor | None = None) -> list[str]:
     """What would have two models compute different things with the same parameters, by key of their configs.
 
     Args:
         found: a config of transformers.
         expected: another one.
+        tokens: for each token id of the second model the first one's own, or -1; None where ids are the same.
     """
     theirs, ours = _forward(found), _forward(expected)
+    if tokens is not None:
+        for key in token_keys(expected):
+            if isinstance(ours.get(key), int) and 0 <= ours[key] < len(tokens):
+                ours[key] = int(tokens[ours[key]])
     keys = sorted(key for key in theirs.keys() | ours.keys() if not _same(theirs.get(key), ours.get(key)))
     told = [f"{key} (found {shown(theirs.get(key))}, expected {shown(ours.get(key))})" for key in keys[:NAMED]]
     return told + ([f"{len(keys) - NAMED} more"] if len(keys) > NAMED else [])
+
+
+def token_keys(config: Any) -> tuple[str, ...]:
+    """Which keys of a config name tokens that the forward depends on."""
+    if getattr(config, "is_encoder_decoder", False):  # which makes inputs of targets with these
+        return ("decoder_start_token_id", "pad_token_id")
+    return ("pad_token_id",) if getattr(config, "model_type", None) in FROM_PADDING else ()
 
 
 def _forward(config: Any) -> dict[str, Any]:
@@ -61,10 +80,8 @@ def _forward(config: Any) -> dict[str, Any]:
     kept["model_type"] = values.get("model_type")
     if not _scales_positions(kept.get("rope_parameters")):  # then they only say how much is given at once
         kept = {key: value for key, value in kept.items() if key not in POSITIONS}
-    if values.get("is_encoder_decoder"):  # which makes inputs of targets with these
-        kept |= {key: values.get(key) for key in ("decoder_start_token_id", "pad_token_id")}
-    elif kept["model_type"] in FROM_PADDING:
-        kept["pad_token_id"] = _padding(config)
+    for key in token_keys(config):
+        kept[key] = _padding(config) if kept["model_type"] in FROM_PADDING else values.get(key)
     return {key: value for key, value in _flat(kept) if not OLDER.fullmatch(key)}
 
 

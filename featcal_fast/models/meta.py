@@ -6,7 +6,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
@@ -36,21 +36,13 @@ def meta_model(checkpoint: TensorSource, device: torch.device) -> tuple[nn.Modul
         UnsupportedModelError: `config.json` describes no model that can be built, or one far larger than the weights.
         ModelMismatchError: the weights are far more than the model.
     """
-    config, label = checkpoint.config, f"{checkpoint.label}: {checkpoint.path / 'config.json'}"
-    cls = _model_class(config, label)
-    try:
-        model = copy.deepcopy(_empty_model(cls, _Config(config, _Room(checkpoint))))
-    except LimitError as error:
-        raise UnsupportedModelError(f"{label} describes a {cls.__name__} that cannot be built: {error}") from error
-    except Exception as error:  # whatever a model's code makes of values that are not what they should be
-        what = told(error).removeprefix(f"{ProgramError.__name__}: ")
-        raise UnsupportedModelError(f"{label} describes no {cls.__name__} that can be built: {what}") from error
+    model = copy.deepcopy(_shared_model(checkpoint))
     stored = StoredNames((canonical(name) for name in model.state_dict()), checkpoint.names)
     others, count = len(stored.unknown), len(checkpoint.tensors)
     if others > PARAMETERS + 4 * (count - others):
         raise ModelMismatchError(
             f"{checkpoint.label}: {checkpoint.path}: {others} of {count} tensors ({min(stored.unknown)} among them) "
-            f"belong to no module of {cls.__name__} as config.json describes it; they are not of one model"
+            f"belong to no module of {type(model).__name__} as config.json describes it; they are not of one model"
         )
     for names in _tied(model):
         for name in names[1:]:
@@ -67,6 +59,53 @@ def meta_model(checkpoint: TensorSource, device: torch.device) -> tuple[nn.Modul
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
     return model, stored
+
+
+def _shared_model(checkpoint: TensorSource) -> nn.Module:
+    """The checkpoint's model on the meta device: others' too, not to be changed.
+
+    Raises:
+        UnsupportedModelError: none can be built.
+    """
+    config, label = checkpoint.config, f"{checkpoint.label}: {checkpoint.path / 'config.json'}"
+    cls = _model_class(config, label)
+    try:
+        return _empty_model(cls, _Config(config, _Room(checkpoint)))
+    except LimitError as error:
+        raise UnsupportedModelError(f"{label} describes a {cls.__name__} that cannot be built: {error}") from error
+    except Exception as error:  # whatever a model's code makes of values that are not what they should be
+        what = told(error).removeprefix(f"{ProgramError.__name__}: ")
+        raise UnsupportedModelError(f"{label} describes no {cls.__name__} that can be built: {what}") from error
+
+
+def token_tensors(checkpoint: TensorSource) -> tuple[list[str], list[str]]:
+    """The checkpoint's names of the tensors that have a row for each token, by what its model says of itself.
+
+    Those are the embeddings of inputs, and the output layer's weight and bias.
+
+    Returns:
+        Them, and tensors of which the model knows nothing.
+
+    Raises:
+        UnsupportedModelError: as `meta_model`.
+    """
+    model = _shared_model(checkpoint)
+    modules = [found for module in model.modules() for found in _vocabulary_modules(module)]
+    rows = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+    names = [name for name, each in model.named_parameters(remove_duplicate=False) if id(each) in rows]
+    stored = StoredNames((canonical(name) for name in model.state_dict()), checkpoint.names)
+    found = dict.fromkeys(stored[canonical(name)] for name in names if canonical(name) in stored)
+    return list(found), list(stored.unknown)
+
+
+def _vocabulary_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Of a model, or of a part that is one (T5's stacks), what turns tokens into features, and features into tokens."""
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        found = None
+        with suppress(NotImplementedError, AttributeError):  # of what has none
+            found = getattr(module, name)()
+        if isinstance(found, nn.Embedding if name == "get_input_embeddings" else nn.Linear):  # no image's patches
+            yield found
 
 
 def _main_dtype(checkpoint: TensorSource) -> torch.dtype:

@@ -8,20 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-# What a canonical name on disk may have to become to be the name of a parameter of the model.
-RENAMES = (
-    (r"\bLayerNorm\.gamma$", "LayerNorm.weight"),
-    (r"\bLayerNorm\.beta$", "LayerNorm.bias"),
-    (r"\.block_sparse_moe\.", ".mlp."),
-    (r"^encoder\.layer\.", "layers."),
-    (r"\.attention\.attention\.query\.", ".attention.q_proj."),
-    (r"\.attention\.attention\.key\.", ".attention.k_proj."),
-    (r"\.attention\.attention\.value\.", ".attention.v_proj."),
-    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-)
-RENAMED = re.compile("|".join(pattern for pattern, _ in RENAMES))  # most names are not, which one look tells
+from featcal_fast.checkpoints.renamed import meanings
+
 # One routed expert's matrix on disk -> the model's stacked parameter, and its place along the output axis.
 ROUTED = re.compile(r"(?P<stack>.+\.experts)\.(?P<expert>\d+)\.(?P<matrix>\w+)\.weight")
 MATRICES = {
@@ -48,8 +36,8 @@ class StoredNames:
         self._stacked: dict[str, dict[tuple[int, int], str]] = {}
         self.unknown: dict[str, list[str]] = {}  # tensors of no parameter, with what their names may mean
         for name, own in stored.items():
-            meanings = _meanings(name)
-            for meaning in meanings:
+            possible = meanings(name)
+            for meaning in possible:
                 if meaning in known:
                     self._whole[meaning] = own
                     break
@@ -58,7 +46,7 @@ class StoredNames:
                     self._stacked.setdefault(parameter, {})[place] = own
                     break
             else:
-                self.unknown[own] = meanings
+                self.unknown[own] = possible
 
     def __contains__(self, parameter: str) -> bool:
         return parameter in self._whole or parameter in self._stacked
@@ -102,13 +90,3 @@ def _routed(name: str) -> tuple[str, tuple[int, int]]:
         return "", (0, 0)
     parameter, slot = MATRICES[match["matrix"]]
     return f"{match['stack']}.{parameter}", (int(match["expert"]), slot)
-
-
-def _meanings(name: str) -> list[str]:
-    """`name`, and what it becomes by any of the renamings, in order: versions of transformers differ in how many."""
-    names = [name]
-    if not RENAMED.search(name):
-        return names
-    for pattern, replacement in RENAMES:
-        names += [renamed for each in names if (renamed := re.sub(pattern, replacement, each)) != each]
-    return names

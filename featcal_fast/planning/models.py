@@ -59,8 +59,11 @@ class PlannedModels:
     def __init__(self, recipe: Recipe, models: RecipeModels) -> None:
         self.recipe, self.models = recipe, models
         self.student = CheckpointSource(MetaCheckpoint(models.merged), HOST)
-        self.base = CheckpointSource(MetaCheckpoint(models.base), HOST)
-        self.experts = {task: CheckpointSource(MetaCheckpoint(each), HOST) for task, each in models.experts.items()}
+        self.base = CheckpointSource(MetaCheckpoint(models.base), HOST, models.base_tokens.table)
+        self.experts = {
+            task: CheckpointSource(MetaCheckpoint(each), HOST, models.tokens[task].table)
+            for task, each in models.experts.items()
+        }
         self.layers = self.student.structure.layers
         self.student.check_whole()
         check_same_architecture(self.student, {"base": self.base, **self.experts})
@@ -179,7 +182,8 @@ def _unpacking_one(source: TensorSource, name: str) -> int:
         if not info.dtype.is_floating_point:
             return 0
         own = ((expert, expert.names[canonical(name)]) for expert in source.experts.values())
-        return (4 + info.dtype.itemsize) * numel + max(_unpacking_one(*each) for each in own)
+        merging = (4 + info.dtype.itemsize) * numel + max(_unpacking_one(*each) for each in own)
+        return merging + source.aligned_bytes(name)
     if isinstance(source, LoraExpert):
         return 16 * min(numel, ROWS * info.shape[-1]) if name in source.low_rank else 0
     if isinstance(source, BitsAndBytesCheckpoint) and name in source.packed:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from featcal_fast.checkpoints import taken, write_errors
 from featcal_fast.forward.calls import Origin
 from featcal_fast.inputs.load import load_data
 from featcal_fast.inputs.models import RecipeModels, check_folders
-from featcal_fast.inputs.recipe import Recipe, RecipeLike
+from featcal_fast.inputs.recipe import Recipe, RecipeLike, with_out
 from featcal_fast.inputs.scan import scan as scan_weights
 from featcal_fast.inputs.task_data import TaskData
 from featcal_fast.layer.solve import MAX_CONDITION_FLOAT32, max_condition
@@ -24,7 +25,7 @@ from featcal_fast.planning.plan import LayerPlan, Plan, folded, memory_bytes
 from featcal_fast.planning.remedies import problems
 from featcal_fast.planning.stages import States, enter_stages, shapes_of
 from featcal_fast.reporting.progress import Progress
-from featcal_fast.reporting.warnings import about_same_model, about_samples, about_settings
+from featcal_fast.reporting.warnings import about_base, about_left_out, about_same_model, about_samples, about_settings
 from featcal_fast.streaming.hidden_states import HOST, Offload
 from featcal_fast.streaming.machine import available_device_bytes, available_host_bytes, find_device, resident_bytes
 from featcal_fast.streaming.scratch import Scratch
@@ -33,6 +34,7 @@ from featcal_fast.streaming.scratch import Scratch
 def plan(
     recipe: RecipeLike,
     *,
+    out: str | Path | None = None,
     device: torch.device | str | None = None,
     device_memory: int | str | None = None,
     host_memory: int | str | None = None,
@@ -45,6 +47,8 @@ def plan(
 
     Args:
         recipe: a `Recipe`, a mapping, or the path of a YAML file.
+        out: overrides the recipe's `out`; relative to the working directory. What holds something already is no error
+            here, but a warning.
         device: where it would compute; by default the first GPU, or the CPU.
         device_memory: bytes of it that may be used, or a text such as `22GiB`; by default what is free.
         host_memory: bytes of host memory that may be used, likewise.
@@ -62,11 +66,14 @@ def plan(
     """
     device_memory, host_memory = memory_bytes("device_memory", device_memory), memory_bytes("host_memory", host_memory)
     device = find_device(device, present=device_memory is None)
-    recipe = Recipe.load(recipe)
+    recipe = with_out(recipe, out)
     models = RecipeModels(recipe)
-    check_folders(recipe, models, scratch)
+    check_folders(recipe, models, scratch, may_be_taken=True)
     data = load_data(recipe, models, device, keep=False)[1]
     found = choose_offload(recipe, models, device, data, device_memory, host_memory, scratch, checkpoint_every)[0]
+    if recipe.folder is not None:
+        with write_errors(recipe.folder):
+            found.warnings += [said] if (said := taken(recipe.folder)) else []
     if scan:
         found.bytes_read["scan"] = scan_weights(recipe, models, progress or Progress())
     return found
@@ -113,9 +120,13 @@ def _warnings(recipe: Recipe, models: RecipeModels, data: Mapping[str, TaskData]
     """What should be known before anything runs."""
     settings = recipe.settings
     same = [task for task, expert in models.experts.items() if expert.path.resolve() == models.base.path.resolve()]
+    drawn = {task: each.rows + sum(each.left_out.values()) for task, each in data.items()}
+    no_base = recipe.merge is None and models.merged.path.resolve() == models.base.path.resolve()
     return [
+        *about_base(no_base),
         *about_settings(settings, max_condition(settings, len(recipe.experts)), MAX_CONDITION_FLOAT32),
-        *about_samples({task: (each.rows, each.asked) for task, each in data.items()}),
+        *about_samples({task: (drawn[task], each.asked) for task, each in data.items()}),
+        *about_left_out({task: (each.left_out, drawn[task]) for task, each in data.items()}),
         *about_same_model(same),
     ]
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from featcal_fast.errors import FeatCalError
+from featcal_fast.errors import CheckpointError, FeatCalError, shown
+from featcal_fast.reporting.forms import FormError, build
+from featcal_fast.reporting.inputs import Inputs
 from featcal_fast.settings import Settings
+from featcal_fast.untrusted.documents import DocumentError, parse_json
 from featcal_fast.version import __version__
 
 if TYPE_CHECKING:  # only terminals need it, and bench.gpu runs without
     from rich.table import Table
 
 LARGEST = 1000  # number that is shown with all of its digits
+SCHEMA_VERSION = 1  # of `report.json`; a key that is gone, or means something else, makes it the next one
 
 
 @dataclass
@@ -34,6 +38,8 @@ class GroupReport:
         change: `||W' - W_merged||_F / ||W_merged||_F` over the group's weights.
         raised: what was added to the diagonal beyond `covariance_eps` so that it could be solved, relative to its mean.
         tokens: number of tokens, all tasks' together, that its sums are of; 0 where that was not counted.
+        solver_steps: what was tried, the last of which gave the solution: `float32`, `float32, by blocks`, `float64`,
+            or `float64, diagonal raised by 1e-07 of its mean`.
     """
 
     modules: list[str]
@@ -44,6 +50,7 @@ class GroupReport:
     change: float
     raised: float = 0.0
     tokens: int = 0
+    solver_steps: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -67,17 +74,21 @@ class LayerReport:
     groups: list[GroupReport]
     norms: list[str]
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LayerReport:
-        """A layer's report from what `dataclasses.asdict` made of one.
 
-        Args:
-            values: that.
+@dataclass
+class Peaks:
+    """The most memory that was in use, and that the plan said would be, in bytes; None where nobody says.
 
-        Returns:
-            The report.
-        """
-        return cls(**{**values, "groups": [GroupReport(**group) for group in values["groups"]]})
+    Attributes:
+        host_bytes: resident memory of the process at its largest, since it began.
+        device_bytes: what torch held allocated on the device at its largest, since the run began; None on a CPU.
+        planned_host_bytes, planned_device_bytes: likewise as planned, where there was a plan.
+    """
+
+    host_bytes: int | None = None
+    device_bytes: int | None = None
+    planned_host_bytes: int | None = None
+    planned_device_bytes: int | None = None
 
 
 @dataclass
@@ -92,12 +103,15 @@ class Report:
         layers: one entry a calibrated layer.
         kept: linear weights that keep their merged values, each with the reason.
         seconds: wall clock of the whole run, in seconds.
+        phases: these seconds, by what they were for (`reporting.clock`).
+        peaks: memory.
         flops: floating-point operations of the layers, where there was a plan.
         bytes_read: bytes of tensors, by model, where there was a recipe; and of hidden states, where they were on disk:
             of these, what the last run read, where one went on with another.
         bytes_written: bytes, likewise.
         storage_error: `||W_kept - W||_F / ||W||_F` of experts kept in host memory, by task (`expert_storage`); of what
             the last run read.
+        inputs: models and data that were read, where there was a recipe.
         recipe: the job, where there was a recipe.
         out: the folder written, where there is one.
         contents: SHA-256 of what is in it, which `featcal-fast check` compares: of `tensors`, of the `headers` of
@@ -107,6 +121,8 @@ class Report:
         warnings: what should be known before the result is trusted, a sentence each.
     """
 
+    schema_version: ClassVar[int] = SCHEMA_VERSION
+
     settings: Settings
     family: str
     device: str
@@ -114,10 +130,13 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    peaks: Peaks = field(default_factory=Peaks)
     flops: float = 0.0
     bytes_read: dict[str, int] = field(default_factory=dict)
     bytes_written: dict[str, int] = field(default_factory=dict)
     storage_error: dict[str, float] = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=Inputs)
     recipe: dict[str, Any] | None = None
     out: str | None = None
     contents: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -136,25 +155,30 @@ class Report:
         return self.flops / max(sum(layer.seconds for layer in self.layers), 1e-9)
 
     def to_json(self) -> str:
-        """All of it as a JSON text, as `report.json` holds it."""
+        """All of it as a JSON text, as `report.json` holds it: `report.schema.json` beside this module describes it."""
         counts = {"calibrated_weights": self.calibrated, "linear_weights": self.calibrated + len(self.kept)}
-        return json.dumps({**asdict(self), **counts}, indent=2) + "\n"
+        values = {"schema_version": self.schema_version, **asdict(self), **counts}
+        return json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
         """A report from its JSON text.
 
         Args:
-            text: as `to_json` gives it.
+            text: as `to_json` gives it, of this version or of one before it; keys that are not known do not count.
 
         Returns:
             The report.
+
+        Raises:
+            CheckpointError: it is none, or a later version's.
         """
-        values = json.loads(text)
-        values = {item.name: values[item.name] for item in fields(cls) if item.name in values}
-        values["settings"] = Settings(**values["settings"])
-        values["layers"] = [LayerReport.from_dict(layer) for layer in values["layers"]]
-        return cls(**values)
+        try:
+            values = parse_json(text)
+            check_version(values)
+            return build(cls, values)
+        except (DocumentError, FormError) as error:
+            raise CheckpointError(f"report: it cannot be read: {error}") from error
 
     def summary(self) -> str:
         """A line of how many weights, how long, how much drift is left; and one a warning."""
@@ -235,3 +259,31 @@ def _versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def check_version(values: object) -> None:
+    """Whether a report is one of this version or of one before it; the first ones had no number.
+
+    Args:
+        values: what its JSON text holds.
+
+    Raises:
+        FormError: it is a later version's, or has no version that there could be.
+    """
+    found = values.get("schema_version", SCHEMA_VERSION) if isinstance(values, dict) else SCHEMA_VERSION
+    if type(found) is not int or found < 1:
+        raise FormError(f"schema_version: found {shown(found)}, expected a whole number from 1 on")
+    if found > SCHEMA_VERSION:
+        raise FormError(
+            f"schema_version: found {shown(found)}, expected {SCHEMA_VERSION} or less; a newer featcal_fast wrote it, "
+            "which can read it"
+        )
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that are not finite: JSON has none."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -83,6 +83,26 @@ def about_samples(samples: Mapping[str, tuple[int, int]]) -> list[str]:
     return [one_line(told)]
 
 
+def about_left_out(samples: Mapping[str, tuple[Mapping[str, int], int]]) -> list[str]:
+    """Samples that a task's expert cannot be given as they are to the merged model.
+
+    Args:
+        samples: by task, how many were left out by reason, and how many were drawn.
+
+    Returns:
+        A sentence, or none.
+    """
+    told = []
+    for task, (reasons, drawn) in samples.items():
+        if count := sum(reasons.values()):
+            why = "; ".join(f"{number:,} {reason}" for reason, number in reasons.items())
+            told.append(f"{task} {count:,} of {drawn:,} ({why})")
+    if not told:
+        return []
+    advice = "they count for nothing; take other texts where that is too many"
+    return [one_line(f"samples left out, which experts would read otherwise: {_listed(told)}; {advice}")]
+
+
 def about_same_model(experts: Iterable[str]) -> list[str]:
     """Experts that are the base model.
 
@@ -97,6 +117,23 @@ def about_same_model(experts: Iterable[str]) -> list[str]:
         return []
     told = f"nothing was learned by the experts of {_listed(same)}: their weights look like the base model's"
     return [one_line(f"{told}, toward which the result is pulled; check which models the recipe names")]
+
+
+def about_base(same: bool) -> list[str]:
+    """A merge without a base model.
+
+    Args:
+        same: whether the base model is the merged model itself.
+
+    Returns:
+        A sentence, or none.
+    """
+    if not same:
+        return []
+    return [
+        "no base model: base_model is the merged model itself, so that the anchor is the merge alone, whatever "
+        "anchor_rho says; name what the experts were fine-tuned from (--base MODEL, or base_model in a recipe)"
+    ]
 
 
 def about_run(report: Report) -> list[str]:

@@ -49,6 +49,27 @@ def resident_bytes() -> int:
         return 0
 
 
+def peak_resident_bytes() -> int | None:
+    """The most that this process held at a time, since it began; None where the system does not say."""
+    found = (line.split()[1] for line in _lines(Path("/proc/self/status")) if line.startswith("VmHWM:"))
+    return next((int(kilobytes) * 1024 for kilobytes in found), None)
+
+
+def forget_device_peak(device: torch.device) -> None:
+    """What `peak_device_bytes` says is from now on."""
+    if device.type == "cuda":
+        with suppress(RuntimeError):  # of an allocator that keeps no count
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_device_bytes(device: torch.device) -> int | None:
+    """The most that torch held allocated on a GPU at a time; None on a CPU, or where its allocator does not say."""
+    if device.type == "cuda":
+        with suppress(RuntimeError):
+            return torch.cuda.max_memory_allocated(device)
+    return None
+
+
 def available_host_bytes() -> int:
     """Host memory that can be had without swapping, besides what this process holds."""
     try:

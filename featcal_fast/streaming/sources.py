@@ -19,6 +19,7 @@ from featcal_fast.forward.shared import SharedTensors
 from featcal_fast.models import Structure, find_structure
 from featcal_fast.models.configs import differences
 from featcal_fast.models.meta import meta_model, tied_names
+from featcal_fast.models.tokens import own_inputs
 
 RECORDING = Lock()  # while a model's forward is recorded its blocks are not themselves, and nobody copies one
 
@@ -29,6 +30,7 @@ class Source(Protocol):
     label: str
     described: str  # where its config is
     structure: Structure  # parameters may be on the meta device
+    tokens: Tensor | None  # the student's token ids -> its own (models/tokens.py); None where they are the same
     shared: SharedTensors  # of the calls that `stage_inputs` made since `release_stage_inputs`
 
     def stage_inputs(
@@ -52,6 +54,8 @@ class Source(Protocol):
 
 class ModuleSource:
     """A model in memory; it is never changed. Its blocks are copied one at a time."""
+
+    tokens: Tensor | None = None
 
     def __init__(self, model: nn.Module, label: str, device: torch.device) -> None:
         self.model, self.label, self.device = model, label, device
@@ -90,6 +94,7 @@ class CheckpointSource:
     Args:
         checkpoint: a folder in any form, or several merged on the fly.
         device: where hidden states go.
+        tokens: for each token id of the merged model this one's own, `[ids]`, int64; None where they are the same.
 
     Raises:
         UnsupportedModelError: no transformers class or no family fits.
@@ -97,8 +102,8 @@ class CheckpointSource:
         ModelMismatchError: a block's tensor has another shape than the config says.
     """
 
-    def __init__(self, checkpoint: TensorSource, device: torch.device) -> None:
-        self.checkpoint, self.label, self.device = checkpoint, checkpoint.label, device
+    def __init__(self, checkpoint: TensorSource, device: torch.device, tokens: Tensor | None = None) -> None:
+        self.checkpoint, self.label, self.device, self.tokens = checkpoint, checkpoint.label, device, tokens
         self.described = f"{self.label}: {checkpoint.path / 'config.json'}"
         self.model, self._stored = meta_model(checkpoint, device)
         self.structure = find_structure(self.model, self.label)
@@ -130,10 +135,11 @@ class CheckpointSource:
         if self.structure.family.relays and stage not in self._first_blocks:
             first = next(layer.index for layer in self.structure.layers if layer.stage == stage)
             self._first_blocks[stage] = self.block(first).to(self.device)
+        own = own_inputs(batch, self.tokens, self.checkpoint.config)
         with RECORDING:
             hidden, calls = stage_inputs(
                 self.structure,
-                move(dict(batch), self.device),
+                move(own, self.device),
                 stage,
                 previous,
                 self._first_blocks.get(stage),
@@ -256,7 +262,9 @@ def check_same_architecture(student: Source, others: Mapping[str, Source]) -> No
                     f"{other.label}: block parameter {name} is {found.get(name, 'absent')}, but "
                     f"{expected.get(name, 'absent')} in the {student.label}; all models must have one architecture"
                 )
-        if None not in (ours.config, theirs.config) and (differing := differences(theirs.config, ours.config)):
+        if None in (ours.config, theirs.config):
+            continue
+        if differing := differences(theirs.config, ours.config, other.tokens):
             raise ModelMismatchError(
                 f"{other.described} differs from that of the {student.label}: {', '.join(differing)}; they "
                 "would compute different things with the same weights; correct what is wrong, or choose other models"

@@ -18,6 +18,7 @@ from featcal_fast.layer.precision import ieee_float32
 from featcal_fast.layer.tokens import TokenCounts, Tokens
 from featcal_fast.models import Structure
 from featcal_fast.models.structure import Layer
+from featcal_fast.reporting.clock import Clock
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.settings import Settings
 from featcal_fast.streaming.chunks import Chunk, Chunks, explain_out_of_memory
@@ -49,6 +50,7 @@ class Streams:
         settings: the method's constants.
         device: where to compute.
         progress: told how the run goes, and closed at its end.
+        clock: told what each moment is for.
         offload: where hidden states wait between layers.
         chunk: tokens that pass a layer at a time; None for a batch's.
         snapshots: where hidden states are kept that a run can go on from, if they are to be.
@@ -56,6 +58,7 @@ class Streams:
 
     Attributes:
         device: where to compute.
+        clock: as given.
         student_states: the merged model's hidden states, by task.
         expert_states: those of each task's expert.
         drift: what follows a few samples through all models.
@@ -73,12 +76,13 @@ class Streams:
         settings: Settings,
         device: torch.device,
         progress: Progress,
+        clock: Clock,
         offload: Offload,
         chunk: int | None,
         snapshots: Snapshots | None = None,
         first: int = 0,
     ) -> None:
-        self.device = device
+        self.device, self.clock = device, clock
         self._source, self._experts, self._batches = student, experts, batches
         self._progress, self._snapshots, self._first = progress, snapshots, first
         self._scratch = (snapshots or Scratch(offload)) if isinstance(offload, Path) else None
@@ -124,6 +128,10 @@ class Streams:
         """
         if layer.number:
             return {}
+        with self.clock("entering"):
+            return self._enter(layer)
+
+    def _enter(self, layer: Layer) -> dict[str, int]:
         structure = self._source.structure
         if self._snapshots is not None:
             self._snapshots.begin(layer.stage)
@@ -186,7 +194,8 @@ class Streams:
 
     def next_block(self) -> nn.Module:
         """The layer's next block: the student's, the base's; then each expert's, which `experts` hands out."""
-        return self._blocks.next()
+        with self.clock("reading"):
+            return self._blocks.next()
 
     def experts(self, layer: Layer) -> Iterator[tuple[str, nn.Module]]:
         """Each task with its expert's block, which must be gone when the next is asked for.
@@ -195,7 +204,7 @@ class Streams:
         """
         for task in self._experts:
             self._progress.task(layer.index, task)
-            block = [self._blocks.next()]  # taken out below: a local of this frame would live as long as the task
+            block = [self.next_block()]  # taken out below: a local of this frame would live as long as the task
             with caching_malloc() as self._trim:
                 yield task, block.pop()
 
@@ -229,7 +238,7 @@ class Streams:
         """The student's hidden states pass its calibrated block, unless it is the last."""
         if layer is self._layers[-1]:
             return
-        with caching_malloc() as trim:
+        with self.clock("advancing"), caching_malloc() as trim:
             for task, states in self.student_states.items():
                 for batch, tokens in enumerate(self._tokens[task]):
                     for chunk in self._chunks.of(batch, tokens):

@@ -184,6 +184,11 @@ def files_beside_the_model(job: Job) -> None:
 
 
 @control()
+def a_card_of_noise(job: Job) -> None:
+    job.write("merged/README.md", b"---\nlicense: [\n---\n\xff\0\x1b[2J")
+
+
+@control()
 def metadata_in_headers(job: Job) -> None:
     job.header(f"math/{WEIGHTS}", lambda header: {"__metadata__": {"format": "pt", "note": "☃" * 1000}, **header})
 

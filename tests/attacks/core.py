@@ -16,6 +16,8 @@ Variant = tuple[str, tuple[Needle, ...], Damage]
 THEMES = (
     *("recipes", "settings", "paths", "folders", "headers", "indexes", "configs", "experts", "adapters", "quantised"),
     *("jsonl", "templates", "tokenizers", "ready_inputs", "images", "tables", "processors", "changing", "leftovers"),
+    "mergekit",
+    "cards",
 )
 
 

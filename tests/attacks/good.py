@@ -293,6 +293,14 @@ def _hub(job: Job) -> None:
     base.rmdir()
 
 
+def _mergekit(job: Job) -> None:
+    """A decoder whose merge mergekit made: its config is there, and no recipe is used."""
+    _llama(job)
+    models = [{"model": "math", "parameters": {"weight": 0.5}}, {"model": "code"}]
+    config = {"merge_method": "ties", "base_model": "base", "models": models, "dtype": "float32"}
+    job.write("merged/mergekit_config.yml", yaml.safe_dump(config))
+
+
 def _seq2seq(job: Job) -> None:
     """An encoder-decoder, and ready token ids with masks and labels."""
     _save(job, pico.job("t5", 2))
@@ -309,5 +317,6 @@ KINDS: dict[str, Callable[[Job], None]] = {
     "nf4": _four_bit,
     "int8": _eight_bit,
     "hub": _hub,
+    "mergekit": _mergekit,
     "t5": _seq2seq,
 }

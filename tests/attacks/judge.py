@@ -68,15 +68,22 @@ class _During(Progress):
 def judge(attack: Attack, job: Job) -> Verdict:
     """Damage a job, plan it and calibrate it: both must end in a clear error, soon, and leave everything as it was."""
     attack.damage(job)
-    verdict, recipe = Verdict(attack.name), job.path("recipe.yaml")
-    _one(verdict, "plan", lambda: ff.plan(recipe, device="cpu"), attack, job, optional=bool(attack.calibrate_only))
+    verdict = Verdict(attack.name)
+
+    def recipe() -> Path | ff.Recipe:
+        if attack.kind != "mergekit":
+            return job.path("recipe.yaml")
+        data = {task: job.path(f"data/{task}.safetensors") for task in ("math", "code")}
+        return ff.from_mergekit(job.path("merged"), data, out=job.path("out"))
+
+    _one(verdict, "plan", lambda: ff.plan(recipe(), device="cpu"), attack, job, optional=bool(attack.calibrate_only))
 
     def calibrate() -> object:
         options = dict(attack.options)
         if attack.during is not None:
             during = attack.during
             options["progress"] = _During(lambda: during(job))
-        return ff.calibrate(recipe, device="cpu", **options)
+        return ff.calibrate(recipe(), device="cpu", **options)
 
     _one(verdict, "calibrate", calibrate, attack, job)
     return verdict

@@ -80,7 +80,18 @@ def elsewhere() -> Iterator[Variant]:
             yield f"{key}-{name}", (needle, own or ("/job", "looked for")), damage
 
 
-# Folders that may not be written, and what of them must be named.
+# Folders that may not be written, and what of them must be named; those that hold something already may be planned for.
+TAKEN = {
+    "the-recipes-folder": ".",
+    "the-recipe": "recipe.yaml",
+    "not-empty": "data",
+    "parent-of-all": "..",
+    "root": "/",
+    "devices": "/dev",
+    "through-nothing": "nothere/..",
+    "through-nothing-deep": "nothere/../nothere/../out/..",
+    "pipe": "pipe",
+}
 OUTPUTS = {
     "the-base": "base",
     "below-the-base": "base/deep/below",
@@ -88,29 +99,19 @@ OUTPUTS = {
     "below-an-expert": "math/out",
     "below-by-dots": "code/../math/x",
     "by-a-link": "alias/out",
-    "the-recipes-folder": ".",
-    "the-recipe": "recipe.yaml",
     "below-a-file": "recipe.yaml/out",
-    "not-empty": "data",
-    "parent-of-all": "..",
-    "root": "/",
-    "devices": "/dev",
     "below-a-device": "/dev/null/x",
     "processes": "/proc/x",
     "system": "/sys/x",
-    "through-nothing": "nothere/..",
-    "through-nothing-deep": "nothere/../nothere/../out/..",
     "circle": "circle",
     "below-a-circle": "circle-a/out",
-    "pipe": "pipe",
     "below-a-pipe": "pipe/out",
     "the-data": "data/math.safetensors",
 }
 
 
-@attacks()
-def outputs() -> Iterator[Variant]:
-    for name, path in OUTPUTS.items():
+def _outputs(paths: dict[str, str]) -> Iterator[Variant]:
+    for name, path in paths.items():
 
         def damage(job: Job, path: str = path) -> None:
             _places(job)
@@ -118,6 +119,16 @@ def outputs() -> Iterator[Variant]:
             job.recipe(out=path)
 
         yield name, ("out:", path.strip(".").split("/")[0] or path.strip(".") or "/job"), damage
+
+
+@attacks()
+def outputs() -> Iterator[Variant]:
+    yield from _outputs(OUTPUTS)
+
+
+@attacks(calibrate_only="a plan only warns of what an output folder holds")
+def taken() -> Iterator[Variant]:
+    yield from _outputs(TAKEN)
 
 
 @attacks("clip")

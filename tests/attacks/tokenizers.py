@@ -122,3 +122,68 @@ def a_config_that_is_a_pipe(job: Job) -> None:
 @attack("data/", "found no tokenizer", kind="texts")
 def gone(job: Job) -> None:
     job.path(FILE).unlink()
+
+
+# ---- an expert's own, which is compared with the merged model's
+
+OWN, OWN_CONFIG = "math/tokenizer.json", "math/tokenizer_config.json"
+
+
+def _own(job: Job, change: Callable[[dict[str, Any]], Any] = lambda values: values.update(version="1.1")) -> None:
+    """Give the expert a tokenizer, changed."""
+    for file in (OWN, OWN_CONFIG):
+        job.write(file, job.path(file.replace("math", "merged")).read_bytes())
+    values = json.loads(job.path(OWN).read_text())
+    change(values)
+    job.write(OWN, json.dumps(values))
+
+
+@attacks("texts")
+def of_an_expert() -> Iterator[Variant]:
+    for name, (file, damage) in {
+        "endless": (OWN, lambda job: job.link(OWN, "/dev/zero")),
+        "a-pipe": (OWN_CONFIG, lambda job: job.pipe(OWN_CONFIG)),
+        "huge": (OWN, lambda job: job.sparse(OWN, 2**40)),
+        "no-json": (OWN, lambda job: job.write(OWN, b'{"model": ')),
+        "nested": (OWN, lambda job: job.write(OWN, b"[" * 100_000)),
+        "config-a-list": (OWN_CONFIG, lambda job: job.write(OWN_CONFIG, b"[]")),
+        "pickled": (OWN, lambda job: job.write(OWN, b"\x80\x04cposix\nsystem\n(Vtouch was-run\ntR.")),
+        "outside": (OWN, lambda job: job.outside(OWN)),
+        "far-away": (OWN, lambda job: _own(job, lambda values: values["model"]["vocab"].update(a=2**40))),
+        "unknown-model": (OWN, lambda job: _own(job, lambda values: values.update(model={"type": "Nope"}))),
+    }.items():
+
+        def own(job: Job, damage: Callable[[Job], object] = damage) -> None:
+            _own(job)
+            damage(job)
+
+        yield name, ("/math", ("tokenizer", file)), own
+
+
+@attacks("texts")
+def slow_of_an_expert() -> Iterator[Variant]:
+    step = {"type": "Split", "pattern": {"Regex": "((a+)+)+!"}, "behavior": "Isolated", "invert": False}
+    blown = {"type": "Replace", "pattern": {"String": "a"}, "content": "b " * 50_000}
+    for name, changes in {"pattern": {"pre_tokenizer": step}, "blown-up": {"normalizer": blown}}.items():
+
+        def own(job: Job, changes: dict[str, Any] = changes) -> None:
+            _own(job, lambda values: (values.update(changes), values["model"].update(unk_token="a")))
+            job.write(DATA, json.dumps({"text": "a" * 60}))
+            _vocabulary(lambda values: values["model"].update(unk_token="a"))(job)
+
+        yield name, ("math", "tokenizer"), own
+
+
+@attack("math", ("tokenizer", "code"), kind="texts")
+def code_of_an_expert(job: Job) -> None:
+    _own(job)
+    job.write("math/code.py", "import pathlib; pathlib.Path(__file__).with_name('was-run').write_text('')\n")
+    job.json(OWN_CONFIG, auto_map={"AutoTokenizer": ["code.T", "code.T"]}, tokenizer_class="MineTokenizer")
+
+
+@attack(DATA, ("3 of 3 samples", "expert math"), kind="texts")
+def an_expert_of_other_words(job: Job) -> None:
+    _own(
+        job,
+        lambda values: values["model"].update(vocab={f"x{word}": i for word, i in values["model"]["vocab"].items()}),
+    )

@@ -19,6 +19,12 @@ RECIPE = {
     "out": "models/calibrated",
 }
 
+MERGEKIT = {
+    "merge_method": "task_arithmetic",
+    "base_model": "models/base",
+    "models": [{"model": "models/math"}, {"model": "models/code"}],
+}
+
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
@@ -35,6 +41,8 @@ def made(tmp_path_factory):
     pairs = [{"prompt": f"print({i}", "completion": f" + {i})"} for i in range(24)]
     for name, lines in (("math", texts), ("code", pairs)):
         (folder / "data" / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        shutil.copy(folder / "data" / f"{name}.jsonl", folder)  # where the README has it
+    (folder / "models" / "merged" / "mergekit_config.yml").write_text(yaml.safe_dump(MERGEKIT))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
     return folder
 

@@ -32,11 +32,11 @@ from featcal_fast.job.interrupts import ENDING
 from featcal_fast.layer.solve import MAX_CONDITION_FLOAT32, RAISES
 from featcal_fast.merging.merged import METHODS
 from featcal_fast.models import families_table
-from featcal_fast.reporting.report import GroupReport, LayerReport
 from featcal_fast.untrusted.documents import YAML_BYTES, parse_yaml
 
-RECIPES, DATA, MEMORY, PYTHON, FAMILIES, METHOD = (
-    Page(ROOT / "docs" / f"{name}.md") for name in ("recipes", "data", "memory", "python", "families", "method")
+RECIPES, DATA, MEMORY, PYTHON, FAMILIES, METHOD, REPORT = (
+    Page(ROOT / "docs" / f"{name}.md")
+    for name in ("recipes", "data", "memory", "python", "families", "method", "report")
 )
 CHOICES = {
     "preset": settings.PRESETS,
@@ -177,6 +177,7 @@ def test_exit_codes(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             ended("plan", "recipe.yaml", "--host-memory", "1MiB"),
             ended("plan", "recipe.yaml", "--memory", "1MiB"),
             ended("plan", "recipe.yaml", by=lambda: ast.parse("(")),
+            _checked_where_nothing_loads(ended, monkeypatch),
             ended("plan", "recipe.yaml", by=lambda: signal.raise_signal(signal.SIGINT)),
             ended("plan", "recipe.yaml", by=lambda: signal.raise_signal(signal.SIGTERM)),
             ended("plan", "recipe.yaml", by=lambda: signal.raise_signal(signal.SIGHUP)),
@@ -185,6 +186,13 @@ def test_exit_codes(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     assert found == {int(row[0]) for row in PYTHON.table("Exit codes")}
+
+
+def _checked_where_nothing_loads(ended: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> int:
+    ff.calibrate("recipe.yaml")
+    with monkeypatch.context() as patch:
+        patch.setattr("featcal_fast.job.check.check_loads", lambda out: ast.parse("("))
+        return ended("check", "models/calibrated")
 
 
 def test_environment_variables() -> None:
@@ -229,10 +237,21 @@ def test_errors() -> None:
 
 
 def test_the_report() -> None:
-    said = [key for row in PYTHON.table("The report") for key in codes(row[0])]
-    written = json.loads(ff.Report(ff.Settings(), "a family", "cpu", {}).to_json())
-    expected = [*written, *(item.name for cls in (LayerReport, GroupReport) for item in fields(cls))]
-    assert sorted(said) == sorted(expected)
+    """Every key of the schema has its line, and no other has one."""
+    schema = json.loads((ROOT / "featcal_fast" / "reporting" / "report.schema.json").read_text())
+    whole, parts = schema["properties"], schema["$defs"]
+    tables = {
+        "The run": [whole],
+        "A layer": [parts["layer"]["properties"]],
+        "A group": [parts["group"]["properties"]],
+        "Phases": [whole["phases"]["properties"]],
+        "Peaks": [whole["peaks"]["properties"]],
+        "Inputs": [parts[name]["properties"] for name in ("model", "file", "task")],
+    }
+    for heading, expected in tables.items():
+        said = [key for row in REPORT.table(heading) for key in codes(row[0])]
+        assert sorted(said) == sorted(key for each in expected for key in each), heading
+    assert set(whole) == json.loads(ff.Report(ff.Settings(), "a family", "cpu", {}).to_json()).keys()
 
 
 def test_calls() -> None:

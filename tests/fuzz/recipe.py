@@ -66,9 +66,9 @@ def damage(data: bytes, chance: random.Random) -> bytes:
     """A value changed, a key added or given twice, whatever the text looks like."""
     try:
         values = yaml.safe_load(data)
-    except Exception:
+        found = places(values)
+    except Exception:  # no YAML, or an alias that stands for itself
         return data
-    found = places(values)
     if not found:
         return data
     owner, key = chance.choice(found)
