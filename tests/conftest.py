@@ -107,6 +107,23 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Models, and a merge of them as mergekit writes one; only to be read."""
+    from merges import make_sources  # takes seconds
+
+    return make_sources(tmp_path_factory.mktemp("mergekit"))
+
+
+@pytest.fixture
+def work(made, tmp_path, monkeypatch):
+    """The working directory, with these in it."""
+    from merges import make_work
+
+    monkeypatch.chdir(tmp_path)
+    return make_work(tmp_path, made)
+
+
+@pytest.fixture(scope="session")
 def cases(tmp_path_factory):
     """Cases by kind of model and by whether hidden states are `on_disk`; each is made once."""
     from runs import make_case  # takes seconds

@@ -18,12 +18,14 @@ from markdown_it import MarkdownIt
 from runs import Stop
 
 import featcal_fast as ff
+from featcal_fast import files
 from featcal_fast.job.card import model_name
 from featcal_fast.job.check import check
 from featcal_fast.reporting.card import LAYERS, Name, Origin, card
 from featcal_fast.reporting.markdown import code, demoted, escaped, fenced
 from featcal_fast.reporting.own_card import LARGEST, OwnCard, read_card
 from featcal_fast.reporting.plot import drift_svg
+from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import GroupReport, LayerReport, Report
 from featcal_fast.settings import Settings
 
@@ -160,6 +162,20 @@ def test_a_published_recipe_is_one_and_tells_nothing_of_this_machine(recipe: dic
     assert ff.Recipe.load(values).settings == Settings.from_dict(settings)
 
 
+def test_warnings_tell_nothing_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a path ends is not told by blanks: folders may have them in their names."""
+    folder = tmp_path / "Jane Doe" / "it's secret"
+    recipe = pico.save(pico.job("llama", 2, layers=2), folder)
+    named = [folder / "merged", *(folder / each["data"] for each in recipe["experts"].values())]
+    told = [f"left out, such as {path}, line 3 (tokenizer of {path})" for path in named]
+    monkeypatch.setattr("featcal_fast.job.run.about_run", lambda report: [*told, "and of '/else/where/x.jsonl'"])
+    ff.calibrate(recipe)
+    text = unescape((Path(recipe["out"]) / "README.md").read_text())
+    assert "and of 'x.jsonl'" in text
+    assert all(f"such as {path.name}, line 3 (tokenizer of {path.name})" in text.replace("\\", "") for path in named)
+    assert not re.search("Doe|secret", text)
+
+
 def test_a_run_that_was_stopped_gives_the_same(recipe: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "merged" / "README.md").write_text(MERGEKIT)
     ff.calibrate(recipe, out=tmp_path / "one" / "out")
@@ -206,6 +222,36 @@ def test_pictures_of_the_merged_model_are_kept(recipe: dict[str, Any], tmp_path:
     assert (out / "drift-3.svg").read_text() == drift_svg(made.layers)
     assert "(drift-3.svg)" in (out / "README.md").read_text()
     assert check(out).whole
+
+
+def test_a_folder_that_is_called_like_the_picture_is_kept(recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "merged" / "Drift.svg").mkdir()
+    (tmp_path / "merged" / "Drift.svg" / "one.txt").write_text("kept")
+    made = ff.calibrate(recipe)
+    out = tmp_path / "out"
+    assert (out / "Drift.svg" / "one.txt").read_text() == "kept"
+    assert (out / "drift-2.svg").read_text() == drift_svg(made.layers)
+    assert check(out).whole
+
+
+def test_nothing_is_read_for_a_card_once_layers_are_done(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be read at the end would cost all that was done before."""
+    (tmp_path / "merged" / "README.md").write_text("# The merge\n")
+
+    class Gone(Progress):
+        def layer(self, report: LayerReport) -> None:
+            monkeypatch.setattr(files, "read_bytes", unreadable)
+
+    def unreadable(path: Path, *_: Any) -> bytes:
+        if path.name == "README.md":
+            raise OSError(5, "gone", str(path))
+        return read(path, *_)
+
+    read = files.read_bytes
+    ff.calibrate(recipe, progress=Gone())
+    assert "# The merge" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("data", [b"\xff\xfe\0", b"x" * (LARGEST + 1)], ids=["noise", "huge"])

@@ -12,6 +12,7 @@ COMMANDS = (
     ("plan", "recipe.yaml"),
     ("calibrate", "recipe.yaml"),
     ("merge", "recipe.yaml"),
+    ("delta", "out", "--out", "delta"),
     ("check", "out"),
     ("demo",),
 )
@@ -19,6 +20,7 @@ PLACES = {
     "plan": "featcal_fast.planning.planner.plan",
     "calibrate": "featcal_fast.job.run.calibrate",
     "merge": "featcal_fast.job.run.merge",
+    "delta": "featcal_fast.job.delta.delta",
     "check": "featcal_fast.job.check.check",
     "demo": "featcal_fast.demo.run",
 }
@@ -36,8 +38,10 @@ def fails(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> None:
 
 @pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: arguments[0])
 def test_a_fault_of_ours_is_one_line_and_a_code_of_its_own(
-    arguments: tuple[str, ...], command: Callable, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...], command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text("{base_model: base, merged_model: merged, experts: {a: {model: a, data: a.jsonl}}}")
     fails(monkeypatch, arguments[0], RuntimeError("a\x1b[31m\nb"))
     code, _, errors = command(*arguments)
     assert code == 70

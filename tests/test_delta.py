@@ -23,6 +23,7 @@ import featcal_fast as ff
 from featcal_fast.checkpoints import Checkpoint, LoraExpert, find_expert, work_path
 from featcal_fast.errors import FeatCalError, ModelMismatchError, OutputError, RecipeError
 from featcal_fast.layer.low_rank import EXACT, energies, low_rank
+from featcal_fast.reporting.progress import Progress
 
 # Of each kind, as many rows or columns as the smaller side of its largest weight has.
 FULL = {"gpt2": 48, "llama tied": 64, "t5": 48, "clip whole": 48, "vit classifier": 48, "bert": 48, "qwen2-moe": 64}
@@ -42,7 +43,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
                 model.to(dtype)
             job.batches = {task: batches[:2] for task, batches in job.batches.items()}
             recipe = pico.save(job, folder)
-            ff.calibrate(recipe, checkpoint_every=0)
+            ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches=job.batches)
+            job.merged.save_pretrained(folder / "out")  # as a run writes it, in a tenth of the time
+            (folder / "out" / "report.json").write_text(json.dumps({"recipe": {**recipe, "root": str(folder)}}))
             (folder / "recipe.json").write_text(json.dumps(recipe))
         return made[f"{kind} {dtype}"]
 
@@ -51,13 +54,13 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 @pytest.fixture(scope="module")
 def deltas(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[int, Path]]:
-    """Adapters of a kind, by rank: of two small ones, and of the full one."""
+    """Adapters of a kind, by rank: of a small one, and of the full one."""
     made: dict[str, dict[int, Path]] = {}
 
     def deltas(kind: str) -> dict[int, Path]:
         if kind not in made:
             folder = tmp_path_factory.mktemp("deltas")
-            made[kind] = {rank: folder / str(rank) for rank in (2, 16, FULL[kind])}
+            made[kind] = {rank: folder / str(rank) for rank in (8, FULL[kind])}
             for rank, path in made[kind].items():
                 ff.delta(make(kind) / "out", out=path, rank=rank)
         return made[kind]
@@ -99,9 +102,9 @@ def test_with_growing_rank_the_adapter_is_the_calibration(kind: str, make: Make,
     errors = [error(adapted(make(kind), path), make(kind)) for path in deltas(kind).values()]
     made = [json.loads((path / "delta.json").read_text()) for path in deltas(kind).values()]
     sizes = [(path / "adapter_model.safetensors").stat().st_size for path in deltas(kind).values()]
-    assert errors[0] > errors[1] > errors[2]
-    assert errors[2] <= 1e-5
-    assert 0 < made[0]["energy"] < made[1]["energy"] < made[2]["energy"] == pytest.approx(1, abs=1e-12)
+    assert errors[0] > 100 * errors[1]
+    assert errors[1] <= 1e-5
+    assert 0 < made[0]["energy"] < made[1]["energy"] == pytest.approx(1, abs=1e-12)
     assert [each["nbytes"] for each in made] == sizes
 
 
@@ -118,8 +121,8 @@ def test_peft_loads_it(kind: str, make: Make, deltas: Any) -> None:
         model = peft.PeftModel.from_pretrained(cls.from_pretrained(folder / "merged"), path).eval()
         change = (outputs[0] - outputs[1]).norm()
         distances.append(float((_output(model(**batch)) - outputs[0]).norm() / change))
-    assert distances[0] > distances[1] > distances[2]
-    assert distances[2] <= 1e-5
+    assert distances[0] > 100 * distances[1]
+    assert distances[1] <= 1e-5
     for name, parameter in model.merge_and_unload().named_parameters():
         own, was = expected.get_parameter(name), before.get_parameter(name)
         assert (parameter - own).norm() <= 1e-5 * (own - was).norm(), name
@@ -240,6 +243,17 @@ def test_a_model_of_the_hub_is_named_as_it_is_there(
     assert '.from_pretrained("org/merged", revision="v1")' in card
 
 
+@pytest.mark.parametrize("revision", ["", "@abc"])
+def test_a_model_of_the_hubs_cache_is_named_by_where_it_can_be_loaded_from(
+    revision: str, folder: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "models--org--merged"
+    shutil.copytree(folder / "merged", cache / "snapshots" / "abc")
+    shutil.copytree(folder / "out", tmp_path / "out")
+    _edit_recipe(tmp_path / "out", merged_model=f"{cache}{revision}")
+    assert ff.delta(tmp_path / "out", out=tmp_path / "delta", rank=1).merged == str(cache / "snapshots" / "abc")
+
+
 def _edit_recipe(out: Path, **values: object) -> None:
     report = json.loads((out / "report.json").read_text())
     report["recipe"] = {key: value for key, value in (report["recipe"] | values).items() if value is not None}
@@ -351,24 +365,33 @@ def _failure(folder: Path, out: Path, number: int, names: tuple[str, ...]) -> st
     return ""
 
 
+class Said(Progress):
+    """What is said where a signal ends a run."""
+
+    def interrupted(self, left: str) -> None:
+        self.said = left
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory"), torch.linalg.LinAlgError("no"), MemoryError(), KeyboardInterrupt()]
+)
 def test_where_it_fails_after_a_run_the_model_is_whole(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = json.loads((folder / "recipe.json").read_text())
-    monkeypatch.setattr("featcal_fast.job.delta.low_rank", _full)
-    with pytest.raises(OutputError) as failure:
-        ff.calibrate(recipe, out=tmp_path / "out", delta=tmp_path / "my delta", delta_rank=9)
-    said = str(failure.value)
+    def failing(*_: Any) -> None:
+        raise error
+
+    recipe, progress = json.loads((folder / "recipe.json").read_text()), Said()
+    monkeypatch.setattr("featcal_fast.job.delta.low_rank", failing)
+    with pytest.raises((OutputError, KeyboardInterrupt)) as failure:
+        ff.calibrate(recipe, out=tmp_path / "out", delta=tmp_path / "my delta", delta_rank=9, progress=progress)
+    said = progress.said if isinstance(error, KeyboardInterrupt) else str(failure.value)
     assert f"the calibrated model is whole in {tmp_path / 'out'}: `featcal-fast delta {tmp_path / 'out'} --out" in said
     assert f"'{tmp_path / 'my delta'}' --rank 9` writes its delta" in said
     assert ff.check(tmp_path / "out").whole
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     monkeypatch.undo()
     assert ff.delta(tmp_path / "out", out=tmp_path / "my delta", rank=9).rank == 9
-
-
-def _full(*_: Any) -> None:
-    raise torch.OutOfMemoryError("no memory")
 
 
 # Afterwards

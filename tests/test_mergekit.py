@@ -9,23 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
-from merges import CODE, DATA, EXPERTS, MATH, PAIR, TIES, configure, make_sources, make_work, recipe_of, short
+from merges import CODE, DATA, EXPERTS, MATH, PAIR, TIES, configure, recipe_of, short
 
 import featcal_fast as ff
 from featcal_fast.errors import RecipeError
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_sources(tmp_path_factory.mktemp("mergekit"))
-
-
-@pytest.fixture
-def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory."""
-    monkeypatch.chdir(tmp_path)
-    return make_work(tmp_path, made)
-
 
 ADAPTERS = {"math": "src/lora-math", "code": "src/lora-code"}
 ADAPTED = [{"model": f"src/base+src/lora-{task}"} for task in ("math", "code")]

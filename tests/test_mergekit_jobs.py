@@ -10,25 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from merges import DATA, MATH, TIES, make_sources, make_work, recipe_of
+from merges import DATA, MATH, TIES, recipe_of
 from runs import contents
 
 import featcal_fast as ff
 from featcal_fast import files
 from featcal_fast.errors import OutputError, RecipeError
 from featcal_fast.inputs.recipe_file import write_recipe
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_sources(tmp_path_factory.mktemp("mergekit"))
-
-
-@pytest.fixture
-def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory."""
-    monkeypatch.chdir(tmp_path)
-    return make_work(tmp_path, made)
 
 
 def test_the_recipe_says_what_will_be_done(work: Path) -> None:

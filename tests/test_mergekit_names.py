@@ -6,22 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from merges import CODE, EXPERTS, MATH, TIES, make_sources, make_work, recipe_of, short
+from merges import CODE, EXPERTS, MATH, TIES, recipe_of, short
 
 from featcal_fast.errors import RecipeError
 from featcal_fast.inputs.names import find_name, model_names
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_sources(tmp_path_factory.mktemp("mergekit"))
-
-
-@pytest.fixture
-def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory."""
-    monkeypatch.chdir(tmp_path)
-    return make_work(tmp_path, made)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +62,13 @@ def test_short_names_are_those_of_adapters() -> None:
 def test_whom_a_name_means(key: str, expected: str) -> None:
     names = model_names([(f"./src/{name}", f"/x/src/{name}", None) for name in (MATH, CODE)])
     assert find_name(key, names, "data").short == expected
+
+
+def test_a_short_name_inside_of_another_word_is_not_meant() -> None:
+    names = model_names([(f"./src/tiny-{name}", f"/x/tiny-{name}", None) for name in "ab"])
+    assert find_name("tiny_a.v2", names, "data").short == "a"
+    with pytest.raises(RecipeError, match=r"data: found 'math', which is no model's name; expected one of a .*, b "):
+        find_name("math", names, "data")
 
 
 @pytest.mark.parametrize("key", ["", "physics", "src", "math and code", "o", "Llama-3-8B"])

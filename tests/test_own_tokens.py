@@ -217,6 +217,61 @@ def test_tokenizers_that_may_differ_are_read(tmp_path: Path, change: str) -> Non
 # ---- samples that are left out
 
 
+def _foreign(folder: Path) -> None:
+    """A tokenizer of a class that transformers has not."""
+    path = folder / "tokenizer_config.json"
+    code = {"tokenizer_class": "TheirTokenizer", "auto_map": {"AutoTokenizer": ["theirs.TheirTokenizer", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | code))
+
+
+def test_the_class_of_an_experts_tokenizer_need_not_be_there(own_union: tuple[Path, dict[str, Any]]) -> None:
+    """All that counts of it is in its tokenizer.json, texts included."""
+    folder, recipe = own_union
+    expected, batches, _ = loaded(recipe)
+    for task in ADDED:
+        _foreign(folder / task)
+    models, found, sizes = loaded(recipe)
+    for task in ADDED:
+        assert torch.equal(models.tokens[task].table, expected.tokens[task].table)
+        assert sizes[task].left_out == {}
+        pairs = zip(found[task], batches[task], strict=True)
+        assert all(torch.equal(one["input_ids"], other["input_ids"]) for one, other in pairs)
+    (folder / "math" / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match=r"math: AutoTokenizer cannot load it.*code of its own, which is never run"):
+        loaded(recipe)
+
+
+@pytest.mark.parametrize("change", ["split", "token", "vocabulary"])
+def test_ids_need_no_tokenizer_that_can_be_loaded_where_files_say_that_they_are_the_same(
+    own_union: tuple[Path, dict[str, Any]], change: str
+) -> None:
+    """As where a library is missing; texts need one, and so does what would have to be translated."""
+    folder, recipe = own_union
+    recipe["experts"] = {"math": recipe["experts"]["math"]}
+    for name in ("base", "merged", "math"):
+        (folder / name / "tokenizer.json").unlink()
+        (folder / name / "tokenizer.model").write_bytes(b"of a library that is not there")
+        _foreign(folder / name)
+    shutil.copyfile(folder / "merged" / "tokenizer_config.json", folder / "math" / "tokenizer_config.json")
+    path = folder / "math" / "tokenizer_config.json"
+    values = {"split": {"legacy": True, "add_bos_token": False}, "token": {"pad_token": "<tool>"}, "vocabulary": {}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | values[change] | {"bos_token": {"content": "<s>"}}))
+    if change == "vocabulary":
+        (folder / "math" / "tokenizer.model").write_bytes(b"another")
+    save_file({"input_ids": torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])}, folder / "math.safetensors")
+    with pytest.raises(DataError, match="AutoTokenizer cannot load it"):
+        loaded(recipe)
+    recipe["experts"]["math"]["data"] = str(folder / "math.safetensors")
+    if change == "split":  # the expert has two rows less than the merged model
+        models, batches, _ = loaded(recipe)
+        size, rows = len(BASE) + len(UNION), len(BASE) + len(ADDED["math"])
+        assert models.tokens["math"].table.tolist() == [row if row < rows else -1 for row in range(size)]
+        assert sum(len(batch["input_ids"]) for batch in batches["math"]) == 2
+    else:
+        with pytest.raises(DataError, match="AutoTokenizer cannot load it"):
+            loaded(recipe)
+
+
 def test_samples_with_tokens_that_an_expert_lacks_are_left_out_and_told(own_union: tuple[Path, dict[str, Any]]) -> None:
     folder, recipe = own_union
     write_texts(folder / "math.jsonl", [*TEXTS["math"], "ab <|im_start|>"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from data_files import WORDS, save_tokenizer
 from forms import factors, write_adapter
-from merges import make_sources, make_work, recipe_of
+from merges import recipe_of
 from safetensors.torch import load_file
 
 import featcal_fast as ff
@@ -21,18 +21,6 @@ from featcal_fast.errors import FeatCalError, OutputError
 from featcal_fast.inputs.models import RecipeModels, check_folders
 from featcal_fast.inputs.tokens import own_tokens
 from featcal_fast.inputs.unchanged import unchanged
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_sources(tmp_path_factory.mktemp("mergekit"))
-
-
-@pytest.fixture
-def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory."""
-    monkeypatch.chdir(tmp_path)
-    return make_work(tmp_path, made)
 
 
 @pytest.mark.parametrize(

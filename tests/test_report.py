@@ -123,6 +123,9 @@ def places(value: Any) -> Iterator[tuple[Written, str]]:
 def test_a_key_that_is_missing_or_unknown_does_not_pass(written: Written) -> None:
     needed = [set(each["required"]) for each in objects(SCHEMA) if "required" in each]
     edited, tried = copy.deepcopy(written), set()
+    del edited["layers"][1:]  # all of it is looked at each time
+    for names in edited["contents"].values():
+        names.clear()
     for place, key in list(places(edited)):
         if set(place) in needed:  # else its keys are names, of tasks or files
             tried.add(key)

@@ -89,6 +89,15 @@ def test_weights_are_scanned_as_they_are_used(form: str, recipe: dict, tmp_path:
         ff.plan(job, device="cpu", scan=True)
 
 
+def test_of_an_adapter_of_another_model_all_of_that_is_scanned(recipe: dict, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "adapter", factors(load_file(tmp_path / "base" / "model.safetensors")))
+    job = {**recipe, **expert_at(recipe, "task0", f"{tmp_path / 'task0'}+{folder}")}
+    ff.plan(job, device="cpu", scan=True)
+    poison(tmp_path / "task0", "lm_head.weight")
+    with pytest.raises(ff.FeatCalError, match=r"expert task0, base model: .*lm_head.weight holds 3 values"):
+        ff.plan(job, device="cpu", scan=True)
+
+
 @pytest.mark.parametrize("changes", [{}, {"expert_storage": "host"}, {"merge": {"method": "average"}}], ids=str)
 def test_what_it_reads_is_counted_apart(changes: dict, recipe: dict, tmp_path: Path) -> None:
     """A run that was scanned reads, keeps and gives what one that was not does."""

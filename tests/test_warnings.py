@@ -22,6 +22,7 @@ from featcal_fast.reporting.report import GroupReport, LayerReport, Report, drif
 from featcal_fast.reporting.warnings import (
     about_base,
     about_left_out,
+    about_merged,
     about_run,
     about_same_model,
     about_samples,
@@ -140,6 +141,7 @@ def test_the_page_explains_each_kind() -> None:
         about_same_model(["a"]),
         about_base(True),
         about_left_out({"a": ({"of other tokens": 1}, 2)}),
+        about_merged(True, (9, 8)),
     ]
     sentences = [sentence for each in told for sentence in each]
     for sentence in sentences:

@@ -8,7 +8,7 @@ from featcal_fast.checkpoints.lock import Lock
 from featcal_fast.checkpoints.manifest import Manifest
 from featcal_fast.checkpoints.metadata import Metadata
 from featcal_fast.checkpoints.quantised import BitsAndBytesCheckpoint
-from featcal_fast.checkpoints.reader import Checkpoint, TensorSource, WrappedSource, canonical
+from featcal_fast.checkpoints.reader import Checkpoint, TensorSource, WrappedSource, canonical, unwrapped
 from featcal_fast.checkpoints.shards import TensorInfo, is_finite, parse_header, read_header
 from featcal_fast.checkpoints.side_files import CARD, REPORT
 from featcal_fast.checkpoints.work import (
@@ -55,6 +55,7 @@ __all__ = [
     "read_header",
     "states_path",
     "taken",
+    "unwrapped",
     "work_path",
     "write_errors",
 ]

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from featcal_fast.checkpoints.metadata import Metadata
-from featcal_fast.checkpoints.reader import ADAPTER_CONFIG, Checkpoint, canonical, read_json
+from featcal_fast.checkpoints.reader import ADAPTER_CONFIG, Checkpoint, TensorSource, canonical, read_json
 from featcal_fast.checkpoints.renamed import meanings
 from featcal_fast.checkpoints.shards import Shards, TensorInfo, is_finite
 from featcal_fast.checkpoints.targets import Targets
@@ -118,6 +118,10 @@ class LoraExpert:
     def _renamed(self) -> dict[str, str]:
         """The base's tensors by what transformers calls them, where files have another name."""
         return {meaning: own for name, own in self.base.names.items() for meaning in meanings(name)[1:]}
+
+    def adapts(self, model: TensorSource) -> bool:
+        """Whether `model` is what it adapts, whatever way leads to that."""
+        return self.base.path.resolve() == model.path.resolve()
 
     @property
     def bytes_read(self) -> int:

@@ -115,6 +115,13 @@ class WrappedSource:
         return self.source.metadata()
 
 
+def unwrapped(source: TensorSource) -> TensorSource:
+    """What reads the files of a source."""
+    while isinstance(source, WrappedSource):
+        source = source.source
+    return source
+
+
 def canonical(name: str) -> str:
     """`name` without the prefixes that some layouts of a checkpoint have and others have not."""
     for prefix in OPTIONAL_PREFIXES:

@@ -156,30 +156,15 @@ class CheckpointWriter:
 
     def _open(self, file: str, members: Mapping[str, TensorInfo]) -> None:
         """Reserve a safetensors file, or go on with it: its header is known before any tensor is."""
-        own = self.layout.metadata().files.get(file, {})
-        header: dict[str, object] = {"__metadata__": {**own, "format": "pt"}}
-        position = 0
-        # Wide types first, so that every tensor starts at a multiple of its item size.
-        for name, info in sorted(members.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
-            header[name] = {
-                "dtype": DTYPE_NAMES[info.dtype],
-                "shape": list(info.shape),
-                "data_offsets": [position, position + info.nbytes],
-            }
-            self._offsets[name] = position
-            position += info.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        data = len(text).to_bytes(8, "little") + text
-        for name in members:
-            self._offsets[name] += len(data)
+        data, offsets, size = make_header(members, self.layout.metadata().files.get(file, {}))
+        self._offsets |= offsets
         path = self.folder / file
         try:
             self._shards[file] = shard = files.open_to_write(path) if self._resumed else files.create(path)
         except FileNotFoundError:
             raise ResumeError(f"{path} is gone, which the interrupted run wrote; --fresh starts over") from None
         self._headers[file] = _sha256(data)
-        files.reserve(shard, len(data) + position)
+        files.reserve(shard, size)
         files.write_at(shard, data, 0)
         self._unsynced.add(file)
 
@@ -245,6 +230,30 @@ class CheckpointWriter:
         for shard in self._shards.values():
             with suppress(OSError):  # what could not be written will not be missed
                 shard.close()
+
+
+def make_header(members: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """The beginning of a safetensors file, where in it each tensor begins, and how many bytes it will have.
+
+    Args:
+        members: the file's tensors, by name.
+        metadata: what it is to say of itself, besides its format.
+    """
+    header: dict[str, object] = {"__metadata__": {**metadata, "format": "pt"}}
+    offsets, position = {}, 0
+    # Wide types first, so that every tensor starts at a multiple of its item size.
+    for name, info in sorted(members.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        header[name] = {
+            "dtype": DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [position, position + info.nbytes],
+        }
+        offsets[name] = position
+        position += info.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = len(text).to_bytes(8, "little") + text
+    return data, {name: len(data) + offset for name, offset in offsets.items()}, len(data) + position
 
 
 def _sha256(data: memoryview | bytes) -> str:

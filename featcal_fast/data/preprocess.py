@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,25 @@ def load_tokenizer(folder: Path) -> Any:
     with os_errors(folder):
         _check_files(folder)
     return _from_pretrained(AutoTokenizer, folder, truncation_side="right")
+
+
+def load_any_tokenizer(folder: Path) -> Any:
+    """A folder's, also where transformers has not its class: then what its `tokenizer.json` holds, if there is one.
+
+    As `load_tokenizer`.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return load_tokenizer(folder)
+    except DataError:
+        with os_errors(folder):
+            _check_files(folder)
+        if not (path := folder / "tokenizer.json").is_file():
+            raise
+        with suppress(Exception):  # what was wrong at first says more
+            return PreTrainedTokenizerFast(tokenizer_file=str(path), truncation_side="right", name_or_path=str(folder))
+        raise
 
 
 def find_image_processor(source: object, folders: Sequence[Path]) -> Path:

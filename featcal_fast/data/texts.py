@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from featcal_fast.data.left_out import LeftOut
-from featcal_fast.data.preprocess import find_tokenizer, load_tokenizer
+from featcal_fast.data.preprocess import find_tokenizer, load_any_tokenizer, load_tokenizer
 from featcal_fast.data.samples import LONGEST_TEXT, Sample, as_data_error, as_tokens, confined, listed
 from featcal_fast.errors import DataError, shown
 from featcal_fast.untrusted.limits import LimitError
@@ -102,7 +102,7 @@ def _tokenize(source: object, samples: Sequence[Sample], folder: Path, reader: R
     """In a process of its own: the padding token, and the ids of every sample."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads that were there before a copy are not there after it
     tokenizer = load_tokenizer(folder)
-    other = None if reader.other is None else load_tokenizer(reader.other)
+    other = None if reader.other is None else load_any_tokenizer(reader.other)
     chat = "messages" in samples[0].values
     if chat:
         samples = _render_all(samples, _with_template(source, tokenizer, folder, reader))

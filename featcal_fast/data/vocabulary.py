@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from featcal_fast import files
-from featcal_fast.data.preprocess import LARGEST, load_tokenizer
+from featcal_fast.data.preprocess import LARGEST, load_any_tokenizer
 from featcal_fast.data.samples import confined, os_errors
 from featcal_fast.errors import DataError
 from featcal_fast.models.tokens import NAMED, OwnTokens, make_table
 from featcal_fast.untrusted.documents import DocumentError, parse_json
 from featcal_fast.untrusted.limits import LimitError
 
-CONFIG, MODEL = "tokenizer_config.json", "config.json"
+CONFIG, MODEL, NAMES = "tokenizer_config.json", "config.json", "special_tokens_map.json"
+TOKENS = re.compile(r"(?!add_).*_tokens?|added_tokens_decoder")  # keys of the first and the last that name tokens
 # What a library reads no token from, of all that its files may end in; a model's folder holds these too.
 OTHERS = re.compile(
     r"(generation_|adapter_|(.*_)?(pre)?processor_)config\.json|.*\.index\.json|chat_template.*|trainer_state\.json"
@@ -72,15 +73,24 @@ class Vocabularies:
 
     def _compared(self, folder: Path, rows: int, label: str, same: bool) -> tuple[torch.Tensor | None, dict[int, str]]:
         """The table, and texts of tokens that are lacking."""
-        if same:  # then what an embedding has not is all that can be lacking
-            table = [row if row < rows else -1 for row in range(self.size)]
-            return None if rows >= self.size else torch.tensor(table), {}
+        if same:
+            return self._by_row(rows), {}
         assert self.merged is not None
-        ours, theirs = self._vocabulary(self.merged, "merged model"), self._vocabulary(folder, label)
+        try:
+            ours, theirs = self._vocabulary(self.merged, "merged model"), self._vocabulary(folder, label)
+        except DataError:  # of a library that is not here, say; then texts cannot be split, but ids can be the same
+            if not _same_tokens(folder, self.merged):
+                raise
+            return self._by_row(rows), {}
         table = make_table(ours, theirs, self.size, rows)
         lacking = {row: text[:SHOWN] for text, row in sorted(ours.items()) if row < self.size and table[row] < 0}
         named = {row: lacking[row] for row in sorted(lacking)[:NAMED]}
         return None if table == [*range(self.size)] else torch.tensor(table), named
+
+    def _by_row(self, rows: int) -> torch.Tensor | None:
+        """The table of the same tokens: what an embedding has not is all that can be lacking."""
+        table = [row if row < rows else -1 for row in range(self.size)]
+        return None if rows >= self.size else torch.tensor(table)
 
     def _vocabulary(self, folder: Path, label: str) -> dict[str, int]:
         """Of one of several folders with the same tokenizer."""
@@ -118,7 +128,7 @@ def read_vocabulary(folder: Path, label: str) -> dict[str, int]:
 def _read(folder: Path) -> dict[str, int]:
     """In a process of its own."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads that were there before a copy are not there after it
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_any_tokenizer(folder)
     tokens: dict[Any, Any] = {**tokenizer.get_vocab(), **tokenizer.get_added_vocab()}
     if len(tokens) > MOST_TOKENS or sum(len(str(text)) for text in tokens) > MOST_CHARACTERS:
         raise DataError(
@@ -137,6 +147,22 @@ def _same(one: Path, other: Path) -> bool:
         if MODEL in first ^ second:  # beside an adapter's tokenizer there is none
             first, second = first - {MODEL}, second - {MODEL}
         return first == second and all(_equal(one / name, other / name) for name in sorted(first))
+
+
+def _same_tokens(one: Path, other: Path) -> bool:
+    """Whether all files that say which token an id is are equal, though they may not say alike how texts are split."""
+    with os_errors(one):
+        first, second = (_token_files(each) - {MODEL, CONFIG, NAMES} for each in (one, other))
+        named = [{**_named(each / CONFIG), **_named(each / NAMES)} for each in (one, other)]
+        alike = named[0] == named[1] and first == second
+        return alike and all(_equal(one / name, other / name) for name in sorted(first))
+
+
+def _named(path: Path) -> dict[str, Any]:
+    """What a config says of single tokens: a token's text is as good as an object that has it."""
+    values = _of_ids(path) if path.is_file() else {}
+    tokens = {key: value for key, value in values.items() if TOKENS.fullmatch(key) and value is not None}
+    return {key: value.get("content", value) if isinstance(value, dict) else value for key, value in tokens.items()}
 
 
 def _token_files(folder: Path) -> set[str]:

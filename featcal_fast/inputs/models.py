@@ -17,6 +17,7 @@ from featcal_fast.checkpoints import (
     find_checkpoint,
     find_expert,
     read_errors,
+    unwrapped,
 )
 from featcal_fast.errors import RecipeError
 from featcal_fast.inputs.paths import checked_path
@@ -116,17 +117,13 @@ def check_folders(
         FeatCalError: one of them cannot be written, or lies where nothing may be.
     """
     inputs = {model.label: model.path for model in (models.merged, models.base, *models.experts.values())}
-    adapted = [each for each in map(_inner, models.experts.values()) if isinstance(each, LoraExpert)]
+    adapted = [each for each in map(unwrapped, models.experts.values()) if isinstance(each, LoraExpert)]
     inputs |= {expert.base.label: expert.base.path for expert in adapted}
     inputs |= {f"data of task {task}": recipe.path(expert.data) for task, expert in recipe.experts.items()}
     if recipe.folder is not None:
         check_output(recipe.folder, inputs, models.nbytes + models.side_bytes, may_be_taken=may_be_taken)
     if scratch is not None:
         check_scratch(checked_path("scratch", scratch), inputs, recipe.folder)
-
-
-def _inner(source: TensorSource) -> TensorSource:
-    return source.source if isinstance(source, CachedExpert) else source
 
 
 def output_folder(recipe: Recipe, models: RecipeModels, scratch: str | Path | None = None) -> Path:

@@ -61,7 +61,7 @@ def find_name(key: str, names: Sequence[ModelName], what: str) -> ModelName:
 
     Args:
         key: its short name, its full one or its reference, in letters of any case; or a part of one short name, or a
-            text that holds one.
+            text whose words hold one's: `my-math-data`, but `math` does not mean a model `a`.
         names: of all models.
         what: the option, for errors.
 
@@ -73,7 +73,7 @@ def find_name(key: str, names: Sequence[ModelName], what: str) -> ModelName:
         [each for each in names if each.short.casefold() == wanted],
         [each for each in names if each.reference.casefold() == wanted],
         [each for each in names if each.full.casefold() == wanted],
-        [each for each in names if wanted and (wanted in each.short.casefold() or each.short.casefold() in wanted)],
+        [each for each in names if wanted and (wanted in each.short.casefold() or _within(each.short, key))],
     ):
         if len(found) == 1:
             return found[0]
@@ -81,6 +81,12 @@ def find_name(key: str, names: Sequence[ModelName], what: str) -> ModelName:
             break
     problem = f"which {len(found)} models may be meant by" if found else "which is no model's name"
     raise RecipeError(f"{what}: found {shown(key)}, {problem}; expected one of {listed(found or names)}")
+
+
+def _within(short: str, key: str) -> bool:
+    """Whether a name's words stand among those of a longer text, side by side."""
+    inner, outer = (WORD.findall(text.casefold()) for text in (short, key))
+    return any(outer[start : start + len(inner)] == inner for start in range(len(outer) - len(inner) + 1))
 
 
 def listed(names: Sequence[ModelName]) -> str:

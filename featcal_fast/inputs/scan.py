@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from featcal_fast.checkpoints import CachedExpert, LoraExpert, TensorSource
+from featcal_fast.checkpoints import LoraExpert, TensorSource, unwrapped
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.reporting.progress import Progress
@@ -41,7 +41,7 @@ def scan(recipe: Recipe, models: RecipeModels, progress: Progress) -> int:
 
 def _found(source: TensorSource) -> str:
     """An expert, as a recipe names it once it is known where it lies."""
-    own = source.source if isinstance(source, CachedExpert) else source
+    own = unwrapped(source)
     return f"{own.base.path}+{own.path}" if isinstance(own, LoraExpert) else str(own.path)
 
 
@@ -51,9 +51,11 @@ def scanned_bytes(models: RecipeModels) -> int:
 
 
 def _tensors(models: RecipeModels) -> Iterator[tuple[TensorSource, str]]:
-    """What there is to read. Of an adapter that is what it changes: the rest are the base's own tensors."""
-    for each in models.files:
-        source = each.source if isinstance(each, CachedExpert) else each
-        names = {**source.low_rank, **source.replaced} if isinstance(source, LoraExpert) else source.tensors
+    """What there is to read. Of an adapter of the base model that is what it changes: the rest is the base's own."""
+    for source in map(unwrapped, models.files):
+        if isinstance(source, LoraExpert) and source.adapts(models.base):
+            names: Iterable[str] = {**source.low_rank, **source.replaced}
+        else:
+            names = source.tensors
         for name in sorted(names):
             yield source, name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from featcal_fast.checkpoints import CachedExpert, LoraExpert, TensorSource
+from featcal_fast.checkpoints import LoraExpert, TensorSource, unwrapped
 from featcal_fast.data.preprocess import find_tokenizer
 from featcal_fast.data.vocabulary import Vocabularies
 from featcal_fast.models.tokens import OwnTokens, vocabulary_size
@@ -13,7 +13,7 @@ from featcal_fast.models.tokens import OwnTokens, vocabulary_size
 
 def own_folders(expert: TensorSource) -> list[Path]:
     """Where an expert's own files may be: in its folder, and in that of the model that it adapts."""
-    source = expert.source if isinstance(expert, CachedExpert) else expert
+    source = unwrapped(expert)
     return [source.path, source.base.path] if isinstance(source, LoraExpert) else [source.path]
 
 

@@ -8,11 +8,11 @@ from contextlib import closing
 from featcal_fast import files
 from featcal_fast.checkpoints import (
     BitsAndBytesCheckpoint,
-    CachedExpert,
     Checkpoint,
     LoraExpert,
     TensorSource,
     read_errors,
+    unwrapped,
 )
 from featcal_fast.checkpoints.shards import Shards
 
@@ -31,9 +31,9 @@ def unchanged(experts: Mapping[str, TensorSource], base: Checkpoint) -> list[str
 
 
 def _alike(source: TensorSource, base: Checkpoint) -> bool:
-    expert = source.source if isinstance(source, CachedExpert) else source
+    expert = unwrapped(source)
     if isinstance(expert, LoraExpert):
-        if expert.base.path.resolve() != base.path.resolve() and not _alike(expert.base, base):
+        if not expert.adapts(base) and not _alike(expert.base, base):
             return False  # it adapts a model that has learned something
         changes = [each.b for each in expert.low_rank.values() if each.scale != 0]
         zero = all(not any(_beginning(expert.shards, name)) for name in changes)

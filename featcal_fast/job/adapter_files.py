@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from featcal_fast import files
+from featcal_fast.checkpoints import TensorInfo
 from featcal_fast.checkpoints.adapter import PREFIX
-from featcal_fast.checkpoints.writer import DTYPE_NAMES
+from featcal_fast.checkpoints.writer import make_header
 from featcal_fast.models.linear import is_transposed
+from featcal_fast.reporting.own_card import is_hub_id
 from featcal_fast.reporting.usage import python_quoted
 from featcal_fast.version import __version__
 
@@ -115,7 +116,7 @@ def card(model: nn.Module, summary: str, base: Mapping[str, str], folder: str, e
 
     merged = base.get("base_model_name_or_path", ON_THE_FLY)
     revision = f", revision={python_quoted(base['revision'])}" if "revision" in base else ""
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", merged, re.ASCII)
+    hub = is_hub_id(merged)
     return CARD.format(
         base=f"base_model: {merged}\n" if hub else "",
         version=__version__,
@@ -143,21 +144,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
         path: of the file.
         tensors: by name, in memory.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    position = 0
-    for name, tensor in ordered:
-        offsets = [position, position + tensor.nbytes]
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        position += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    data: Iterable[memoryview | bytes] = (_memory(tensor) for _, tensor in ordered)
+    members = {name: TensorInfo(path.name, tuple(each.shape), each.dtype) for name, each in tensors.items()}
+    header, offsets, size = make_header(members, {})
     with closing(files.create(path)) as file:
-        size = 0
-        for part in (len(text).to_bytes(8, "little") + text, *data):
-            files.write_at(file, part, size)
-            size += len(part)
+        files.write_at(file, header, 0)
+        for name, tensor in tensors.items():
+            files.write_at(file, _memory(tensor), offsets[name])
         files.sync(file)
     return size
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from featcal_fast import files
-from featcal_fast.checkpoints import CARD, CheckpointWriter, LoraExpert, read_errors
+from featcal_fast.checkpoints import CARD, CheckpointWriter, LoraExpert, read_errors, unwrapped
 from featcal_fast.errors import one_line
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.inputs.task_data import local_data
-from featcal_fast.job.fingerprint import unwrapped
 from featcal_fast.reporting.card import Name, Origin, card
 from featcal_fast.reporting.own_card import LARGEST, OwnCard, is_hub_id, read_card
 from featcal_fast.reporting.plot import drift_svg
@@ -22,28 +21,38 @@ from featcal_fast.reporting.report import Report
 PLOT = "drift.svg"
 
 
-def write_card(writer: CheckpointWriter, recipe: Recipe, models: RecipeModels, report: Report | None = None) -> None:
+def write_card(writer: CheckpointWriter, origin: Origin, report: Report | None = None) -> None:
     """Write README.md, and the picture that it shows; call it before the folder's contents are taken.
 
     Args:
         writer: of the output.
-        recipe: the job.
-        models: its models.
+        origin: what it was made of.
         report: of the calibration; None of a merge that was only made.
 
     Raises:
-        FeatCalError: the card that the model came with cannot be read, or the new one not be written.
+        OutputError: it cannot be written.
     """
-    taken = {name.lower() for name in models.merged.side_files()}  # on some file systems case is no difference
+    # Of folders too; and on some file systems case is no difference.
+    taken = {name.lower().split("/")[0] for name in origin.files}
     plot = ""
     if report is not None and report.layers and (drawn := drift_svg(report.layers)):
         names = (PLOT if number == 1 else f"drift-{number}.svg" for number in range(1, len(taken) + 2))
         plot = next(name for name in names if name not in taken)
         writer.add(plot, drawn)
-    writer.add(CARD, card(_origin(recipe, models, writer.out), report, plot))
+    writer.add(CARD, card(origin, report, plot))
 
 
-def _origin(recipe: Recipe, models: RecipeModels, out: Path) -> Origin:
+def find_origin(recipe: Recipe, models: RecipeModels, out: Path) -> Origin:
+    """What the card will say of models and data; nothing is read for it later.
+
+    Args:
+        recipe: the job.
+        models: its models.
+        out: the folder to write.
+
+    Raises:
+        CheckpointError: the card that the model came with cannot be read.
+    """
     experts = {task: _expert(models, task) for task in recipe.experts}
     data = {task: _data(recipe, expert.data) for task, expert in recipe.experts.items()}
     base, merged = model_name(models.base.path), None if recipe.merge is not None else model_name(models.merged.path)
@@ -60,6 +69,18 @@ def _origin(recipe: Recipe, models: RecipeModels, out: Path) -> Origin:
         own=_own_card(models),
         config=models.merged.config.to_dict(),
         files=models.merged.side_files(),
+        parents=_parents(recipe, models),
+    )
+
+
+def _parents(recipe: Recipe, models: RecipeModels) -> frozenset[str]:
+    """The folders of models and data, as a message has them, each with the slash at its end."""
+    sources = [unwrapped(each) for each in models.experts.values()]
+    paths = {each.path for each in (models.merged, models.base, *sources)}
+    paths |= {each.base.path for each in sources if isinstance(each, LoraExpert)}
+    paths |= {found for each in recipe.experts.values() if isinstance(found := local_data(recipe, each.data), Path)}
+    return frozenset(
+        f"{one_line(str(path.parent)).rstrip('/')}/" for path in paths if path.parent != path.parent.parent
     )
 
 
@@ -88,7 +109,7 @@ def _expert(models: RecipeModels, task: str) -> list[Name]:
     """A model; of an adapter its model too, where that is not the base."""
     source = unwrapped(models.experts[task])
     names = [model_name(source.path)]
-    if isinstance(source, LoraExpert) and source.base.path != models.base.path:
+    if isinstance(source, LoraExpert) and not source.adapts(models.base):
         names.insert(0, model_name(source.base.path))
     return names
 

@@ -34,6 +34,7 @@ from featcal_fast.checkpoints import (
     write_errors,
 )
 from featcal_fast.checkpoints.adapter import WEIGHTS
+from featcal_fast.checkpoints.find import split_revision
 from featcal_fast.checkpoints.reader import ADAPTER_CONFIG
 from featcal_fast.errors import ModelMismatchError, OutputError, RecipeError, shown, told
 from featcal_fast.inputs.models import RecipeModels
@@ -188,7 +189,7 @@ def write_delta(merged: TensorSource, recipe: Recipe, out: Path, to: Path, rank:
             raise OutputError(f"out: {work.path} is what a calibration into {to} has left; choose another folder")
         with write_errors(to):
             work.clear()
-            base = _reference(recipe)
+            base = _reference(recipe, merged)
         change = _Change(merged, Checkpoint(out, "calibrated model"), rank, device)
         model, found = change.model, change.found
         found.merged = base.get("base_model_name_or_path")
@@ -335,14 +336,13 @@ def _merged_model(recipe: Recipe) -> TensorSource:
     return RecipeModels(replace(recipe, expert_storage="disk")).merged
 
 
-def _reference(recipe: Recipe) -> dict[str, str]:
+def _reference(recipe: Recipe, merged: TensorSource) -> dict[str, str]:
     """What others find the merged model by: its folder, or its name on the hub; nothing where there is neither."""
     if recipe.merged_model is None:
         return {}
-    path = recipe.path(recipe.merged_model)
-    if path.exists():
-        return {"base_model_name_or_path": str(files.resolve(path))}
-    name, _, revision = recipe.merged_model.partition("@")
+    name, revision = split_revision(recipe.merged_model)
+    if any(recipe.path(each).exists() for each in (recipe.merged_model, name)):
+        return {"base_model_name_or_path": str(files.resolve(merged.path))}
     return {"base_model_name_or_path": name} | ({"revision": revision} if revision else {})
 
 

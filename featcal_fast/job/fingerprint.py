@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from featcal_fast import files
-from featcal_fast.checkpoints import LoraExpert, TensorSource, WrappedSource
+from featcal_fast.checkpoints import LoraExpert, TensorSource, unwrapped
 from featcal_fast.data.sources import files_below
 from featcal_fast.errors import DataError
 from featcal_fast.inputs.models import RecipeModels
@@ -77,15 +77,8 @@ def read_models(models: RecipeModels) -> Iterator[tuple[TensorSource, TensorSour
     for source in models.files:
         yield source, source
         inner = unwrapped(source)
-        if isinstance(inner, LoraExpert) and inner.base.path.resolve() != models.base.path.resolve():
+        if isinstance(inner, LoraExpert) and not inner.adapts(models.base):
             yield inner.base, source
-
-
-def unwrapped(source: TensorSource) -> TensorSource:
-    """What reads the files of a source."""
-    while isinstance(source, WrappedSource):
-        source = source.source
-    return source
 
 
 def data_label(task: str) -> str:

@@ -9,11 +9,11 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from featcal_fast import files
-from featcal_fast.checkpoints import BitsAndBytesCheckpoint, LoraExpert, TensorSource, leads_out, read_header
+from featcal_fast.checkpoints import BitsAndBytesCheckpoint, LoraExpert, TensorSource, leads_out, read_header, unwrapped
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.inputs.task_data import TaskData
-from featcal_fast.job.fingerprint import Digested, Facts, data_label, read_models, unwrapped
+from featcal_fast.job.fingerprint import Digested, Facts, data_label, read_models
 from featcal_fast.reporting.inputs import DataInput, InputFile, Inputs, ModelInput
 
 # Hashed, if it lies beside a model's config: what the model is described by, and its vocabulary.

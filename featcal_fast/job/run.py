@@ -11,13 +11,13 @@ import torch
 
 from featcal_fast.calibrate import calibrate_source
 from featcal_fast.checkpoints import CheckpointWriter, Lock, WorkFolder, write_errors
-from featcal_fast.errors import FeatCalError, OutputError, RecipeError, ResumeError, shown
+from featcal_fast.errors import FeatCalError, OutputError, RecipeError, ResumeError, shown, told
 from featcal_fast.inputs.load import load_data
 from featcal_fast.inputs.models import RecipeModels, output_folder
 from featcal_fast.inputs.recipe import Recipe, RecipeLike, with_out
 from featcal_fast.inputs.scan import scan as scan_weights
 from featcal_fast.inputs.unchanged import unchanged
-from featcal_fast.job.card import write_card
+from featcal_fast.job.card import find_origin, write_card
 from featcal_fast.job.delta import RANK, check_delta, write_delta
 from featcal_fast.job.fingerprint import Digested, Facts, differences, fingerprint, input_files
 from featcal_fast.job.interrupts import finish_first
@@ -158,6 +158,7 @@ class _Job:
             )
             plan.check()
             past.check_chunk(plan.chunk)
+            origin = find_origin(recipe, models, work.out)  # now: at the end it would cost the whole run
             warnings = [*plan.warnings, *about_same_model(unchanged(models.experts, models.base))]
         for warning in warnings:
             self.progress.warning(warning)
@@ -179,7 +180,7 @@ class _Job:
             report.warnings = [*warnings, *about_run(report)]
             with clock("finishing"):
                 report.inputs = describe_inputs(recipe, models, facts, sizes, batches)
-                write_card(writer, recipe, models, report)
+                write_card(writer, origin, report)
                 report.contents = writer.contents()
                 writer.sync()
             report.phases = past.phases_with(clock)
@@ -258,11 +259,16 @@ def _check_loads(work: WorkFolder, models: RecipeModels) -> None:
 
 
 def _write_delta(job: _Job, out: Path, adapter: Path, rank: int) -> None:
+    again = f"featcal-fast delta {shell_quoted(str(out))} --out {shell_quoted(str(adapter))} --rank {rank}"
+    again = f"the calibrated model is whole in {out}: `{again}` writes its delta"
     try:
         write_delta(job.models.merged, job.recipe, out, adapter, rank, job.device)
-    except (FeatCalError, torch.OutOfMemoryError) as error:
-        again = f"featcal-fast delta {shell_quoted(str(out))} --out {shell_quoted(str(adapter))} --rank {rank}"
-        raise OutputError(f"{error}; the calibrated model is whole in {out}: `{again}` writes its delta") from error
+    except (FeatCalError, RuntimeError, MemoryError) as error:  # torch's own errors are the second
+        what = error if isinstance(error, FeatCalError) else f"delta: {told(error)}"
+        raise OutputError(f"{what}; {again}") from error
+    except (KeyboardInterrupt, SystemExit):
+        job.progress.interrupted(f"interrupted: {again}")
+        raise
 
 
 def merge(recipe: RecipeLike, *, out: str | Path | None = None) -> Path:
@@ -288,10 +294,10 @@ def merge(recipe: RecipeLike, *, out: str | Path | None = None) -> Path:
         if not work.published and (work.finished or read_past(work.manifest).layers):  # of a calibration
             raise ResumeError(left_behind(work.out))
         work.clear()
-        before = input_files(recipe, models)
+        before, origin = input_files(recipe, models), find_origin(recipe, models, work.out)
         with CheckpointWriter(work, models.merged) as writer:
             writer.copy_rest()
-            write_card(writer, recipe, models)
+            write_card(writer, origin)
             writer.finish()
         _check_unchanged(work, recipe, models, {"inputs": before})
         with finish_first():

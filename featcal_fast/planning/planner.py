@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from featcal_fast.checkpoints import taken, write_errors
+from featcal_fast import files
+from featcal_fast.checkpoints import REPORT, taken, write_errors
+from featcal_fast.data.preprocess import find_tokenizer
 from featcal_fast.forward.calls import Origin
 from featcal_fast.inputs.load import load_data
 from featcal_fast.inputs.models import RecipeModels, check_folders
@@ -18,6 +21,7 @@ from featcal_fast.inputs.task_data import TaskData
 from featcal_fast.layer.solve import MAX_CONDITION_FLOAT32, max_condition
 from featcal_fast.layer.tokens import TokenCounts
 from featcal_fast.models.structure import Layer
+from featcal_fast.models.tokens import vocabulary_size
 from featcal_fast.planning.footprint import Footprint, measure_layer
 from featcal_fast.planning.memory import count_memory
 from featcal_fast.planning.models import PlannedModels
@@ -25,10 +29,18 @@ from featcal_fast.planning.plan import LayerPlan, Plan, folded, memory_bytes
 from featcal_fast.planning.remedies import problems
 from featcal_fast.planning.stages import States, enter_stages, shapes_of
 from featcal_fast.reporting.progress import Progress
-from featcal_fast.reporting.warnings import about_base, about_left_out, about_same_model, about_samples, about_settings
+from featcal_fast.reporting.warnings import (
+    about_base,
+    about_left_out,
+    about_merged,
+    about_same_model,
+    about_samples,
+    about_settings,
+)
 from featcal_fast.streaming.hidden_states import HOST, Offload
 from featcal_fast.streaming.machine import available_device_bytes, available_host_bytes, find_device, resident_bytes
 from featcal_fast.streaming.scratch import Scratch
+from featcal_fast.untrusted.documents import parse_json
 
 
 def plan(
@@ -122,13 +134,32 @@ def _warnings(recipe: Recipe, models: RecipeModels, data: Mapping[str, TaskData]
     same = [task for task, expert in models.experts.items() if expert.path.resolve() == models.base.path.resolve()]
     drawn = {task: each.rows + sum(each.left_out.values()) for task, each in data.items()}
     no_base = recipe.merge is None and models.merged.path.resolve() == models.base.path.resolve()
+    about = [] if recipe.merge is not None else about_merged(_is_calibrated(models.merged.path), _foreign_rows(models))
     return [
         *about_base(no_base),
+        *about,
         *about_settings(settings, max_condition(settings, len(recipe.experts)), MAX_CONDITION_FLOAT32),
         *about_samples({task: (drawn[task], each.asked) for task, each in data.items()}),
         *about_left_out({task: (each.left_out, drawn[task]) for task, each in data.items()}),
         *about_same_model(same),
     ]
+
+
+def _is_calibrated(folder: Path) -> bool:
+    """Whether a report of ours lies in a folder; one that cannot be read is none."""
+    with suppress(OSError, ValueError):
+        report = parse_json(files.read_bytes(folder / REPORT))
+        versions = report.get("versions") if isinstance(report, dict) else None
+        return isinstance(versions, dict) and "featcal_fast" in versions
+    return False
+
+
+def _foreign_rows(models: RecipeModels) -> tuple[int, int] | None:
+    """Rows of the merged model's embedding and of the base model's, where the tokenizer is the latter's."""
+    folders = (models.merged.path, models.base.path)
+    if find_tokenizer(folders) in (None, models.merged.path):
+        return None
+    return vocabulary_size(models.merged.config), vocabulary_size(models.base.config)
 
 
 class Planner:

@@ -24,7 +24,7 @@ LAYERS = 16  # rows of the table, at most
 TAGS = ("merge", "featcal")
 METHOD = (
     f"[FeatCal]({PAPER}), as `featcal-fast` does it, goes through a merge's layers in order and solves in closed form "
-    "for weights that bring the features of each layer closer to those of the models that were merged, on samples of "
+    "for weights that bring the features of each layer closer to those of models that were merged, on samples of "
     "their own tasks. Nothing is trained by gradients; names, shapes and dtypes of all weights are those of the merge."
 )
 FOLDERS = re.compile(r"(?<![\w.~/-])~?/(?:[^/\s]+/)+")  # of a path, all but its last part
@@ -73,6 +73,7 @@ class Origin:
         own: the card that the model came with whose files it has: the merge's, or else the base's.
         config: of the model, as its `config.json` has it.
         files: what lies in its folder.
+        parents: the folders of this machine that models and data lie in; warnings may name them.
     """
 
     title: str
@@ -85,6 +86,7 @@ class Origin:
     own: OwnCard | None
     config: Mapping[str, Any]
     files: Iterable[str]
+    parents: Iterable[str] = ()
 
 
 def card(origin: Origin, report: Report | None = None, plot: str = "") -> str:
@@ -131,7 +133,7 @@ def metadata(origin: Origin) -> dict[str, Any]:
 def _calibration(origin: Origin, report: Report, plot: str) -> list[str]:
     total = report.calibrated + len(report.kept)
     parts = [
-        f"This model is a merge of {_count(len(origin.experts), 'model')} that was calibrated. {METHOD}",
+        f"This model is a merge that was calibrated toward {_count(len(origin.experts), 'model')}. {METHOD}",
         f"**{report.calibrated:,} of {total:,} linear weights were calibrated**; all others keep their merged values.",
         "## Merged from",
         _models(origin, report),
@@ -139,7 +141,7 @@ def _calibration(origin: Origin, report: Report, plot: str) -> list[str]:
     if report.layers:
         parts += ["## Drift", *_drift(report.layers, plot)]
     if report.warnings:
-        told = (escaped(FOLDERS.sub("", each)) for each in report.warnings)
+        told = (escaped(_without_folders(each, origin.parents)) for each in report.warnings)
         parts += ["## Warnings", "\n".join(f"- {each}" for each in told)]
     versions = ", ".join(f"{code(name)} {escaped(version)}" for name, version in report.versions.items())
     name = f"./{origin.title}" if origin.title.startswith("-") else origin.title
@@ -155,6 +157,13 @@ def _calibration(origin: Origin, report: Report, plot: str) -> list[str]:
         "This compares every tensor and file, the card included, with the SHA-256 that `report.json` has of it:",
         fenced(f"featcal-fast check {shell_quoted(name)}", "console"),
     ]
+
+
+def _without_folders(text: str, parents: Iterable[str]) -> str:
+    """A text whose paths are cut down to their last part; where one ends, with blanks in it, is told of known ones."""
+    for folder in sorted(parents, key=len, reverse=True):
+        text = text.replace(folder, "")
+    return FOLDERS.sub("", text)
 
 
 def _merge(origin: Origin) -> list[str]:

@@ -96,6 +96,7 @@ class Report:
     """Everything that a run has to say for itself.
 
     Attributes:
+        schema_version: of the form that `to_json` gives it.
         settings: the constants used.
         family: of the model, by name.
         device: where it was computed.

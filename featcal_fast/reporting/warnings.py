@@ -136,6 +136,31 @@ def about_base(same: bool) -> list[str]:
     ]
 
 
+def about_merged(calibrated: bool, rows: tuple[int, int] | None) -> list[str]:
+    """A merged model that may be another one than was meant, or lacks a part.
+
+    Args:
+        calibrated: whether it was calibrated before.
+        rows: of its embedding and of the base model's, where it has no tokenizer of its own.
+
+    Returns:
+        A sentence each.
+    """
+    found = []
+    if calibrated:
+        found.append(
+            "calibrated before: the merged model's report.json says that featcal_fast wrote it, so that what was "
+            "calibrated already is taken for the merge; name the merge itself, unless that is meant"
+        )
+    if rows is not None and rows[0] != rows[1]:
+        found.append(
+            "no tokenizer in the merged model's folder: the base model's is taken, though the embedding has "
+            f"{rows[0]:,} rows and the base model's {rows[1]:,}, so that ids may mean other tokens; copy the merge's "
+            "tokenizer there"
+        )
+    return found
+
+
 def about_run(report: Report) -> list[str]:
     """What a finished run says of its own result.
 
