@@ -426,13 +426,21 @@ def test_where_nothing_changed_there_is_no_adapter(folder: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "report", [None, "{", "[]", "{}", '{"recipe": 7}', '{"recipe": {}}', '{"recipe": {"root": 1}}']
+    ("report", "said"),
+    [
+        (None, "report.json cannot be read: No such file or directory$"),
+        ("{", "report.json is not valid JSON: "),
+        *(
+            (text, "report.json holds no recipe$")
+            for text in ("[]", "{}", '{"recipe": "7"}', '{"recipe": {"root": 1}}')
+        ),
+    ],
 )
-def test_what_no_run_wrote_is_refused(report: str | None, tmp_path: Path) -> None:
+def test_what_no_run_wrote_is_refused(report: str | None, said: str, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     if report is not None:
         (tmp_path / "out" / "report.json").write_text(report)
-    with pytest.raises(RecipeError):
+    with pytest.raises(RecipeError, match=f"model: .* is no folder that calibrate wrote: {said}"):
         ff.delta(tmp_path / "out", out=tmp_path / "delta")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

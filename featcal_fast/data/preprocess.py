@@ -20,7 +20,7 @@ VOCABULARIES = (
 )
 PROCESSOR, NESTED_PROCESSOR = "preprocessor_config.json", "processor_config.json"
 # What transformers may read beside them, by how files of the kind end, and how large one of them may be, in bytes.
-LARGEST = {**dict.fromkeys((".json", ".txt", ".model", ".spm", ".tiktoken"), 2**27), ".jinja": 2**20}
+LARGEST = {**dict.fromkeys((".json", ".txt", ".model", ".spm", ".tiktoken", ".codes"), 2**27), ".jinja": 2**20}
 RESAMPLINGS = [0, 1, 2, 3, 4, 5]  # Pillow's; transformers takes another one without a word
 CONFIGS = {
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),

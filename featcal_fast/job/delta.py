@@ -36,7 +36,7 @@ from featcal_fast.checkpoints import (
 from featcal_fast.checkpoints.adapter import WEIGHTS
 from featcal_fast.checkpoints.find import split_revision
 from featcal_fast.checkpoints.reader import ADAPTER_CONFIG
-from featcal_fast.errors import ModelMismatchError, OutputError, RecipeError, shown, told
+from featcal_fast.errors import ModelMismatchError, OutputError, RecipeError, shown
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.paths import checked_path
 from featcal_fast.inputs.recipe import Recipe
@@ -319,15 +319,18 @@ def read_summary(folder: str | Path) -> str:
 
 def _read_recipe(out: Path) -> Recipe:
     """The recipe in a calibrated model's report."""
+    where = f"model: {out} is no folder that calibrate wrote: {REPORT}"
     try:
         report = parse_json(files.read_bytes(out / REPORT, MAX_REPORT))
-        values = dict(report["recipe"])
-        root = checked_path("root", values.pop("root"))
-    except (OSError, DocumentError, KeyError, TypeError, ValueError) as error:
-        raise RecipeError(
-            f"model: {out} is no folder that calibrate wrote: {REPORT} holds no recipe ({told(error)})"
-        ) from error
-    return replace(Recipe.load(values), root=root)
+    except OSError as error:
+        raise RecipeError(f"{where} cannot be read: {error.strerror or error}") from error
+    except DocumentError as error:
+        raise RecipeError(f"{where} is not valid JSON: {error}") from error
+    recipe = report.get("recipe") if isinstance(report, dict) else None
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("root"), str):
+        raise RecipeError(f"{where} holds no recipe")
+    values = dict(recipe)
+    return replace(Recipe.load(values), root=checked_path("root", values.pop("root")))
 
 
 def _merged_model(recipe: Recipe) -> TensorSource:

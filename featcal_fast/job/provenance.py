@@ -17,7 +17,7 @@ from featcal_fast.job.fingerprint import Digested, Facts, data_label, read_model
 from featcal_fast.reporting.inputs import DataInput, InputFile, Inputs, ModelInput
 
 # Hashed, if it lies beside a model's config: what the model is described by, and its vocabulary.
-DOCUMENTS = {".json", ".jinja", ".model", ".spm", ".tiktoken", ".txt"}
+DOCUMENTS = {".json", ".jinja", ".model", ".spm", ".tiktoken", ".codes", ".txt", ".yml"}
 LARGEST = 2**26  # bytes of one
 WEIGHTS = ".safetensors"
 PIECE = 2**22  # bytes that are hashed at a time
