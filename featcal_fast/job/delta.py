@@ -329,8 +329,8 @@ def _read_recipe(out: Path) -> Recipe:
     recipe = report.get("recipe") if isinstance(report, dict) else None
     if not isinstance(recipe, dict) or not isinstance(recipe.get("root"), str):
         raise RecipeError(f"{where} holds no recipe")
-    values = dict(recipe)
-    return replace(Recipe.load(values), root=checked_path("root", values.pop("root")))
+    root = checked_path("root", recipe.pop("root"))
+    return replace(Recipe.load(recipe), root=root)
 
 
 def _merged_model(recipe: Recipe) -> TensorSource:

@@ -93,10 +93,9 @@ class Peaks:
 
 @dataclass
 class Report:
-    """Everything that a run has to say for itself.
+    """Everything that a run has to say for itself; `schema_version` is that of the form that `to_json` gives it.
 
     Attributes:
-        schema_version: of the form that `to_json` gives it.
         settings: the constants used.
         family: of the model, by name.
         device: where it was computed.
