@@ -62,7 +62,8 @@ RECIPE = typer.Argument(metavar="RECIPE.yaml", help="The job; paths in it are re
 RecipePath = Annotated[Path, RECIPE]
 RecipeOrNone = Annotated[Path | None, RECIPE]
 Mergekit = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="A folder that mergekit wrote, in place of RECIPE.yaml.")
+    Path | None,
+    typer.Option(metavar="FOLDER", help="A folder that mergekit wrote, or its hub id, in place of RECIPE.yaml."),
 ]
 Data = Annotated[
     list[str] | None,

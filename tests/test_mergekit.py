@@ -307,3 +307,21 @@ def test_texts_are_cut_at_what_the_model_takes(config: dict[str, Any], length: i
     (work / "out" / "merged" / "config.json").write_text(json.dumps(config))
     assert recipe_of(work, recipe_out="recipe.yaml").max_length == length
     assert ff.Recipe.load(work / "recipe.yaml").max_length == length
+
+
+def test_a_merge_of_the_hub_or_in_its_cache(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = work / "hub" / "models--org--merged" / "snapshots" / "abc"
+    shutil.copytree(work / "out" / "merged", snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+    cached = str(work / "hub" / "models--org--merged")
+    for given, kept in (("org/merged", "org/merged"), ("hub/models--org--merged", cached), (str(snapshot), None)):
+        recipe = ff.from_mergekit(given, DATA, out="new")
+        assert recipe.merged_model == (kept or given)
+        assert short(work, recipe) == ("src/base", EXPERTS)
+    report = ff.calibrate(ff.from_mergekit("org/merged", DATA), out="new", device="cpu")
+    assert report.inputs.models["merged model"].revision == "abc"
+    assert (
+        "| merged | [org/merged](https://huggingface.co/org/merged) at `abc` |"
+        in (work / "new" / "README.md").read_text()
+    )
+    assert (work / "new" / "mergekit_config.yml").is_file()

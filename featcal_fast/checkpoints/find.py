@@ -15,7 +15,8 @@ from featcal_fast.errors import CheckpointError, UnsupportedModelError, shown
 
 REFERENCE = 1024  # bytes of the file that names a commit
 # Of a model of the hub; `*` stands for folders too. Pickled are modules beside the model, which are copied, not opened.
-FILES = ["*.safetensors", "*.json", "*.model", "*.spm", "*.tiktoken", "*.txt", "*.md", "*.jinja", "*/pytorch_model.bin"]
+FILES = ["*.safetensors", "*.json", "*.model", "*.spm", "*.tiktoken", "*.txt", "*.md", "*.yml", "*.jinja"]
+FILES += ["*/pytorch_model.bin"]
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 SIGNS = 16  # plus signs of a reference that are looked at
 REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # names of a branch, a tag or a commit; none leads out of its folder

@@ -63,7 +63,7 @@ def from_mergekit(
     What was merged is read from the folder's `mergekit_config.yml`; mergekit itself is not needed.
 
     Args:
-        folder: the merged model.
+        folder: the merged model; or its hub id.
         data: file, folder or hub id of calibration data, by a name of each expert: a short one that is made of the
             models' names (`math` and `code` of `Llama-3-8B-math` and `Llama-3-8B-code`), the last part of its path or
             hub id, or as the config has it. Paths are relative to the working directory.
@@ -82,7 +82,8 @@ def from_mergekit(
             places, models are not where the config says, or names and data do not belong together.
     """
     root = working_directory()
-    path = root / checked_path("mergekit", folder)
+    given = checked_path("mergekit", folder)
+    path = find_folder(str(given), root, "merged model")
     values = read_json(path, "config.json", "merged model")
     config = _read_config(path)
     inputs = _Inputs(path, root, config, base)
@@ -97,14 +98,15 @@ def from_mergekit(
     recipe = Recipe(
         base_model=inputs.base.reference,
         experts=experts,
-        merged_model=str(path),
+        merged_model=str(root / given if _is((root / given).exists) else given),
         out=None if out is None else str(root / checked_path("out", out)),
         settings=PRESETS[_preset(values)],
         max_length=min(Recipe.max_length, _positions(values, path)),
         root=root,
     )
     if recipe_out is not None:
-        comment = f"What `featcal-fast calibrate --mergekit {path}` amounts to; from its {MERGEKIT_CONFIG}."
+        told = f"featcal-fast calibrate --mergekit {recipe.merged_model}"
+        comment = f"What `{told}` amounts to; from its {MERGEKIT_CONFIG}."
         write_recipe(root / checked_path("recipe-out", recipe_out), recipe_text(recipe, comment), inputs.folders)
     return recipe
 
