@@ -22,7 +22,7 @@ from featcal_fast import files
 from featcal_fast.job.card import model_name
 from featcal_fast.job.check import check
 from featcal_fast.reporting.card import LAYERS, Name, Origin, card
-from featcal_fast.reporting.markdown import code, demoted, escaped, fenced
+from featcal_fast.reporting.markdown import code, escaped
 from featcal_fast.reporting.own_card import LARGEST, OwnCard, read_card
 from featcal_fast.reporting.plot import drift_svg
 from featcal_fast.reporting.progress import Progress
@@ -352,10 +352,6 @@ def test_half_characters_can_be_written() -> None:
     made.encode()
 
 
-def test_a_fence_is_longer_than_what_it_holds() -> None:
-    assert fenced("a\n````\nb", "yaml") == "`````yaml\na\n````\nb\n`````"
-
-
 # Tables
 
 
@@ -473,36 +469,3 @@ def test_what_acts_on_terminals_is_gone() -> None:
 def test_what_cannot_be_a_text_is_said() -> None:
     assert "UTF-8" in read_card(b"\xff").text
     assert "1 MiB" in read_card(None).text
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("# A\n## B #\n###### F\n#no\n#\n", "### A\n#### B #\n###### F\n#no\n###\n"),
-        ("A\n===\n\nB\nmore\n---\nrest\n", "### A\n\n#### B more\nrest\n"),
-        ("```\n# code\n```\n# A", "```\n# code\n```\n### A"),
-        ("~~~~ sh\n# code\n~~~\n```\n# more\n~~~~~\n# A\n", "~~~~ sh\n# code\n~~~\n```\n# more\n~~~~~\n### A\n"),
-        ("1. ```sh\n   # code\n   ```\n# A\n", "1. ```sh\n   # code\n   ```\n### A\n"),
-        ("> ```\n> # code\n> ```\n\n# A\n", "> ```\n> # code\n> ```\n\n### A\n"),
-        ("```never ended\n# code\n", "```never ended\n# code\n"),
-        ("`` ` `` ```x``` y\n# A\n", "`` ` `` ```x``` y\n### A\n"),
-        ("    # code\n\t# code\n   # A\n", "    # code\n\t# code\n   ### A\n"),
-        ("a\n\n---\n\n- b\nc\n---\n| d |\n---\n> e\n---\n", "a\n\n---\n\n- b\nc\n---\n| d |\n---\n> e\n---\n"),
-        ("# A\r\n\r\nB\r\n===\r\ntext\r\n", "### A\r\n\r\n### B\ntext\r\n"),
-        ("a \x0c \u2028 # b\n", "a \x0c \u2028 # b\n"),
-        ("", ""),
-    ],
-)
-def test_headings_of_a_section(text: str, expected: str) -> None:
-    assert demoted(text, 2) == expected
-
-
-def test_headings_are_those_that_readers_of_markdown_find() -> None:
-    parser = MarkdownIt("commonmark")
-    text = MERGEKIT.split("---\n", 2)[2]
-    before, after = (
-        [int(each.tag[1]) for each in parser.parse(page) if each.type == "heading_open"]
-        for page in (text, demoted(text, 2))
-    )
-    assert [level + 2 for level in before] == after
-    assert re.sub("(?m)^#+", "", text) == re.sub("(?m)^#+", "", demoted(text, 2))

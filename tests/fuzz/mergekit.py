@@ -14,7 +14,7 @@ import featcal_fast as ff
 from featcal_fast.inputs.mergekit import _Inputs, _read_config
 from featcal_fast.inputs.names import model_names
 from featcal_fast.inputs.recipe_file import recipe_text
-from tests.fuzz import places
+from tests.fuzz import damaged
 
 FOLDER = tempfile.TemporaryDirectory(prefix="fuzz-")
 ROOT = Path(FOLDER.name)
@@ -56,6 +56,8 @@ ODD: list[Any] = [
     *("..", "/", "~", "~x/y", "a\0b", "\x1b[2J", "\u202e", "\ud800", "a+" * 300, "../" * 300, "x" * 300, "org/name"),
     *([], {}, [0, 4], [1, 4], [0, 5], {"model": "a-math"}, [{"model": "a-math"}], {"path": "base", "revision": "x"}),
 ]
+WRAPPERS = ["model", "path", "lora", "sources", "models", "x"]
+ADDED = ["model", "lora", "base_model", "slices", "teacher", "dtype", "\x1b"]
 
 
 def target(data: bytes) -> None:
@@ -73,23 +75,7 @@ def target(data: bytes) -> None:
 
 def damage(data: bytes, chance: random.Random) -> bytes:
     """A value changed, a key added or moved, an entry repeated."""
-    try:
-        values = yaml.safe_load(data)
-        found = places(values)
-    except Exception:  # no YAML, or an alias that stands for itself
+    values = damaged(data, chance, ODD, [1, 2, 300], WRAPPERS, ADDED)
+    if values is None:
         return data
-    if not found:
-        return data
-    owner, key = chance.choice(found)
-    way = chance.randrange(5)
-    if way == 0:
-        owner[key] = chance.choice(ODD)
-    elif way == 1:
-        owner[key] = [owner[key]] * chance.choice([1, 2, 300])
-    elif way == 2:
-        owner[key] = {chance.choice(["model", "path", "lora", "sources", "models", "x"]): owner[key]}
-    elif way == 3 and isinstance(owner, dict):
-        owner[chance.choice(["model", "lora", "base_model", "slices", "teacher", "dtype", "\x1b"])] = chance.choice(ODD)
-    else:
-        del owner[key]
     return yaml.safe_dump(values, sort_keys=False).encode("utf-8", "surrogatepass")

@@ -13,7 +13,7 @@ import yaml
 import featcal_fast as ff
 from featcal_fast.checkpoints import check_output
 from featcal_fast.layer.selection import check_patterns
-from tests.fuzz import places
+from tests.fuzz import damaged
 
 FOLDER = tempfile.TemporaryDirectory(prefix="fuzz-")
 MODULES = [f"model.layers.{layer}.{name}" for layer in range(4) for name in ("self_attn.q_proj", "mlp.up_proj")]
@@ -48,6 +48,8 @@ ODD: list[Any] = [
     *("/dev/null/x", "/proc/self/x", "recipe.yaml", "recipe.yaml/x", "float16", "average", "q_proj"),
     *("(a+)+!", ".*", "(", "[[a]", [], {}, [[]], {"a": 1}, ["q_proj", 1]),
 ]
+WRAPPERS = ["model", "<<", "x", 1, None]
+ADDED = ["samples", "seed", "root", "scaling", "exclude", 5, "a" * 500]
 
 
 def target(data: bytes) -> None:
@@ -64,24 +66,8 @@ def target(data: bytes) -> None:
 
 def damage(data: bytes, chance: random.Random) -> bytes:
     """A value changed, a key added or given twice, whatever the text looks like."""
-    try:
-        values = yaml.safe_load(data)
-        found = places(values)
-    except Exception:  # no YAML, or an alias that stands for itself
+    values = damaged(data, chance, ODD, [1, 2, 2000], WRAPPERS, ADDED)
+    if values is None:
         return data
-    if not found:
-        return data
-    owner, key = chance.choice(found)
-    way = chance.randrange(5)
-    if way == 0:
-        owner[key] = chance.choice(ODD)
-    elif way == 1:
-        owner[key] = [owner[key]] * chance.choice([1, 2, 2000])
-    elif way == 2:
-        owner[key] = {chance.choice(["model", "<<", "x", 1, None]): owner[key]}
-    elif way == 3 and isinstance(owner, dict):
-        owner[chance.choice(["samples", "seed", "root", "scaling", "exclude", 5, "a" * 500])] = chance.choice(ODD)
-    else:
-        del owner[key]
     text = yaml.safe_dump(values, default_flow_style=chance.random() < 0.5, sort_keys=False)
     return text.encode("utf-8", "surrogatepass")
