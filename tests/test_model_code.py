@@ -39,13 +39,25 @@ def some_job(kind: str) -> pico.Job:
 @pytest.mark.parametrize(
     ("kind", "batch", "message"),
     [
-        ("llama", {"input_ids": IDS + 90}, r"input_ids \(4, 20\) from 90 to 18\d: IndexError: index out of range"),
-        ("llama", {"input_ids": IDS - 50}, r"input_ids \(4, 20\) from -\d+ to \d+: IndexError: index out of range"),
+        (
+            "llama",
+            {"input_ids": IDS + 90},
+            r"input_ids \(4, 20\) from 90 to 18\d, says its LlamaForCausalLM: IndexError: index out of range",
+        ),
+        (
+            "llama",
+            {"input_ids": IDS - 50},
+            r"input_ids \(4, 20\) from -\d+ to \d+, says its .*: IndexError: index out of range",
+        ),
         ("llama", {"input_ids": IDS.float()}, r"the merged model cannot take the inputs input_ids \(4, 20\)"),
         ("llama", {"input_ids": IDS.to(torch.complex64)}, "the merged model cannot take the inputs"),
         ("llama", {"input_ids": IDS[0]}, "the merged model cannot take the inputs|expected"),
         ("llama", {"input_ids": IDS[None]}, "the merged model cannot take the inputs|expected"),
-        ("llama", {"attention_mask": MASK}, r"attention_mask \(4, 20\) from 1 to 1: ValueError: You must specify"),
+        (
+            "llama",
+            {"attention_mask": MASK},
+            r"attention_mask \(4, 20\) from 1 to 1, says its .*: ValueError: You must specify",
+        ),
         (
             "llama",
             {"input_ids": IDS, "pixel_values": torch.zeros(4, 3)},
@@ -67,10 +79,18 @@ def some_job(kind: str) -> pico.Job:
         ("llama", {}, "found an empty dict, expected a dict of tensors"),
         ("llama", [IDS], "found a list, expected a dict of tensors"),
         ("bert", {"input_ids": IDS.repeat(1, 4)}, "position_embeddings|cannot take"),
-        ("bert", {"input_ids": IDS, "token_type_ids": MASK + 1}, r"token_type_ids \(4, 20\) from 2 to 2: IndexError"),
-        ("clip", {"pixel_values": torch.zeros(2, 3, 20, 20)}, r"pixel_values \(2, 3, 20, 20\): ValueError: .*20\*20"),
+        (
+            "bert",
+            {"input_ids": IDS, "token_type_ids": MASK + 1},
+            r"token_type_ids \(4, 20\) from 2 to 2, says its BertModel: IndexError",
+        ),
+        (
+            "clip",
+            {"pixel_values": torch.zeros(2, 3, 20, 20)},
+            r"pixel_values \(2, 3, 20, 20\), says its .*: ValueError: .*20\*20",
+        ),
         ("clip", {"pixel_values": torch.zeros(2, 1, 16, 16)}, "RuntimeError: .*channels"),
-        ("t5", {"input_ids": IDS, "labels": IDS + 90}, r"labels \(4, 20\) from 9\d to 18\d: IndexError"),
+        ("t5", {"input_ids": IDS, "labels": IDS + 90}, r"labels \(4, 20\) from 9\d to 18\d, says its .*: IndexError"),
         ("t5", {"input_ids": IDS, "labels": IDS[:2]}, r"task1"),
         (
             "t5",
@@ -218,7 +238,9 @@ def test_a_model_that_does_not_call_each_block_once_is_refused(order: list[int])
             hidden = self.layers[number](hidden, position_embeddings=angles)
         return BaseModelOutputWithPast(last_hidden_state=hidden)
 
-    with pytest.raises(UnsupportedModelError, match=r"merged model .*: its forward leaves the order after \d of the 3"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"merged model: found a .*: its forward leaves the order after \d of the 3"
+    ):
         run(changed("forward", forward))
 
 

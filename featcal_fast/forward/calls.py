@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from featcal_fast.errors import DataError, UnsupportedModelError
 from featcal_fast.forward.failures import ModelCode, Passing, Refused
 from featcal_fast.forward.shared import SharedTensors, SharedView
+from featcal_fast.models import not_supported
 from featcal_fast.models.structure import Structure
 
 
@@ -128,13 +129,18 @@ def stage_inputs(
     known = _arguments(type(structure.entry).forward)
     for name in batch if known else ():
         if name not in known:
-            raise DataError(f"the {label} cannot take the input {name}, expected some of {', '.join(known)}")
+            raise DataError(
+                f"the {label} cannot take the input {name}, expected some of {', '.join(known)}, which its "
+                f"{type(structure.entry).__name__} takes"
+            )
     for bare in (True, False):  # a model unpacks what its blocks return, or does not
         with suppress(_NotHandedOn):
             return _record_stage(structure, batch, stage, previous, first_block, bare, label)
-    raise UnsupportedModelError(
-        f"{label} ({type(structure.model).__name__}): the blocks of {structure.paths[stage]} are not given what the "
-        "one before returned; a model that changes hidden states between its blocks cannot be calibrated block by block"
+    raise not_supported(
+        structure.model,
+        label,
+        f"the blocks of {structure.paths[stage]} are not given what the one before returned; a model that changes "
+        "hidden states between its blocks cannot be calibrated block by block",
     )
 
 
@@ -154,7 +160,7 @@ def _record_stage(
 
     def doing() -> str:
         taken = ", ".join(f"{name} {tuple(value.shape)}{_range_of(value)}" for name, value in batch.items())
-        return f"the {label} cannot take the inputs {taken}"
+        return f"the {label} cannot take the inputs {taken}, says its {type(structure.model).__name__}"
 
     def returned(hidden: Tensor) -> Any:
         return hidden if bare and not relays else (hidden, *relayed)
@@ -165,8 +171,9 @@ def _record_stage(
             raise _not_in_order(structure, stage, label, len(calls.args))
         if number == 0:
             if not isinstance(hidden, Tensor) or hidden.ndim != 3:
-                found = described(hidden)
-                raise Refused(f"{structure.paths[stage]}.0 is given {found}, expected [batch, tokens, width]")
+                found = f"{structure.paths[stage]}.0 is given {described(hidden)}, expected [batch, tokens, width]"
+                usual = "input_ids" in batch and batch["input_ids"].ndim == 2
+                raise not_supported(structure.model, label, found) if usual else Refused(found)
             first.append(hidden)
             if relays:
                 with ModelCode(DataError, doing):
@@ -219,10 +226,12 @@ def _range_of(value: Tensor) -> str:
 
 
 def _not_in_order(structure: Structure, stage: int, label: str, called: int) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{label} ({type(structure.model).__name__}): its forward leaves the order after {called} of the "
-        f"{len(structure.stage(stage))} blocks of {structure.paths[stage]}; expected it to call each once, one after "
-        "the other: a model that skips or repeats blocks cannot be calibrated block by block"
+    return not_supported(
+        structure.model,
+        label,
+        f"its forward leaves the order after {called} of the {len(structure.stage(stage))} blocks of "
+        f"{structure.paths[stage]}; expected it to call each once, one after the other: a model that skips or repeats "
+        "blocks cannot be calibrated block by block",
     )
 
 

@@ -13,7 +13,7 @@ from featcal_fast.models.linear import is_linear
 from featcal_fast.models.structure import Layer, Structure
 from featcal_fast.models.t5 import T5
 
-__all__ = ["FAMILIES", "Family", "Layer", "Structure", "families_table", "find_structure"]
+__all__ = ["FAMILIES", "Family", "Layer", "Structure", "families_table", "find_structure", "not_supported"]
 
 FAMILIES: tuple[Family, ...] = (CLIP_VISION, DECODER, GPT2, T5, VIT, BERT)
 
@@ -34,9 +34,22 @@ def find_structure(model: nn.Module, label: str) -> Structure:
             structure = Structure(model, family, root)
             _check_blocks(structure, label)
             return structure
+    raise not_supported(model, label, "its modules are not those of any")
+
+
+def not_supported(model: nn.Module | type, label: str, reason: str) -> UnsupportedModelError:
+    """An error that names an architecture, and those that can be calibrated.
+
+    Args:
+        model: of that architecture.
+        label: what to call the model.
+        reason: why it is none of those.
+    """
+    name = (model if isinstance(model, type) else type(model)).__name__
     known = ", ".join(family.name for family in FAMILIES)
-    raise UnsupportedModelError(
-        f"{label}: found a {type(model).__name__}, expected one of the families that can be calibrated: {known}"
+    return UnsupportedModelError(
+        f"{label}: found a {name}, expected one of the families that can be calibrated: {known}; it is not supported: "
+        f"{reason}"
     )
 
 
@@ -54,8 +67,10 @@ def _check_blocks(structure: Structure, label: str) -> None:
             owner = block.get_submodule(name.rpartition(".")[0])
             known = is_linear(owner) or isinstance(owner, nn.Embedding) or structure.family.reason_to_keep(name)
             if parameter.ndim >= 2 and not known:
-                raise UnsupportedModelError(
-                    f"{label}: {layer.path}.{name} is a weight of shape {tuple(parameter.shape)} in a "
-                    f"{type(owner).__name__}; only linear weights can be calibrated (no quantised or fused matrices, "
-                    "no mixture of experts of an unknown kind)"
+                raise not_supported(
+                    structure.model,
+                    label,
+                    f"{layer.path}.{name} is a weight of shape {tuple(parameter.shape)} in a {type(owner).__name__}, "
+                    "and only linear weights can be calibrated (no quantised or fused matrices, no mixture of experts "
+                    "of an unknown kind)",
                 )

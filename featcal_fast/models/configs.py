@@ -47,6 +47,19 @@ def first_position(config: Any) -> int | None:
     return _padding(config) + 1 if getattr(config, "model_type", None) in FROM_PADDING else None
 
 
+def image_shape(config: Any) -> tuple[int, int, int] | None:
+    """Channels, height and width of the images that a model takes, or its vision tower; None where it tells of none."""
+    vision = getattr(config, "vision_config", config)
+    sides, channels = _sides(vision, "image_size"), getattr(vision, "num_channels", None)
+    return None if sides is None else (_length(channels) or 3, *sides)
+
+
+def image_tokens(config: Any) -> int:
+    """Tokens that an image becomes; 0 where the config tells of no images."""
+    shape, patch = image_shape(config), _sides(getattr(config, "vision_config", config), "patch_size") or (16, 16)
+    return 0 if shape is None else (shape[1] // patch[0]) * (shape[2] // patch[1]) + 1
+
+
 def differences(found: Any, expected: Any, tokens: Tensor | None = None) -> list[str]:
     """What would have two models compute different things with the same parameters, by key of their configs.
 
@@ -83,6 +96,17 @@ def _forward(config: Any) -> dict[str, Any]:
     for key in token_keys(config):
         kept[key] = _padding(config) if kept["model_type"] in FROM_PADDING else values.get(key)
     return {key: value for key, value in _flat(kept) if not OLDER.fullmatch(key)}
+
+
+def _sides(config: Any, name: str) -> tuple[int, int] | None:
+    """A height and a width, which may be one number for both; whether a model can be built, its builder will say."""
+    found = getattr(config, name, None)
+    both = [_length(each) for each in found[:2]] if isinstance(found, (list, tuple)) else [_length(found)]
+    return (both[0], both[-1]) if both and both[0] and both[-1] else None
+
+
+def _length(value: object) -> int | None:
+    return value if type(value) is int and value > 0 else None
 
 
 def _padding(config: Any) -> int:

@@ -14,8 +14,11 @@ import torch
 from torch import nn
 
 from featcal_fast.checkpoints import TensorSource, canonical
+from featcal_fast.checkpoints.nested import model_folder
 from featcal_fast.errors import ModelMismatchError, UnsupportedModelError, shown, told
-from featcal_fast.models.stored import StoredNames
+from featcal_fast.models import find_structure, not_supported
+from featcal_fast.models.linear import is_linear, is_transposed
+from featcal_fast.models.stored import StoredNames, tied
 from featcal_fast.untrusted.limits import LimitError, ProgramError, limited
 from featcal_fast.untrusted.quiet import quiet
 
@@ -36,19 +39,20 @@ def meta_model(checkpoint: TensorSource, device: torch.device) -> tuple[nn.Modul
         UnsupportedModelError: `config.json` describes no model that can be built, or one far larger than the weights.
         ModelMismatchError: the weights are far more than the model.
     """
-    model = copy.deepcopy(_shared_model(checkpoint))
-    stored = StoredNames((canonical(name) for name in model.state_dict()), checkpoint.names)
+    shared = _shared_model(checkpoint)
+    find_structure(shared, checkpoint.label)  # whatever else is the matter with a model that is not supported
+    stored, model = StoredNames(shared, checkpoint), copy.deepcopy(shared)
     others, count = len(stored.unknown), len(checkpoint.tensors)
     if others > PARAMETERS + 4 * (count - others):
         raise ModelMismatchError(
             f"{checkpoint.label}: {checkpoint.path}: {others} of {count} tensors ({min(stored.unknown)} among them) "
             f"belong to no module of {type(model).__name__} as config.json describes it; they are not of one model"
         )
-    for names in _tied(model):
-        for name in names[1:]:
-            if canonical(name) in stored:  # a weight of its own, then (FLAN-T5's head)
-                owner, _, own = name.rpartition(".")
-                setattr(model.get_submodule(owner), own, copy.copy(model.get_parameter(name)))
+    for names in tied(model):
+        there = [name for name in names if stored.has_own(canonical(name))]
+        for name in there[1:]:  # of its own, then (FLAN-T5's head)
+            owner, _, own = name.rpartition(".")
+            setattr(model.get_submodule(owner), own, copy.copy(model.get_parameter(name)))
     dtype = _main_dtype(checkpoint)
     wide = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype.itemsize == 2 else set()
     if dtype == torch.float16:
@@ -61,13 +65,29 @@ def meta_model(checkpoint: TensorSource, device: torch.device) -> tuple[nn.Modul
     return model, stored
 
 
+def stored_names(checkpoint: TensorSource) -> StoredNames:
+    """What the parameters of a checkpoint's model are called in it.
+
+    Raises:
+        UnsupportedModelError: as `meta_model`.
+        CheckpointError: as `StoredNames`.
+    """
+    return StoredNames(_shared_model(checkpoint), checkpoint)
+
+
+def check_supported(checkpoint: TensorSource) -> None:
+    """Raises:
+    UnsupportedModelError: the checkpoint's model cannot be built, or is of no family that can be calibrated."""
+    find_structure(_shared_model(checkpoint), checkpoint.label)
+
+
 def _shared_model(checkpoint: TensorSource) -> nn.Module:
     """The checkpoint's model on the meta device: others' too, not to be changed.
 
     Raises:
         UnsupportedModelError: none can be built.
     """
-    config, label = checkpoint.config, f"{checkpoint.label}: {checkpoint.path / 'config.json'}"
+    config, label = checkpoint.config, f"{checkpoint.label}: {model_folder(checkpoint.path) / 'config.json'}"
     cls = _model_class(config, label)
     try:
         return _empty_model(cls, _Config(config, _Room(checkpoint)))
@@ -75,6 +95,8 @@ def _shared_model(checkpoint: TensorSource) -> nn.Module:
         raise UnsupportedModelError(f"{label} describes a {cls.__name__} that cannot be built: {error}") from error
     except Exception as error:  # whatever a model's code makes of values that are not what they should be
         what = told(error).removeprefix(f"{ProgramError.__name__}: ")
+        if what.startswith("ImportError"):  # of a library that none of the families needs
+            raise not_supported(cls, label, f"it needs what is not installed ({what})") from error
         raise UnsupportedModelError(f"{label} describes no {cls.__name__} that can be built: {what}") from error
 
 
@@ -93,9 +115,35 @@ def token_tensors(checkpoint: TensorSource) -> tuple[list[str], list[str]]:
     modules = [found for module in model.modules() for found in _vocabulary_modules(module)]
     rows = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
     names = [name for name, each in model.named_parameters(remove_duplicate=False) if id(each) in rows]
-    stored = StoredNames((canonical(name) for name in model.state_dict()), checkpoint.names)
+    stored = stored_names(checkpoint)
     found = dict.fromkeys(stored[canonical(name)] for name in names if canonical(name) in stored)
     return list(found), list(stored.unknown)
+
+
+def linear_tensors(checkpoint: TensorSource) -> dict[str, bool]:
+    """The checkpoint's names of the weights of linear modules, and whether they are `[in, out]`, not `[out, in]`.
+
+    Those of routed experts too, where one tensor holds several matrices; not the embeddings, nor the output layer.
+
+    Raises:
+        UnsupportedModelError: as `meta_model`.
+    """
+    model = _shared_model(checkpoint)
+    stored = stored_names(checkpoint)
+    rows = {
+        id(each) for module in model.modules() for found in _vocabulary_modules(module) for each in found.parameters()
+    }
+    found: dict[str, bool] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            routed = parameter.dim() == 3 and "experts" in path.split(".")
+            if id(parameter) in rows or canonical(name) not in stored:
+                continue
+            if routed or (is_linear(module) and parameter.dim() == 2):
+                transposed = is_transposed(module) or (routed and bool(getattr(module, "is_transposed", False)))
+                whole = stored.whole(canonical(name))  # else of matrices that are stored one by one, as they are used
+                found |= dict.fromkeys(stored.tensors(canonical(name)), transposed and whole)
+    return {name: transposed for name, transposed in found.items() if len(checkpoint.tensors[name].shape) in (2, 3)}
 
 
 def _vocabulary_modules(module: nn.Module) -> Iterator[nn.Module]:
@@ -209,24 +257,6 @@ def _offline() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-
-
-def tied_names(model: nn.Module, stored: StoredNames) -> dict[str, str]:
-    """For each parameter that shares its storage with others: the one of them that the checkpoint has."""
-    return {
-        name: next((each for each in names if canonical(each) in stored), name)
-        for names in _tied(model)
-        for name in names
-        if canonical(name) not in stored
-    }
-
-
-def _tied(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter that has several."""
-    shared: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shared.setdefault(id(parameter), []).append(name)
-    return [names for names in shared.values() if len(names) > 1]
 
 
 @contextmanager

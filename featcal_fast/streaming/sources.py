@@ -6,19 +6,22 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from featcal_fast.checkpoints import TensorSource, canonical, is_finite
+from featcal_fast.checkpoints.nested import model_folder
 from featcal_fast.errors import CheckpointError, ModelMismatchError, UnsupportedModelError
 from featcal_fast.forward.calls import BatchCalls, move, stage_inputs
 from featcal_fast.forward.shared import SharedTensors
-from featcal_fast.models import Structure, find_structure
+from featcal_fast.models import Structure, find_structure, not_supported
 from featcal_fast.models.configs import differences
-from featcal_fast.models.meta import meta_model, tied_names
+from featcal_fast.models.meta import meta_model
 from featcal_fast.models.tokens import own_inputs
 
 RECORDING = Lock()  # while a model's forward is recorded its blocks are not themselves, and nobody copies one
@@ -88,6 +91,22 @@ class ModuleSource:
         return block.eval().requires_grad_(False)
 
 
+class StoredParameter(NamedTuple):
+    """A parameter in checkpoints of one layout.
+
+    Attributes:
+        tensors: their names of what it is made of.
+        assemble: makes it of those.
+    """
+
+    tensors: list[str]
+    assemble: Callable[[Mapping[str, Tensor]], Tensor]
+
+    def read(self, checkpoint: TensorSource) -> Tensor:
+        """The parameter of one of them."""
+        return self.assemble(checkpoint.read(self.tensors))
+
+
 class CheckpointSource:
     """A checkpoint; its model exists on the meta device, and parameters are read when a module first runs.
 
@@ -104,30 +123,47 @@ class CheckpointSource:
 
     def __init__(self, checkpoint: TensorSource, device: torch.device, tokens: Tensor | None = None) -> None:
         self.checkpoint, self.label, self.device, self.tokens = checkpoint, checkpoint.label, device, tokens
-        self.described = f"{self.label}: {checkpoint.path / 'config.json'}"
+        self.described = f"{self.label}: {model_folder(checkpoint.path) / 'config.json'}"
         self.model, self._stored = meta_model(checkpoint, device)
         self.structure = find_structure(self.model, self.label)
-        self._tied = tied_names(self.model, self._stored)
         self._check_blocks()
         self.shared = SharedTensors()
         self._loaded: list[nn.Module] = []
-        self._held: dict[str, nn.Parameter] = {}  # by the checkpoint's name: what is tied is read once
+        self._held: dict[str, nn.Parameter] = {}  # by the name that is stored: what is tied is read once
         self._first_blocks: dict[int, nn.Module] = {}
         for name, module in self.model.named_modules():
             if not self.structure.inside(name):
                 module.register_forward_pre_hook(self._load_on_first_use(name))
 
-    def tensor_name(self, index: int, name: str) -> str:
-        """The checkpoint's name of parameter `name` of block `index`."""
-        return self._stored[canonical(f"{self.structure.layers[index].path}.{name}")]
-
     def block_tensors(self, index: int) -> list[str]:
         """The checkpoint's names of everything that block `index` is made of."""
-        return [own for name in self.structure.blocks[index].state_dict() for own in self.tensors_of(index, name)]
+        names = self.structure.blocks[index].state_dict()
+        return list(dict.fromkeys(own for name in names for own in self.tensors_of(index, name)))
 
     def tensors_of(self, index: int, name: str) -> list[str]:
         """The checkpoint's names of what parameter `name` of block `index` is made of."""
-        return self._stored.tensors(canonical(f"{self.structure.layers[index].path}.{name}"))
+        return self._stored.tensors(self._canonical(index, name))
+
+    def parameter(self, index: int, name: str) -> StoredParameter:
+        """How parameter `name` of block `index` is stored."""
+        own = self._canonical(index, name)
+        return StoredParameter(self._stored.tensors(own), partial(self._stored.assemble, own))
+
+    def stored(self, index: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of block `index` as the checkpoint has them; what shares a tensor with them keeps its values.
+
+        Args:
+            index: the block's.
+            parameters: by name.
+
+        Returns:
+            The checkpoint's tensors, by its own names.
+        """
+        values = {self._canonical(index, name): value for name, value in parameters.items()}
+        for name in self._stored.beside(values):
+            tensors = self.checkpoint.read(self._stored.tensors(name))
+            values[name] = self._stored.assemble(name, tensors).to(next(iter(parameters.values())).device)
+        return self._stored.disassemble(values)
 
     def stage_inputs(
         self, batch: Mapping[str, Tensor], stage: int, previous: Tensor | None
@@ -145,6 +181,10 @@ class CheckpointSource:
                 self._first_blocks.get(stage),
                 self.label,
             )
+        leaves = tree_leaves([hidden, calls.args, calls.kwargs])
+        if self.device.type != "meta" and any(isinstance(each, Tensor) and each.is_meta for each in leaves):
+            reason = "its forward takes weights from modules that it does not call, so that they are not read"
+            raise not_supported(self.model, self.label, reason)
         return hidden, calls.sharing(self.shared, len(hidden))
 
     def release_stage_inputs(self) -> None:
@@ -161,11 +201,9 @@ class CheckpointSource:
             # The config is shared, not copied: blocks only read it.
             config = self.model.config
             block = copy.deepcopy(self.structure.blocks[index], {id(config): config})
-        path = self.structure.layers[index].path
-        names = {name: canonical(f"{path}.{name}") for name in block.state_dict()}
         tensors = self.checkpoint.read(self.block_tensors(index))
         state = {
-            name: self._stored.assemble(names[name], tensors).to(like.dtype)
+            name: self._stored.assemble(self._canonical(index, name), tensors).to(like.dtype)
             for name, like in block.state_dict().items()
         }
         block.load_state_dict(state, assign=True)
@@ -186,11 +224,12 @@ class CheckpointSource:
                 if parameter.is_meta:
                     full = f"{prefix}.{name}" if prefix else name
                     self._check_tensor(full, parameter)
-                    own = self._stored[canonical(self._tied.get(full, full))]
-                    if own not in self._held:
-                        tensor = self.checkpoint.read([own])[own].to(self.device, parameter.dtype)
-                        self._held[own] = nn.Parameter(tensor, requires_grad=False)
-                    setattr(module, name, self._held[own])
+                    stored = self._stored.resolved(canonical(full))
+                    if stored not in self._held:
+                        tensors = self.checkpoint.read(self._stored.tensors(stored))
+                        value = self._stored.assemble(stored, tensors).to(self.device, parameter.dtype)
+                        self._held[stored] = nn.Parameter(value, requires_grad=False)
+                    setattr(module, name, self._held[stored])
                     self._loaded.append(module)
 
         return hook
@@ -216,18 +255,19 @@ class CheckpointSource:
                 )
 
     def _check_tensor(self, name: str, parameter: Tensor) -> None:
-        known = canonical(self._tied.get(name, name))
+        known = canonical(name)
+        where = f"{self.label}: {self.checkpoint.path}:"
         if known not in self._stored:
-            raise CheckpointError(
-                f"{self.label}: {self.checkpoint.path}: tensor {name} is missing from the checkpoint; the download is "
-                "incomplete, or config.json is another model's"
-            )
-        found = self._stored.shape(known, lambda own: self.checkpoint.tensors[own].shape)
+            raise CheckpointError(f"{where} {self._stored.why_missing(known)}")
+        found = self._stored.shape(known)
         if found != tuple(parameter.shape):
             raise ModelMismatchError(
-                f"{self.label}: {self.checkpoint.path}: tensor {self._stored[known]} has shape {found}, expected "
-                f"{tuple(parameter.shape)} from config.json"
+                f"{where} tensor {self._stored[known]} has shape {found}, expected {tuple(parameter.shape)} from "
+                "config.json"
             )
+
+    def _canonical(self, index: int, name: str) -> str:
+        return canonical(f"{self.structure.layers[index].path}.{name}")
 
 
 def check_same_architecture(student: Source, others: Mapping[str, Source]) -> None:

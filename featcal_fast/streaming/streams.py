@@ -105,10 +105,12 @@ class Streams:
     def __enter__(self) -> Streams:
         with ExitStack() as stack:
             stack.enter_context(closing(self._progress))
+            stack.enter_context(
+                ieee_float32()
+            )  # longer than the thread that reads: merging has such contexts of its own
             stack.enter_context(self._transfers)
             stack.enter_context(self._blocks)
             stack.enter_context(explain_out_of_memory(self.device))
-            stack.enter_context(ieee_float32())
             self._contexts = stack.pop_all()
         return self
 
