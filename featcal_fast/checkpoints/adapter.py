@@ -4,64 +4,44 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors`. In the lat
 
     base_model.model.m.lora_A.weight             [r, in]          and lora_B.weight [out, r]: a linear module
     base_model.model.m.lora_embedding_A          [r, rows]        and lora_embedding_B [width, r]: an embedding
+    base_model.model.m.lora_magnitude_vector     [out]            with DoRA, or [width]: the norms of its outputs
+    base_model.model.m.lora_B.bias               [out]            what scale * this adds to its bias (`lora_bias`)
+    base_model.model.m.token_adapter.trainable_tokens_delta  [n, width]   rows in place of some of an embedding's
     base_model.model.m.weight, .bias, ...        a trained tensor (`modules_to_save`, `bias`) in place of the base's
+
+Files that trainers wrote from a model's own state have an adapter's name too, `lora_A.default.weight`, and those of
+what was wrapped around modules.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from featcal_fast.checkpoints.adapter_config import read_adapter_config
+from featcal_fast.checkpoints.low_rank import LowRank, NoDirectionError, form, forming_bytes
 from featcal_fast.checkpoints.metadata import Metadata
-from featcal_fast.checkpoints.reader import ADAPTER_CONFIG, Checkpoint, TensorSource, canonical, read_json
-from featcal_fast.checkpoints.renamed import meanings
+from featcal_fast.checkpoints.reader import ADAPTER_CONFIG, Checkpoint, TensorSource, canonical
+from featcal_fast.checkpoints.renamed import Renamings, renamings_of, tied_names
 from featcal_fast.checkpoints.shards import Shards, TensorInfo, is_finite
 from featcal_fast.checkpoints.targets import Targets
 from featcal_fast.errors import CheckpointError, ModelMismatchError, UnsupportedModelError, named, shown
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-ROWS = 2048  # of a weight that its change is formed for at a time
-LARGEST_ALPHA = 1e6  # a thousand times what anyone trains with
-MOST_SAVED = 100  # modules
-OUTPUTS = ("lm_head.", "embed_out.")  # layers that may share the embedding's weight
-FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
-# What makes an adapter something else than W + scale * B A, by its key in adapter_config.json.
-VARIANTS = {
-    "use_dora": "DoRA",
-    "use_qalora": "QA-LoRA",
-    "use_bdlora": "BD-LoRA",
-    "lora_bias": "LoRA with a bias",
-    "target_parameters": "LoRA of bare parameters",
-    "trainable_token_indices": "trainable tokens",
-    "layer_replication": "layer replication",
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow",
-    "velora_config": "VeLoRA",
-    "monteclora_config": "MonteCLoRA",
-    "kasa_config": "KaSA",
-}
-# Initialisations that leave the base's weights alone; the others train against a base that was changed too.
-INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """What an adapter adds to one weight: `scale * B A`, transposed where the weight is."""
-
-    a: str
-    b: str
-    scale: float
-    transposed: bool
+WRAPPERS = re.compile(r"(?:^module|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module))\.")
+OWN = r"(?:\.(?P<adapter>[^.]+))??"  # an adapter's name
+BIAS = re.compile(rf"(?P<module>.+)\.lora_B{OWN}\.bias")
+FACTOR = re.compile(rf"(?P<module>.+)\.lora_(?P<factor>(?:embedding_)?[AB]|magnitude_vector){OWN}(?:\.weight)?")
+TOKENS = re.compile(rf"(?P<module>.+)\.token_adapter\.trainable_tokens_delta{OWN}")
 
 
 class LoraExpert:
@@ -80,14 +60,14 @@ class LoraExpert:
 
     def __init__(self, path: Path, label: str, base: Checkpoint) -> None:
         self.path, self.label = path, label
-        self.base = Checkpoint(base.path, f"{label}, base model")  # of its own, so that reads are told apart
-        self.values = read_json(path, ADAPTER_CONFIG, label)
-        self._check_kind()
-        self._check_values()
+        self.base = type(base)(base.path, f"{label}, base model")  # of its own, so that reads are told apart
+        self.values = read_adapter_config(path, label)
         self.shards = Shards(path, label, WEIGHTS, f"{WEIGHTS}.index.json")
         self.tensors = dict(self.base.tensors)
         self.low_rank: dict[str, LowRank] = {}  # by the base's tensor
+        self.biases: dict[str, tuple[str, float]] = {}  # likewise: the adapter's tensor, and its scale
         self.replaced: dict[str, str] = {}  # the base's tensor -> the adapter's
+        self.rows: dict[str, tuple[str, Tensor]] = {}  # likewise, of an embedding: and which of its rows
         self.targets = Targets(self.values, f"{label}: {path / ADAPTER_CONFIG}")
         factors = self._sort()
         modules = list(factors)
@@ -117,7 +97,12 @@ class LoraExpert:
     @cached_property
     def _renamed(self) -> dict[str, str]:
         """The base's tensors by what transformers calls them, where files have another name."""
-        return {meaning: own for name, own in self.base.names.items() for meaning in meanings(name)[1:]}
+        found = {own: self._renamings.apply(own) for own in self.base.names.values()}
+        return {canonical(renamed): own for own, (renamed, converted) in found.items() if converted is None}
+
+    @cached_property
+    def _renamings(self) -> Renamings:
+        return renamings_of(self.base.config)
 
     def adapts(self, model: TensorSource) -> bool:
         """Whether `model` is what it adapts, whatever way leads to that."""
@@ -126,6 +111,10 @@ class LoraExpert:
     @property
     def bytes_read(self) -> int:
         return self.base.bytes_read + self.shards.bytes_read
+
+    def changed(self) -> set[str]:
+        """The base's tensors that it changes."""
+        return {*self.low_rank, *self.biases, *self.replaced, *self.rows}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, formed in float32 one at a time, on the CPU, checked to be finite.
@@ -137,22 +126,42 @@ class LoraExpert:
         for name in names:
             if name in self.replaced:
                 own = self.replaced[name]
-                found[name] = self.shards.read([own])[own].to(self.tensors[name].dtype)
+                tensor = self.shards.read([own])[own].to(self.tensors[name].dtype)
             else:
-                found[name] = self.base.read([name])[name]
+                tensor = self.base.read([name])[name]
+            if name in self.rows:
+                own, tokens = self.rows[name]
+                tensor[tokens] = self.shards.read([own])[own].to(tensor.dtype)
+                self._check_fits(own, name, tensor)
             if name in self.low_rank:
-                found[name] = self._add(name, found[name], self.low_rank[name])
+                self._form(name, tensor, self.low_rank[name])
+            if name in self.biases:
+                own, scale = self.biases[name]
+                tensor.copy_(tensor.float().add_(self.shards.read([own])[own].float(), alpha=scale))
+                self._check_fits(own, name, tensor)
+            found[name] = tensor
         return found
 
     def stored_bytes(self, names: Iterable[str]) -> int:
         """What `read(names)` takes from files."""
         total = 0
         for name in names:
-            parts = [self.replaced[name]] if name in self.replaced else []
-            parts += [self.low_rank[name].a, self.low_rank[name].b] if name in self.low_rank else []
-            total += sum(self.shards.tensors[part].nbytes for part in parts)
             total += 0 if name in self.replaced else self.base.stored_bytes([name])
+            total += sum(self.shards.tensors[part].nbytes for part in self.parts(name))
         return total
+
+    def parts(self, name: str) -> list[str]:
+        """Its own tensors, by its own names, of which and the base's it forms one."""
+        parts = [self.replaced[name]] if name in self.replaced else []
+        if name in self.low_rank:
+            parts += self.low_rank[name].parts
+        return parts + [each[name][0] for each in (self.rows, self.biases) if name in each]
+
+    def forming_bytes(self, name: str) -> int:
+        """The most memory that reading a tensor takes besides itself."""
+        if name in self.low_rank:
+            return forming_bytes(self.tensors[name].shape)
+        return 4 * sum(torch.Size(self.shards.tensors[part].shape).numel() for part in self.parts(name))
 
     def side_files(self) -> dict[str, Path]:
         """The base's: an adapter's folder is not a model's."""
@@ -166,32 +175,56 @@ class LoraExpert:
         """The base's likewise."""
         return self.base.metadata()
 
-    def _add(self, name: str, base: Tensor, low_rank: LowRank) -> Tensor:
-        """`base`, changed in place."""
-        factors = self.shards.read([low_rank.a, low_rank.b])
-        # In float64: a program may have float32 products of other threads rounded (featcal_kernels.cpu).
-        b, a, weight = factors[low_rank.b].double(), factors[low_rank.a].double(), base
-        left, right = (a.mT, b.mT) if low_rank.transposed else (b, a)
-        for part, factor in zip(weight.split(ROWS), left.split(ROWS), strict=True):
-            part.copy_(part.float().add_((factor @ right).float(), alpha=low_rank.scale))
-        if not is_finite(weight):
+    def _form(self, name: str, weight: Tensor, low_rank: LowRank) -> None:
+        """A weight changed in place."""
+        try:
+            form(weight, self.shards.read(low_rank.parts), low_rank)
+        except NoDirectionError as error:
             raise CheckpointError(
-                f"{self.label}: {self.shards.where(low_rank.b)} makes {name} overflow {base.dtype}; train this adapter "
+                f"{self.label}: {self.shards.where(low_rank.parts[-1])}: {name}: {error}; PEFT makes NaN of it; train "
+                "this adapter again without DoRA (use_dora), or without this module"
+            ) from error
+        self._check_fits(low_rank.b, name, weight)
+
+    def _check_fits(self, own: str, name: str, tensor: Tensor) -> None:
+        if not is_finite(tensor):
+            raise CheckpointError(
+                f"{self.label}: {self.shards.where(own)} makes {name} overflow {tensor.dtype}; train this adapter "
                 "again, or use a base model in bfloat16"
             )
-        return weight
 
     def _sort(self) -> dict[str, dict[str, str]]:
         """The names of factors by module and kind; what else is there takes the place of the base's."""
         factors: dict[str, dict[str, str]] = defaultdict(dict)
+        tokens: dict[str, str] = {}
+        others, adapters = {}, set()
         for name in self.shards.tensors:
-            inner = name.removeprefix(PREFIX).replace(".base_layer.", ".")
-            if match := FACTOR.fullmatch(inner):
-                kind = f"{match['embedding'] or ''}{match['factor']}"
+            inner = WRAPPERS.sub("", name).removeprefix(PREFIX)
+            inner = re.sub(r"\.(token_adapter\.)?base_layer\.", ".", inner)
+            if ".original_module." in inner:
+                continue  # the base's own, in place of which a trained one is used
+            if match := BIAS.fullmatch(inner) or FACTOR.fullmatch(inner):
+                kind = match.groupdict().get("factor", "bias")
                 self._check_single(name, factors[match["module"]].get(kind))
                 factors[match["module"]][kind] = name
+            elif match := TOKENS.fullmatch(inner):
+                self._check_single(name, tokens.get(match["module"]))
+                tokens[match["module"]] = name
             else:
-                self._replace(name, re.sub(r"\.modules_to_save(\.default)?\.", ".", inner))
+                others[name] = inner
+                continue
+            adapters.add(match["adapter"])
+        if len(adapters) > 1:
+            raise CheckpointError(
+                f"{self.label}: {self.path / WEIGHTS} holds several adapters ({named(sorted(map(str, adapters)))}); "
+                "nobody can tell which of them counts; save one of them alone (peft: save_pretrained with "
+                "selected_adapters)"
+            )
+        own = re.escape(next(iter(adapters), None) or "default")
+        for name, inner in others.items():
+            self._replace(name, re.sub(rf"\.modules_to_save(\.({own}|default))?\.", ".", inner))
+        for module, name in tokens.items():
+            self._set_rows(module, name)
         return factors
 
     def _check_single(self, name: str, other: str | None) -> None:
@@ -205,19 +238,8 @@ class LoraExpert:
         embedding = any(key.startswith("embedding") for key in factors)
         keys = ("embedding_A", "embedding_B") if embedding else ("A", "B")
         some = next(iter(factors.values()))
-        for key in keys:
-            if key in factors and not self.shards.tensors[factors[key]].dtype.is_floating_point:
-                raise UnsupportedModelError(
-                    f"{self.label}: {self.shards.where(factors[key])} has dtype "
-                    f"{self.shards.tensors[factors[key]].dtype}, expected plain floating-point factors"
-                )
-            if key not in factors:
-                raise CheckpointError(
-                    f"{self.label}: {self.shards.where(some)} is there, but its factor lora_{key} is missing; the "
-                    "download is incomplete"
-                )
-        for key in sorted(factors.keys() - set(keys)):
-            self._check_single(factors[key], factors[keys[0]])
+        variants = {"magnitude_vector": "use_dora"} | ({} if embedding else {"bias": "lora_bias"})
+        self._check_factors(factors, keys, variants)
         own = self._base_name(f"{module}.weight", some)
         a, b = (self.shards.tensors[factors[key]].shape for key in keys)
         transposed = embedding or bool(self.values.get("fan_in_fan_out"))
@@ -238,9 +260,75 @@ class LoraExpert:
                 f"{self.label}: {self.shards.where(factors[keys[0]])} has rank {a[0]}, expected the {shown(rank)} of "
                 f"{ADAPTER_CONFIG}; the two files do not belong together"
             )
-        self._check_single(some, self.low_rank[own].a if own in self.low_rank else None)
+        for other in ([self.low_rank[own].a] if own in self.low_rank else []) + list(self.rows.get(own, ()))[:1]:
+            self._check_single(some, str(other))
         scale = alpha / (rank**0.5 if self.values.get("use_rslora") else rank)
-        self.low_rank[own] = LowRank(factors[keys[0]], factors[keys[1]], scale, transposed)
+        low_rank = LowRank(factors[keys[0]], factors[keys[1]], scale, transposed, factors.get("magnitude_vector"))
+        for name in filter(None, (low_rank.magnitude, factors.get("bias"))):
+            if self.shards.tensors[name].shape != b[:1]:
+                raise CheckpointError(
+                    f"{self.label}: {self.shards.where(name)} has shape {self.shards.tensors[name].shape}, expected "
+                    f"{b[:1]}, as {factors[keys[1]]} has it; download this adapter again"
+                )
+        self.low_rank[own] = low_rank
+        if "bias" in factors:
+            self._add_bias(module, factors["bias"], scale)
+
+    def _check_factors(self, factors: Mapping[str, str], keys: Iterable[str], variants: Mapping[str, str]) -> None:
+        """All of `keys` are there, in floating point, and what the config's switches tell of by `variants`; no more."""
+        some = next(iter(factors.values()))
+        for name in factors.values():
+            if not self.shards.tensors[name].dtype.is_floating_point:
+                raise UnsupportedModelError(
+                    f"{self.label}: {self.shards.where(name)} has dtype {self.shards.tensors[name].dtype}, expected "
+                    "plain floating-point factors"
+                )
+        for key in (*keys, *(key for key, switch in variants.items() if self.values.get(switch))):
+            if key not in factors:
+                missing = "B.bias" if key == "bias" else key
+                raise CheckpointError(
+                    f"{self.label}: {self.shards.where(some)} is there, but its factor lora_{missing} is missing; the "
+                    "download is incomplete"
+                )
+        for key, switch in variants.items():
+            if key in factors and not self.values.get(switch):
+                raise CheckpointError(
+                    f"{self.label}: {self.shards.where(factors[key])} is no part of a plain LoRA adapter, and "
+                    f"{ADAPTER_CONFIG} does not set {switch}; the two files do not belong together"
+                )
+        for key in sorted(factors.keys() - {*keys, *variants}):
+            self._check_single(factors[key], some)
+
+    def _add_bias(self, module: str, name: str, scale: float) -> None:
+        if canonical(f"{module}.bias") not in {*self.base.names, *self._renamed}:
+            raise UnsupportedModelError(
+                f"{self.label}: {self.shards.where(name)} adds to the bias of {module}, which has none in the base "
+                f"model ({self.base.path}); nobody can merge this adapter; train it again without lora_bias"
+            )
+        self.biases[self._base_name(f"{module}.bias", name)] = (name, scale)
+
+    def _set_rows(self, module: str, name: str) -> None:
+        """An embedding's rows that were trained: which ones, the config says."""
+        found, own = self.shards.tensors[name], self._base_name(f"{module}.weight", name)
+        tokens = self.values.get("trainable_token_indices")
+        if isinstance(tokens, dict):
+            tokens = next((ids for key, ids in tokens.items() if f".{module}".endswith(f".{key}")), None)
+        rows, *width = self.tensors[own].shape
+        if not tokens or found.shape != (len(tokens), *width) or not found.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{self.label}: {self.shards.where(name)} has shape {found.shape} and dtype {found.dtype}, expected "
+                f"{(len(tokens or ()), *width)}, for the {len(tokens or ())} trainable_token_indices of "
+                f"{ADAPTER_CONFIG}, and floating-point values; the two files do not belong together"
+            )
+        if max(tokens) >= rows:
+            raise ModelMismatchError(
+                f"{self.label}: {self.path / ADAPTER_CONFIG}: trainable_token_indices names token {max(tokens)}, but "
+                f"{own} of the base model ({self.base.path}) has {rows} rows; the adapter was made for "
+                f"{self._made_for}"
+            )
+        if own in self.rows:
+            self._check_single(name, self.rows[own][0])
+        self.rows[own] = (name, torch.tensor(tokens))
 
     def _replace(self, name: str, inner: str) -> None:
         if ".lora_" in inner:
@@ -268,47 +356,26 @@ class LoraExpert:
         known = canonical(inner)
         own = self.base.names.get(known) or self._renamed.get(known)
         if own is None:
+            own = self._renamed.get(canonical(self._renamings.apply(inner)[0]))
+        if own is None:
             adapts = f"{self.label}: {self.shards.where(name)} adapts {inner}, which the base model ({self.base.path})"
-            if getattr(self.base.config, "tie_word_embeddings", False) and inner.startswith(OUTPUTS):
+            if known in map(canonical, tied_names(self.base.config)):
                 raise UnsupportedModelError(
                     f"{adapts} shares with its embedding (tie_word_embeddings); merge this adapter first, into a "
                     "checkpoint with an output layer of its own"
                 )
+            for each in self.base.names.values():
+                if known in map(canonical, self._renamings.made_of(each)):
+                    raise UnsupportedModelError(
+                        f"{adapts} stores in another layout, as a part of {each} or made of it; merge this adapter "
+                        "first (peft: merge_and_unload, save_pretrained)"
+                    )
             raise ModelMismatchError(f"{adapts} has not; the adapter was made for {self._made_for}")
         return own
 
-    def _check_kind(self) -> None:
-        where = f"{self.label}: {self.path / ADAPTER_CONFIG}"
-        kind = self.values.get("peft_type")
-        if kind != "LORA":
-            raise UnsupportedModelError(
-                f"{where}: found peft_type {named(kind)}, expected LORA; merge this adapter first"
-            )
-        for key, variant in VARIANTS.items():
-            if self.values.get(key):
-                raise UnsupportedModelError(
-                    f"{where}: found {key}, which is {variant}; expected a plain LoRA adapter; merge this one first"
-                )
-        initialisation = self.values.get("init_lora_weights")
-        if initialisation not in INITIALISATIONS:
-            raise UnsupportedModelError(
-                f"{where}: found init_lora_weights {shown(initialisation)}, which changed the base model's weights, "
-                "too; expected a plain LoRA adapter; merge this one first, or convert it "
-                "(peft: save_pretrained with path_initial_model_for_weight_conversion)"
-            )
-
-    def _check_values(self) -> None:
-        """What is used of the config has the type that it should have."""
-        for key, (fits, expected) in VALUES.items():
-            if key in self.values and not fits(self.values[key]):
-                found = self.values[key]
-                raise CheckpointError(
-                    f"{self.label}: {self.path / ADAPTER_CONFIG}: {key}: found {shown(found)}, expected {expected}"
-                )
-
     def _check_complete(self, modules: Iterable[str]) -> None:
         """Every module that the config tells to adapt has factors, and every one that it tells to save is there."""
-        if not self.low_rank and not self.replaced:
+        if not self.changed():
             raise CheckpointError(
                 f"{self.label}: {self.path / WEIGHTS} holds no lora_A and lora_B; the adapter changes nothing"
             )
@@ -329,6 +396,12 @@ class LoraExpert:
                     f"{self.label}: {self.path / WEIGHTS} has no lora_A and lora_B for {module}, which "
                     f"{ADAPTER_CONFIG} says is adapted; the download is incomplete"
                 )
+        tokens = self.values.get("trainable_token_indices") or ()
+        if any(tokens.values() if isinstance(tokens, dict) else [tokens]) and not self.rows:
+            raise CheckpointError(
+                f"{self.label}: {self.path / WEIGHTS} has no trainable_tokens_delta, though {ADAPTER_CONFIG} has "
+                "trainable_token_indices; the download is incomplete"
+            )
         for saved in self.values.get("modules_to_save") or ():
             known = [own for own in self.base.tensors if f".{saved}." in f".{own}"]
             if known and self.replaced.keys().isdisjoint(known):
@@ -350,41 +423,3 @@ def _any_layer(name: str) -> str:
 def _root(name: str) -> str:
     """What comes before a layer's number; the name itself where there is none."""
     return re.split(r"\.\d+\.", name)[0]
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= LARGEST_ALPHA  # type: ignore[arg-type]
-
-
-def _is_names(value: object, most: float = math.inf) -> bool:
-    return isinstance(value, list) and len(value) <= most and all(isinstance(item, str) for item in value)
-
-
-def _is_layers(value: object) -> bool:
-    return all(type(item) is int for item in (value if isinstance(value, list) else [value]))
-
-
-def _is_pattern_values(value: object) -> bool:
-    return isinstance(value, Mapping) and all(map(_is_number, value.values()))
-
-
-NAMES = (lambda value: value is None or isinstance(value, str) or _is_names(value), "a regular expression or a list")
-FLAG = (lambda value: value is None or isinstance(value, bool), "true or false")
-NUMBER = f"a number of at most {LARGEST_ALPHA:,.0f}"
-PATTERN_VALUES = (lambda value: value is None or _is_pattern_values(value), f"{NUMBER} by regular expression")
-VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
-    "r": (lambda value: type(value) is int and value > 0, "an integer above 0"),
-    "lora_alpha": (_is_number, NUMBER),
-    "use_rslora": FLAG,
-    "fan_in_fan_out": FLAG,
-    "rank_pattern": PATTERN_VALUES,
-    "alpha_pattern": PATTERN_VALUES,
-    "target_modules": NAMES,
-    "exclude_modules": NAMES,
-    "layers_pattern": NAMES,
-    "layers_to_transform": (lambda value: value is None or _is_layers(value), "a layer's number, or a list of them"),
-    "modules_to_save": (
-        lambda value: value is None or _is_names(value, MOST_SAVED),
-        f"a list of at most {MOST_SAVED} names",
-    ),
-}

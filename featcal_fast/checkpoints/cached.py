@@ -8,7 +8,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from featcal_fast.checkpoints.quantised import dequantise
+from featcal_fast.checkpoints.bnb import dequantise
 from featcal_fast.checkpoints.reader import TensorSource, WrappedSource
 from featcal_fast.checkpoints.shards import TensorInfo
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,10 +20,20 @@ ELSEWHERE = {
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
 }
+QUANTISED = "quantization_config"  # says how weights are packed
 LABELS = {"id2label", "label2id", "task_specific_params"}  # whose keys are names of a person's own
 LARGEST = 2**40  # of a size
 MOST = 2**16  # of what a config's own code counts up to
+FLOATS = ("Infinity", "-Infinity", "NaN")
 COUNTED = re.compile(r"(?!.*vocab)(.*_)?(layers?|labels|experts|heads?|blocks?|stages?|groups?|depths?)(_.*)?")
+
+
+def plain_config(values: Mapping[str, Any]) -> str | None:
+    """The `config.json` of the same model with plain weights; None where `values`, which it holds, are of one."""
+    if not values.get(QUANTISED):
+        return None
+    plain = {key: value for key, value in values.items() if key != QUANTISED}
+    return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
 
 
 def transformers_config(values: Mapping[str, Any], path: Path, label: str) -> Any:
@@ -48,14 +59,23 @@ def transformers_config(values: Mapping[str, Any], path: Path, label: str) -> An
         )
     if kind == "mistral" and "layer_types" in values and "ministral" in CONFIG_MAPPING:  # as AutoConfig has it
         kind = "ministral"
-    cls = CONFIG_MAPPING[kind]
+    cls, values = CONFIG_MAPPING[kind], _decoded(values)
+    described = f"it describes {shown(values.get('architectures') or kind)}"
     for key, value in _entries(values):
-        _check(key, value, cls, where)
+        _check(key, value, cls, where, described)
     try:
         with quiet("transformers"):
             return cls.from_dict(_without(values))
     except Exception as error:  # whatever transformers makes of values that are not what they should be
-        raise UnsupportedModelError(f"{where} cannot be used: {told(error)}") from error
+        raise UnsupportedModelError(f"{where} cannot be used: {told(error)}; {described}") from error
+
+
+def _decoded(value: Any) -> Any:
+    """What transformers writes of numbers that JSON has none for: {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        number = value.get("__float__") if len(value) == 1 else None
+        return float(number) if number in FLOATS else {key: _decoded(each) for key, each in value.items()}
+    return [_decoded(each) for each in value] if isinstance(value, list) else value
 
 
 def _entries(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -74,15 +94,15 @@ def _without(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check(key: str, value: object, cls: type, where: str) -> None:
+def _check(key: str, value: object, cls: type, where: str, described: str) -> None:
     """Refuse what the config's class would be broken by, and numbers that cannot be meant."""
     if key.startswith("__") or key == "attribute_map" or callable(getattr(cls, key, None)):
         raise CheckpointError(f"{where}: {shown(key)}: found a value in place of what transformers' own code does")
     if COUNTED.fullmatch(key) and isinstance(value, int) and abs(value) > MOST:
-        raise CheckpointError(f"{where}: {shown(key)}: found {shown(value)}, expected at most {MOST}")
+        raise CheckpointError(f"{where}: {shown(key)}: found {shown(value)}, expected at most {MOST}; {described}")
     fits, expected = RANGES.get(key, (None, ""))
     if fits is not None and value is not None and not fits(value):
-        raise CheckpointError(f"{where}: {key}: found {shown(value)}, expected {expected}")
+        raise CheckpointError(f"{where}: {key}: found {shown(value)}, expected {expected}; {described}")
 
 
 def _is_size(value: object) -> bool:

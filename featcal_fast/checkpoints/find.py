@@ -8,11 +8,17 @@ from pathlib import Path
 
 from featcal_fast import files
 from featcal_fast.checkpoints.adapter import WEIGHTS, LoraExpert
+from featcal_fast.checkpoints.bnb import BitsAndBytesCheckpoint
 from featcal_fast.checkpoints.documents import read_errors
-from featcal_fast.checkpoints.quantised import BitsAndBytesCheckpoint
+from featcal_fast.checkpoints.fp8 import Fp8Checkpoint
+from featcal_fast.checkpoints.gguf import GgufExpert
+from featcal_fast.checkpoints.nested import model_folder
+from featcal_fast.checkpoints.quantised import FOREIGN
 from featcal_fast.checkpoints.reader import ADAPTER_CONFIG, Checkpoint, TensorSource, quant_method, read_json
+from featcal_fast.checkpoints.shards import INDEX, SINGLE
 from featcal_fast.errors import CheckpointError, UnsupportedModelError, shown
 
+GGUF = ".gguf"
 REFERENCE = 1024  # bytes of the file that names a commit
 # Of a model of the hub; `*` stands for folders too. Pickled are modules beside the model, which are copied, not opened.
 FILES = ["*.safetensors", "*.json", "*.model", "*.spm", "*.tiktoken", "*.txt", "*.md", "*.yml", "*.jinja"]
@@ -23,7 +29,7 @@ REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # names of a branch, a tag or 
 
 
 def find_checkpoint(reference: str, root: Path, label: str) -> Checkpoint:
-    """The full checkpoint that a recipe names.
+    """The full checkpoint that a recipe names, in floating point or quantised in a way that is read.
 
     Args:
         reference: a folder, relative to `root`; the folder of a model in the hub's cache, or `folder@revision` of it;
@@ -40,15 +46,15 @@ def find_checkpoint(reference: str, root: Path, label: str) -> Checkpoint:
             f"{label}: {shown(reference)} is a model with a LoRA adapter, expected a full checkpoint: only experts may "
             "have adapters; merge it into its model first (peft: merge_and_unload, save_pretrained)"
         )
-    return Checkpoint(find_folder(reference, root, label), label)
+    return open_checkpoint(find_folder(reference, root, label), label)
 
 
 def find_expert(reference: str, root: Path, label: str, base: Checkpoint) -> TensorSource:
-    """The expert that a recipe names: a full checkpoint, one quantised by bitsandbytes, or a LoRA adapter.
+    """The expert that a recipe names: a full checkpoint, quantised or not, a LoRA adapter, or a GGUF file.
 
     Args:
-        reference: as `find_checkpoint` has it; the folder or hub id of an adapter of `base`; or `model+adapter`, where
-            it is another model's.
+        reference: as `find_checkpoint` has it; the folder or hub id of an adapter of `base`; `model+adapter`, where it
+            is another model's; or a GGUF file, or the folder of one.
         root: what relative paths start from.
         label: what to call it in errors.
         base: the base model.
@@ -64,11 +70,35 @@ def find_expert(reference: str, root: Path, label: str, base: Checkpoint) -> Ten
         with read_errors(label, path):
             same = files.resolve(path) == files.resolve(base.path)
         if not same:
-            base = Checkpoint(path, f"{label}, base model")
+            base = open_checkpoint(path, f"{label}, base model")
         return LoraExpert(_adapter_folder(adapter, root, label), label, base)
-    if _is_adapter(path, label):
-        return LoraExpert(path, label, base)
-    if quant_method(read_json(path, "config.json", label)) == BitsAndBytesCheckpoint.quantisation:
+    if _is_adapter(inner := model_folder(path, label), label):
+        return LoraExpert(inner, label, base)
+    if _is_gguf(path, label):
+        return GgufExpert(path, label, base)
+    return open_checkpoint(path, label)
+
+
+def open_checkpoint(path: Path, label: str) -> Checkpoint:
+    """A folder with `config.json` and weights, by what that says of their form.
+
+    Raises:
+        CheckpointError: as `Checkpoint`.
+        UnsupportedModelError: as `Checkpoint`, or another quantisation.
+    """
+    if _is_gguf(path, label):
+        raise UnsupportedModelError(
+            f"{label}: {path} is a GGUF file, which has no config and no tokenizer that others can read; expected a "
+            "full checkpoint: only experts may be GGUF files; convert it first (transformers: from_pretrained with "
+            "gguf_file, save_pretrained)"
+        )
+    folder = model_folder(path, label)
+    method = quant_method(read_json(folder, "config.json", label))
+    with read_errors(label, path):
+        aside = method is None and any((folder / name).is_file() for name in FOREIGN)
+    if aside or method in Fp8Checkpoint.methods:
+        return Fp8Checkpoint(path, label)
+    if method in BitsAndBytesCheckpoint.methods:
         return BitsAndBytesCheckpoint(path, label)
     return Checkpoint(path, label)
 
@@ -154,6 +184,16 @@ def _snapshot(path: Path, label: str, revision: str = "") -> Path:
             )
         name = found[0]
     return path / "snapshots" / str(name)
+
+
+def _is_gguf(path: Path, label: str) -> bool:
+    """Whether it is a GGUF file, or a folder whose only weights are such."""
+    with read_errors(label, path):
+        if path.suffix == GGUF and path.is_file():
+            return True
+        if not path.is_dir() or any((path / name).is_file() for name in (SINGLE, INDEX)):
+            return False
+        return any(each.suffix == GGUF for each in files.list_folder(path))
 
 
 def _is_adapter(path: Path, label: str) -> bool:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from featcal_fast.checkpoints.config import transformers_config
 from featcal_fast.checkpoints.documents import read_document, read_errors
 from featcal_fast.checkpoints.metadata import Metadata
-from featcal_fast.checkpoints.shards import DTYPES, Shards, TensorInfo
+from featcal_fast.checkpoints.nested import module_path
+from featcal_fast.checkpoints.shards import DTYPES, FP8, INDEX, SINGLE, Shards, TensorInfo
 from featcal_fast.checkpoints.side_files import SideFiles, find_side_files
 from featcal_fast.errors import CheckpointError, UnsupportedModelError, named
 
@@ -154,19 +156,29 @@ class Checkpoint:
         path: the folder.
         label: what to call it in errors, for example `expert math`.
 
+    Attributes:
+        module: where in the folder all of that is, which is empty but for old folders of sentence-transformers.
+
     Raises:
         CheckpointError: missing, not a checkpoint, pickled only, truncated, incomplete, or with unsafe file names.
         UnsupportedModelError: an adapter or a quantised checkpoint.
     """
 
-    quantisation: str | None = None  # the `quant_method` that this class reads
+    methods: tuple[str | None, ...] = (None,)  # the `quant_method`s that this class reads
+    dtypes: Mapping[str, torch.dtype] = DTYPES  # of tensors, by their names in files
 
     def __init__(self, path: Path, label: str) -> None:
         self.path, self.label = path, label
-        self.json = read_json(path, "config.json", label)
-        self.shards = Shards(path, label)
+        self.module = module_path(path, label)
+        self.json = self.read_config()
+        single, index = (str(PurePosixPath(self.module, name)) for name in (SINGLE, INDEX))
+        self.shards = Shards(path, label, single, index, self.dtypes)
         self._check_quantisation()
         self.tensors = self.shards.tensors
+
+    def read_config(self) -> dict[str, Any]:
+        """What `config.json` holds."""
+        return read_json(self.path / self.module, "config.json", self.label)
 
     @cached_property
     def config(self) -> Any:
@@ -176,7 +188,7 @@ class Checkpoint:
             CheckpointError: a value of `config.json` is out of its range, or of a wrong type.
             UnsupportedModelError: transformers knows no such model, or makes nothing of its values.
         """
-        return transformers_config(self.json, self.path / "config.json", self.label)
+        return transformers_config(self.json, self.path / self.module / "config.json", self.label)
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -229,8 +241,8 @@ class Checkpoint:
     def _check_quantisation(self) -> None:
         found = quant_method(self.json)
         packed = [name for name, header in self.shards.headers.items() if header.dtype not in FLOATS]
-        weights = [name for name in packed if name.endswith("weight")]
-        if found == self.quantisation and (found is not None or not weights):
+        weights = [name for name in packed if name.endswith("weight") or self.shards.headers[name].dtype in FP8]
+        if found in self.methods and (found is not None or not weights):
             return
         if found is None:
             header = self.shards.headers[weights[0]]
@@ -241,7 +253,7 @@ class Checkpoint:
         example = f" ({self.shards.where(packed[0])} among them)" if packed else ""
         raise UnsupportedModelError(
             f"{self.label}: {self.path / 'config.json'} says the weights are quantised ({found}){example}; expected "
-            "plain floating-point weights, or for an expert bitsandbytes ones; dequantise this model first"
+            "plain floating-point weights, FP8 ones or bitsandbytes ones; dequantise this model first"
         )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import NamedTuple
 
@@ -52,6 +52,11 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Numbers of eight bits, which stand for others by scales beside them: who reads a file must know how.
+FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+if hasattr(torch, "float8_e8m0fnu"):
+    FP8["F8_E8M0"] = torch.float8_e8m0fnu
+SIZES = {name: dtype.itemsize for name, dtype in (DTYPES | FP8).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +96,9 @@ class Shards:
     Args:
         path: the folder.
         label: what to call it in errors, for example `expert math`.
-        single: the name of the one file.
-        index: the name of the index of several.
+        single: the name of the one file, which may be in a folder in it.
+        index: the name of the index of several, beside which they are.
+        dtypes: what tensors may be of, by their names in files.
 
     Attributes:
         files: names of the safetensors files.
@@ -105,8 +111,15 @@ class Shards:
         CheckpointError: pickled only, truncated, incomplete, or with unsafe file names.
     """
 
-    def __init__(self, path: Path, label: str, single: str = SINGLE, index: str = INDEX) -> None:
-        self.path, self.label, self.index = path, label, index
+    def __init__(
+        self,
+        path: Path,
+        label: str,
+        single: str = SINGLE,
+        index: str = INDEX,
+        dtypes: Mapping[str, torch.dtype] = DTYPES,
+    ) -> None:
+        self.path, self.label, self.index, self.dtypes = path, label, index, dtypes
         self.bytes_read = 0
         self.metadata = Metadata()
         self._counting = Lock()  # blocks are read in a thread of their own
@@ -139,12 +152,12 @@ class Shards:
         """
         tensors = {}
         for name, header in self.headers.items():
-            if header.dtype not in DTYPES:
+            if header.dtype not in self.dtypes:
                 raise UnsupportedModelError(
                     f"{self.label}: {self.path / header.file}: tensor {name} has dtype {header.dtype}, expected one of "
-                    f"{', '.join(DTYPES)}"
+                    f"{', '.join(self.dtypes)}"
                 )
-            tensors[name] = TensorInfo(header.file, header.shape, DTYPES[header.dtype])
+            tensors[name] = TensorInfo(header.file, header.shape, self.dtypes[header.dtype])
         return tensors
 
     def where(self, name: str) -> str:
@@ -181,6 +194,28 @@ class Shards:
                         )
         return found
 
+    @contextmanager
+    def in_parts(self, name: str) -> Iterator[Callable[[int, int], Tensor]]:
+        """What reads elements of a tensor, from one to before another, `[elements]`, as `read` reads the whole.
+
+        Raises:
+            CheckpointError: names file and tensor.
+        """
+        path = self.path / self.headers[name].file
+        with (
+            read_errors(self.label, path),
+            closing(files.open_to_read(inside(path, self.path, self.label))) as handle,
+        ):
+
+            def read(start: int, stop: int) -> Tensor:
+                part = torch.empty(stop - start, dtype=self.tensors[name].dtype)
+                self._fill(handle, name, part, start)
+                if part.is_floating_point() and not is_finite(part):
+                    self.read([name])  # which counts all of them
+                return part
+
+            yield read
+
     def _read_tensor(self, handle: FileIO, name: str) -> Tensor:
         info = self.tensors[name]
         try:
@@ -190,15 +225,19 @@ class Shards:
                 f"{self.label}: {self.where(name)} takes {info.nbytes / 2**30:.1f} GiB, more than this machine's "
                 "memory has room for"
             ) from error
+        self._fill(handle, name, tensor, 0)
+        return tensor
+
+    def _fill(self, handle: FileIO, name: str, tensor: Tensor, first: int) -> None:
+        """Read elements of a tensor, from the `first` on."""
         # A view of the memory itself; numpy has no bfloat16, so it goes as bytes.
         memory = tensor.reshape(-1).view(torch.uint8).numpy().data
-        if files.fill(handle, memory, self.headers[name].start) < info.nbytes:
+        if files.fill(handle, memory, self.headers[name].start + first * tensor.itemsize) < tensor.nbytes:
             raise CheckpointError(
                 f"{self.label}: {self.where(name)} ends early; the file changed while it was being read"
             )
         with self._counting:
-            self.bytes_read += info.nbytes
-        return tensor
+            self.bytes_read += tensor.nbytes
 
     def _add(self, headers: dict[str, Header]) -> None:
         for name in headers.keys() & self.headers.keys():
@@ -259,13 +298,15 @@ class Shards:
                 )
             fitting.add(file)
         self.metadata = Metadata(repeated(document.get("metadata")))
-        return listed
+        places = {file: str(PurePosixPath(self.index).with_name(file)) for file in fitting}
+        return {tensor: places[file] for tensor, file in listed.items()}
 
     def _no_weights(self, single: str) -> CheckpointError:
-        pickled = sorted(file.name for file in files.list_folder(self.path) if file.suffix in (".bin", ".pt", ".pth"))
+        folder = (self.path / single).parent
+        pickled = sorted(file.name for file in files.list_folder(folder) if file.suffix in (".bin", ".pt", ".pth"))
         if pickled:
             return CheckpointError(
-                f"{self.label}: {self.path} has only pickled weights ({pickled[0]}), which are never opened because "
+                f"{self.label}: {folder} has only pickled weights ({pickled[0]}), which are never opened because "
                 "they can run code; convert them to safetensors first (load in transformers and save_pretrained)"
             )
         return CheckpointError(f"{self.label}: {self.path} has neither {single} nor {self.index}")
@@ -318,7 +359,7 @@ def _parse(data: bytes, file: str) -> tuple[dict[str, Header], int, dict[str, st
             )
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         (start, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
-        nbytes = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else max(end - start, 0)
+        nbytes = math.prod(shape) * SIZES[dtype] if dtype in SIZES else max(end - start, 0)
         if len(data) + start != position or end - start != nbytes:
             raise ValueError(f"tensor {shown(name)}, {shown(dtype)} of shape {shown(shape)}, lies at {start} to {end}")
         headers[name] = Header(file, tuple(shape), dtype, position, position + nbytes)

@@ -53,6 +53,7 @@ def find_side_files(shards: Shards) -> SideFiles:
             folder.
     """
     root, label, found = shards.path, shards.label, SideFiles()
+    inner = PurePath(shards.index).parent  # of the folder of the weights
     replaced = {*shards.files, shards.index, REPORT}
     with read_errors(label, root):
         waiting = [(path, False) for path in reversed(files.list_folder(root))]
@@ -71,7 +72,7 @@ def find_side_files(shards: Shards) -> SideFiles:
                 f"{label}: {root}: the name {shown(name.as_posix())} holds control characters, or is not UTF-8; rename "
                 "or remove it"
             )
-        if _holds_weights(name):
+        if _holds_weights(name) or (inner in name.parents and _holds_weights(name.relative_to(inner))):
             found.left_out.append(name.as_posix())
             continue
         with read_errors(label, path):

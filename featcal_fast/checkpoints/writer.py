@@ -8,14 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from io import FileIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from featcal_fast import files
-from featcal_fast.checkpoints.documents import read_errors
+from featcal_fast.checkpoints.config import plain_config
+from featcal_fast.checkpoints.documents import read_document, read_errors
 from featcal_fast.checkpoints.reader import TensorSource
 from featcal_fast.checkpoints.shards import DTYPES, INDEX, SINGLE, TensorInfo, is_finite
 from featcal_fast.checkpoints.side_files import CARD, REPORT
@@ -23,6 +24,7 @@ from featcal_fast.checkpoints.work import WorkFolder, write_errors
 from featcal_fast.errors import OutputError, ResumeError
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CONFIG = "config.json"
 COPIED = 2**22  # bytes of a file at a time
 
 
@@ -159,6 +161,7 @@ class CheckpointWriter:
         data, offsets, size = make_header(members, self.layout.metadata().files.get(file, {}))
         self._offsets |= offsets
         path = self.folder / file
+        self._make_folders(path)
         try:
             self._shards[file] = shard = files.open_to_write(path) if self._resumed else files.create(path)
         except FileNotFoundError:
@@ -184,19 +187,36 @@ class CheckpointWriter:
         side = {name: path for name, path in self.layout.side_files().items() if name != CARD}
         for name, path in side.items():
             target = self.folder / name
+            if name == self._beside_weights(CONFIG) and (text := self._plain_config(path)) is not None:
+                self._side[name] = self._add(name, text)
+                continue
             if target.exists():  # half-written, for all that is known
                 files.remove(target)
-            for folder in reversed(target.relative_to(self.folder).parents[:-1]):
-                if not (self.folder / folder).exists():
-                    files.make_folder(self.folder / folder)
+            self._make_folders(target)
             self._side[name] = self._copy_file(path, target)
         infos, own = self.layout.tensors, self.layout.metadata().index
-        if set(self._shards) != {SINGLE} or own is not None:
+        if {PurePosixPath(file).name for file in self._shards} != {SINGLE} or own is not None:
             index = {
                 "metadata": {**(own or {}), "total_size": sum(info.nbytes for info in infos.values())},
-                "weight_map": {name: infos[name].file for name in sorted(infos)},
+                "weight_map": {name: PurePosixPath(infos[name].file).name for name in sorted(infos)},
             }
-            self._side[INDEX] = self._add(INDEX, json.dumps(index, indent=2) + "\n")
+            place = self._beside_weights(INDEX)
+            self._side[place] = self._add(place, json.dumps(index, indent=2) + "\n")
+
+    def _beside_weights(self, name: str) -> str:
+        """A file of the folder of the weights, which may be one in the output."""
+        return str(PurePosixPath(next(iter(self._shards), SINGLE)).with_name(name))
+
+    def _make_folders(self, target: Path) -> None:
+        """Those that a file of the output is to be in."""
+        for folder in reversed(target.relative_to(self.folder).parents[:-1]):
+            if not (self.folder / folder).exists():
+                files.make_folder(self.folder / folder)
+
+    def _plain_config(self, path: Path) -> str | None:
+        """What takes its place where it tells of quantised weights: those that are written are none."""
+        values = read_document(path, self.layout.label)
+        return plain_config(values) if isinstance(values, dict) else None
 
     def _copy_file(self, path: Path, target: Path) -> str:
         """Its SHA-256."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from attacks.core import Variant, attack, attacks, broken_texts, holding, slug, valued
 from attacks.good import Job
@@ -14,11 +15,27 @@ CONFIG, WEIGHTS = "math/adapter_config.json", "math/adapter_model.safetensors"
 PREFIX = "base_model.model."
 MODULE = "model.layers.0.self_attn.q_proj"
 A, B = f"{PREFIX}{MODULE}.lora_A.weight", f"{PREFIX}{MODULE}.lora_B.weight"
+M = f"{PREFIX}{MODULE}.lora_magnitude_vector"
 EMBEDDING = f"{PREFIX}model.embed_tokens.weight"
 SLOW = ("(([a-z0-9_.])+)+!", "(.*)*(.*)*(.*)*!", r"((.+)(.+)*\2)+!")
 NO_PATTERN = ("(", "*", "a{99999999999999}", "(" * 5000 + ")" * 5000)
 VALUES: dict[str, list[Any]] = {
-    "peft_type": [None, 5, True, "", "lora", "LOHA", "ADALORA", "IA3", [], ["LORA"], {}, "\x1b[31mLORA", "LORA\0"],
+    "peft_type": [
+        None,
+        5,
+        True,
+        "",
+        "lora",
+        "LOHA",
+        "ADALORA",
+        "IA3",
+        [],
+        ["LORA"],
+        {},
+        "\x1b[31mLORA",
+        "LORA\0",
+        "PREFIX_TUNING",
+    ],
     "r": [None, 0, -2, 1, 3, 2.0, 1.5, "2", True, [], [2], {}, 10**30, 1e300],
     "lora_alpha": [None, "4", True, [], {}, 1e308, -1e308, 1e300, 10**38, 10**39],
     "use_rslora": ["no", "false", 1, [True], {"a": 1}, 2.5],
@@ -39,9 +56,11 @@ VALUES: dict[str, list[Any]] = {
     ],
     "layers_to_transform": ["x", 1.5, True, {}, ["0"], [0.5], [None], [True]],
     "layers_pattern": [5, [5]],
-    "use_dora": [True, 1],
-    "lora_bias": [True],
-    "trainable_token_indices": [[1, 2]],
+    "use_dora": [True, 1, "yes"],
+    "use_something": [True, 1, {"a": 1}],
+    "lora_bias": [True, 1],
+    "trainable_token_indices": [[1, 2], [1, 1], [-1], [10**30], "x", 5, {"embed_tokens": [1, 2]}, {"": [1]}, [[1]]],
+    "target_parameters": [["experts.down_proj"]],
     "layer_replication": [[[0, 1]]],
     "init_lora_weights": ["pissa", "olora", "loftq", "corda", "x", 5, [], {}, "\x1b[31m"],
 }
@@ -53,6 +72,7 @@ _KNOWN_AS = {
     "target_modules": ("_proj",),
     "modules_to_save": ("norm", "lm_head", "embed_tokens"),
     "fan_in_fan_out": ("shape",),
+    "use_dora": ("lora_magnitude_vector",),
 }
 
 
@@ -184,6 +204,50 @@ def tensors() -> Iterator[Variant]:
         (WEIGHTS, "q_proj"),
         lambda job: job.tensors(WEIGHTS, **{A: torch.zeros(0, 16), B: torch.zeros(16, 0)}),
     )
+
+
+def _dora(job: Job, **changes: torch.Tensor) -> None:
+    """The adapter with DoRA, whose magnitudes leave the base as it is."""
+    found = job.path(WEIGHTS)
+    base = load_file(job.path("base/model.safetensors"))
+    modules = [
+        name.removeprefix(PREFIX).removesuffix(".lora_B.weight") for name in load_file(found) if "lora_B" in name
+    ]
+    norms = {f"{PREFIX}{name}.lora_magnitude_vector": base[f"{name}.weight"].norm(dim=1) for name in modules}
+    job.tensors(WEIGHTS, **{**norms, **changes})
+    job.json(CONFIG, use_dora=True)
+
+
+@attacks("adapter")
+def magnitudes() -> Iterator[Variant]:
+    for name, tensor in {
+        "shorter": torch.ones(15),
+        "longer": torch.ones(17),
+        "a-column": torch.ones(16, 1),
+        "a-row": torch.ones(1, 16),
+        "a-number": torch.ones(()),
+        "none": torch.ones(0),
+        "integers": torch.ones(16, dtype=torch.int64),
+        "bools": torch.ones(16) > 0,
+        "complex": torch.ones(16, dtype=torch.complex64),
+    }.items():
+        yield name, (WEIGHTS, "magnitude"), lambda job, t=tensor: _dora(job, **{M: t})
+    yield "of-nothing", (WEIGHTS, "magnitude"), lambda job: job.tensors(WEIGHTS, **{M: torch.ones(16)})
+
+
+@attacks("adapter", calibrate_only="values of factors are read with their layer")
+def magnitudes_that_are_none() -> Iterator[Variant]:
+    for value in (float("nan"), float("inf"), -float("inf")):
+        yield slug(value), (WEIGHTS, M), lambda job, v=value: _dora(job, **{M: torch.full((16,), v)})
+    huge, zero = torch.full((16,), 3e38), {B: lambda t: t * 0}
+    yield "huge", (WEIGHTS, "overflow"), lambda job: _dora(job, **{M: huge})
+
+    def without_a_direction(job: Job) -> None:
+        job.tensors("base/model.safetensors", **{f"{MODULE}.weight": lambda t: t * 0})
+        job.tensors(WEIGHTS, **zero)
+        _dora(job)
+
+    yield "of-zeros", (WEIGHTS, "zero"), without_a_direction
 
 
 @attack("math", "changes nothing", kind="adapter")

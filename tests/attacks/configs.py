@@ -163,21 +163,20 @@ def quantised() -> Iterator[Variant]:
     for name, value in {
         "gptq": {"quant_method": "gptq"},
         "awq": {"quant_method": "awq", "bits": 4},
-        "fp8": {"quant_method": "fp8"},
+        "mxfp4": {"quant_method": "mxfp4"},
         "unknown": {"quant_method": "\x1b[31mmine"},
         "unnamed": {"bits": 4},
         "a-text": "x",
         "a-number": 5,
         "a-list": [1],
         "list-of-methods": {"quant_method": ["bitsandbytes"]},
-        "bitsandbytes": {"quant_method": "bitsandbytes"},
     }.items():
         yield name, (MERGED, "quantised"), valued(MERGED, "quantization_config", value)
 
 
 @attack("base/config.json", "quantised")
 def a_quantised_base(job: Job) -> None:
-    job.json("base/config.json", quantization_config={"quant_method": "bitsandbytes"})
+    job.json("base/config.json", quantization_config={"quant_method": "hqq"})
 
 
 @attacks("clip")

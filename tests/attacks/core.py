@@ -15,9 +15,10 @@ Needle = str | tuple[str, ...]  # a text that the error must hold, or texts of w
 Variant = tuple[str, tuple[Needle, ...], Damage]
 THEMES = (
     *("recipes", "settings", "paths", "folders", "headers", "indexes", "configs", "experts", "adapters", "quantised"),
-    *("jsonl", "templates", "tokenizers", "ready_inputs", "images", "tables", "processors", "changing", "leftovers"),
-    "mergekit",
-    "cards",
+    *("jsonl", "forms", "templates", "tokenizers", "ready_inputs", "images", "tables", "processors", "changing"),
+    *("leftovers", "mergekit", "cards"),
+    "scaled",
+    "gguf",
 )
 
 

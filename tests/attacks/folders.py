@@ -136,8 +136,8 @@ def pickled() -> Iterator[Variant]:
         yield model, (label, "pickled", "pytorch_model.bin"), damage
 
 
-@attack("expert math", "math", "neither")
-def only_a_gguf(job: Job) -> None:
+@attack("expert math", "math/model.gguf", "GGUF")
+def no_gguf_but_called_so(job: Job) -> None:
     job.path(f"math/{WEIGHTS}").rename(job.path("math/model.gguf"))
 
 
@@ -148,16 +148,6 @@ def an_adapter_as_base(job: Job) -> None:
 
 @attack("merged model", "adapter", kind="adapter")
 def an_adapter_as_merged(job: Job) -> None:
-    job.recipe(merged_model="math")
-
-
-@attack("base model", "bitsandbytes", kind="nf4")
-def a_quantised_base(job: Job) -> None:
-    job.recipe(base_model="math")
-
-
-@attack("merged model", "bitsandbytes", kind="int8")
-def a_quantised_merged(job: Job) -> None:
     job.recipe(merged_model="math")
 
 

@@ -274,6 +274,30 @@ def _eight_bit(job: Job) -> None:
     _quantised(job, pack)
 
 
+def _scaled(job: Job) -> None:
+    """A decoder; the expert math is in FP8 with a scale for each block."""
+
+    def pack(name: str, weight: Tensor) -> dict[str, Tensor]:
+        rows, columns = (-(-size // 8) for size in weight.shape)
+        return {name: weight.to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.full((rows, columns), 0.5)}
+
+    _quantised(job, pack)
+    job.json("math/config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]})
+
+
+def _gguf(job: Job) -> None:
+    """A decoder; the expert math is a GGUF file."""
+    from gguf_files import write
+    from transformers import LlamaConfig
+
+    _llama(job)
+    state = load_file(job.path(f"math/{WEIGHTS}"))
+    config = LlamaConfig.from_pretrained(job.path("math"))
+    shutil.rmtree(job.path("math"))
+    write(job.path("math.gguf"), state, config, tokens=[f"t{row}" for row in range(config.vocab_size)])
+    job.expert(model="math.gguf")
+
+
 def _bytes(values: object) -> Tensor:
     """A JSON document as a tensor."""
     return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
@@ -316,6 +340,8 @@ KINDS: dict[str, Callable[[Job], None]] = {
     "adapter": _adapter,
     "nf4": _four_bit,
     "int8": _eight_bit,
+    "scaled": _scaled,
+    "gguf": _gguf,
     "hub": _hub,
     "mergekit": _mergekit,
     "t5": _seq2seq,
