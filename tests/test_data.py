@@ -101,7 +101,7 @@ def test_messages_pass_over_a_tokenizer_without_template(write, plain, chat):
     [
         ([{"text": "a"}, '{"text": "b"'], r"data\.jsonl, line 2: found invalid JSON"),
         ([{"text": "a"}, "", '"b"'], r"data\.jsonl, line 3: found a JSON str; expected an object"),
-        ([{"text": "a", "id": 1}], r"line 1: found the keys text, id; expected text, prompt and completion, or m"),
+        ([{"txt": "a", "id": 1}], r"line 1: found the keys txt, id; expected those of one kind: text; prompt, c"),
         ([{"prompt": "a"}], r"line 1: found the keys prompt; expected"),
         ([{}], r"line 1: found the keys nothing; expected"),
         ([{"text": 5}], r"line 1, text: found int; expected a string"),
@@ -110,8 +110,8 @@ def test_messages_pass_over_a_tokenizer_without_template(write, plain, chat):
         ([{"text": "\ud800"}], r"line 1 .*cannot be tokenized"),
         ([{"messages": "a"}], r"line 1, messages: found 'a'; expected a list"),
         ([{"messages": []}], r"line 1, messages: found \[\]; expected a list"),
-        ([{"messages": [1]}], r"line 1, messages: found \[1\]"),
-        ([{"messages": [{"role": "user"}]}], r"line 1, messages: found .*; expected a list of role and content"),
+        ([{"messages": [1]}], r"line 1, messages\[0\]: found 1; expected an object with role and content"),
+        ([{"messages": [{"role": "user"}]}], r"line 1, messages\[0\].content: found nothing; expected a text"),
         ([""], r"data\.jsonl: found zero samples"),
     ],
 )
@@ -327,7 +327,7 @@ def test_missing_sources_are_named(name):
         load_batches(name, folders=[])
 
 
-@pytest.mark.parametrize("name", ["data.txt", "data.pt", "data"])
+@pytest.mark.parametrize("name", ["data.doc", "data.pt", "data", "data.gz"])
 def test_unknown_file_types_list_the_supported_ones(tmp_path, name):
     (tmp_path / name).write_text("a")
     with pytest.raises(DataError, match=rf"{name}: found the unknown file type .*\.jsonl .*\.safetensors .*images"):
@@ -339,7 +339,7 @@ def test_empty_sources_are_named(tmp_path):
     with pytest.raises(DataError, match=r"data\.jsonl: found zero samples"):
         load_batches(tmp_path / "data.jsonl", folders=[])
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match=r"folder: found no images, parquet or arrow files; expected a \.jsonl"):
+    with pytest.raises(DataError, match=r"folder: found no images, parquet or arrow files, nor texts; expected a"):
         load_batches(tmp_path / "folder", folders=[])
 
 

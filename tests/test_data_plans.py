@@ -79,7 +79,7 @@ def test_a_processor_of_another_size(make, tmp_path: Path) -> None:
     refused(recipe, r"task task0, .*pictures: the merged model cannot take the inputs pixel_values \(6, 3, 8, 8\)")
 
 
-@pytest.mark.parametrize("names", [(), ("notes.txt",), (".hidden/a.png",)])
+@pytest.mark.parametrize("names", [(), ("notes.md",), (".hidden/a.png",)])
 def test_folders_without_images(make, tmp_path: Path, names: tuple[str, ...]) -> None:
     (tmp_path / "pictures").mkdir()
     for name in names:

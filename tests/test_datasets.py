@@ -127,7 +127,7 @@ def test_an_unreachable_hub_dataset_says_that_nothing_is_on_disk(datasets, monke
 
 
 def test_unusable_columns_and_rows_are_named(save_dataset, bare):
-    with pytest.raises(DataError, match=r"saved: found the columns question, prompt; expected text, prompt and"):
+    with pytest.raises(DataError, match=r"saved: found the columns question, prompt; expected text; prompt, comp"):
         load_batches(save_dataset(question=["a"], prompt=["b"]), folders=[bare])
     with pytest.raises(DataError, match=r"saved, row 0, text: found NoneType; expected a string"):
         load_batches(save_dataset(text=[None]), folders=[bare])

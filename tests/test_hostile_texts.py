@@ -12,8 +12,9 @@ import torch
 from data_files import BOS, EOS, TEMPLATE, A, ids, rows, save_tokenizer
 
 from featcal_fast import files
-from featcal_fast.data import lines, samples, texts
+from featcal_fast.data import packed, samples, text_files, texts
 from featcal_fast.data.batches import load_batches
+from featcal_fast.data.text_files import read_texts
 from featcal_fast.errors import DataError
 
 MESSAGES = {"messages": [{"role": "user", "content": "a"}]}
@@ -32,8 +33,8 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
         (b'{"text": 1e999}', r"line 1: found invalid JSON.*too large"),
         (b'{"text": ' + b"9" * 5000 + b"}", r"line 1: found invalid JSON.*digits"),
         (b'{"text": "a\0b"}', r"line 1: found invalid JSON"),
-        ('{"text": "a"}'.encode("utf-16"), r"line 1: found invalid JSON.*UTF-8"),
-        ('{"text": "a"}'.encode("utf-32"), r"line 1: found invalid JSON.*UTF-8"),
+        ('{"text": "a"}'.encode("utf-16"), r"found a text in UTF-16, expected UTF-8"),
+        ('{"text": "a"}'.encode("utf-32"), r"found a text in UTF-32, expected UTF-8"),
         (b'{"text": "\xed\xa0\x80"}', r"line 1: found invalid JSON.*UTF-8"),
         (b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}', r"line 2: found invalid JSON"),
         (b"\n  \n\t\r\n", r"data.jsonl: found zero samples"),
@@ -62,8 +63,8 @@ def test_lines_are_found_wherever_blocks_end(tmp_path, monkeypatch):
     for ending in ("", "\n", "\n\n \n"):
         (tmp_path / "data.jsonl").write_text(content + ending)
         for size in (1, 5, 16, 50, 1000, 10**6):
-            monkeypatch.setattr(lines, "BLOCK", size)
-            found = lines.read_jsonl(tmp_path / "data.jsonl", 20, 3)
+            monkeypatch.setattr(packed, "BLOCK", size)
+            found = read_texts([tmp_path / "data.jsonl"], 20, 3, "data", [])
             assert [(s.where.rpartition(" ")[2], s.values["text"]) for s in found] == [
                 (str(expected[i][0]), expected[i][1]) for i in order[:20]
             ]
@@ -73,7 +74,7 @@ def test_many_lines_take_no_memory_and_a_second(tmp_path):
     (tmp_path / "data.jsonl").write_bytes(b'{"text": "a"}\n' + b"{}\n" * 10**7)
     began = time.process_time()
     with pytest.raises(DataError, match=r"line \d+: found the keys nothing"):
-        lines.read_jsonl(tmp_path / "data.jsonl", 4, 0)
+        read_texts([tmp_path / "data.jsonl"], 4, 0, "data", [])
     assert time.process_time() - began < 5  # a loop over them takes longer
 
 
@@ -84,8 +85,8 @@ def test_lines_and_what_is_drawn_of_them_are_bounded(tmp_path, write, plain, mon
     with pytest.raises(DataError, match=r"data.jsonl: cannot be read: line 2 is longer than 16 MiB"):
         load_batches(tmp_path / "data.jsonl", folders=[plain])
     (tmp_path / "data.jsonl").unlink()
-    monkeypatch.setattr(lines, "TOGETHER", 30)
-    with pytest.raises(DataError, match=r"the lines that were drawn have more than"):
+    monkeypatch.setattr(text_files, "TOGETHER", 30)
+    with pytest.raises(DataError, match=r"the samples that were drawn have more than"):
         load_batches(write(*[{"text": "a"}] * 3), folders=[plain])
     assert len(load_batches(write(*[{"text": "a"}] * 3), folders=[plain], samples=2)) == 1
 

@@ -292,23 +292,6 @@ def test_settings_are_those_of_the_models_kind(config: dict[str, Any], preset: s
     assert recipe_of(work).settings == ff.PRESETS[preset]
 
 
-@pytest.mark.parametrize(
-    ("config", "length"),
-    [
-        ({"model_type": "llama", "max_position_embeddings": 131072}, 512),
-        ({"model_type": "llama", "max_position_embeddings": 300}, 300),
-        ({"model_type": "gpt2", "n_positions": 64}, 64),
-        ({"model_type": "roberta", "max_position_embeddings": 66, "pad_token_id": 1}, 64),
-        ({"model_type": "t5"}, 512),
-        ({"model_type": "of-tomorrow", "max_position_embeddings": 5}, 512),
-    ],
-)
-def test_texts_are_cut_at_what_the_model_takes(config: dict[str, Any], length: int, work: Path) -> None:
-    (work / "out" / "merged" / "config.json").write_text(json.dumps(config))
-    assert recipe_of(work, recipe_out="recipe.yaml").max_length == length
-    assert ff.Recipe.load(work / "recipe.yaml").max_length == length
-
-
 def test_a_merge_of_the_hub_or_in_its_cache(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = work / "hub" / "models--org--merged" / "snapshots" / "abc"
     shutil.copytree(work / "out" / "merged", snapshot)

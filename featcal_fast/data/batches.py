@@ -11,8 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from featcal_fast.data.checks import Limits
 from featcal_fast.data.images import process_images
+from featcal_fast.data.kinds import FORMS
 from featcal_fast.data.left_out import LeftOut
-from featcal_fast.data.samples import TEXT_KINDS, Sample, os_errors
+from featcal_fast.data.samples import Sample, os_errors
 from featcal_fast.data.sources import read_samples
 from featcal_fast.data.texts import Reader, tokenize
 from featcal_fast.errors import DataError
@@ -33,6 +34,7 @@ def load_batches(
     targets: bool = False,
     tokenizer: Path | None = None,
     left_out: LeftOut | None = None,
+    notes: list[str] | None = None,
 ) -> list[Batch]:
     """Draw `samples` samples of `source` and make batches of model keyword arguments of them.
 
@@ -46,10 +48,11 @@ def load_batches(
         batch_tokens: of texts, in place of `batch_size`: as many rows as have no more positions, padding included.
         seed: of the draw; the same seed and data give the same batches.
         limits: what the model takes.
-        targets: the model is an encoder-decoder: texts must be `prompt` and `completion`, the prompt becomes
-            `input_ids`, the completion `labels`.
+        targets: the model is an encoder-decoder: texts must be `prompt` and `completion`, or of another kind that asks
+            and answers; what is asked becomes `input_ids`, the answer `labels`.
         tokenizer: the folder to take the tokenizer from; by default the first of `folders` that has one.
         left_out: says which samples the task's expert cannot be given, and is told of them.
+        notes: a list for sentences about what of the source is ignored.
 
     Returns:
         Batches on the CPU. Texts: `input_ids` and `attention_mask`, `[rows, longest of the batch]`, int64,
@@ -64,7 +67,7 @@ def load_batches(
             the samples are to be left out.
     """
     with os_errors(source):
-        found = read_samples(source, samples, seed, limits.max_positions)
+        found = read_samples(source, samples, seed, limits.max_positions, notes)
         reader = Reader([*map(Path, folders)], max_length, targets, tokenizer, left_out)
         prepared, padding = _prepared(source, found, reader, limits.max_positions)
         checked = (limits.checked(sample) for sample in prepared)
@@ -83,7 +86,7 @@ def _prepared(
     """Samples as tensors; those of ready inputs one after the other. The token that pads them, if there is one."""
     first = next(samples)
     samples = chain([first], samples)
-    if tuple(first.values) in TEXT_KINDS:
+    if tuple(first.values) in FORMS:
         check_length(source, reader.max_length, max_positions)
         return tokenize(source, list(samples), reader)
     if "image" in first.values:

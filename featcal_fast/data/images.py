@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from featcal_fast import files
+from featcal_fast.data.pictures import as_picture
 from featcal_fast.data.png import check_png
 from featcal_fast.data.preprocess import find_image_processor, load_image_processor
 from featcal_fast.data.samples import Sample, as_data_error, confined, os_errors
 from featcal_fast.errors import DataError
 from featcal_fast.untrusted.limits import LimitError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # the last under names of the others, as in Oxford-IIIT Pet
-CELL_FORMATS = (*FORMATS, "TIFF", "PPM")  # that data sets have as well
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # each under any name, as in Oxford-IIIT Pet
 LARGEST_FILE = 2**27  # bytes
 MOST_PIXELS = 2**26  # of an image as it is stored; telephones make 48, 50 and 64 million
 SECONDS, SECONDS_AN_IMAGE = 10, 4  # that may be taken; 48 million pixels of a PNG file take two
@@ -119,9 +119,9 @@ def _decoded(sample: Sample) -> Any:
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None  # in this process; the limit here is another
-    data, formats = _content(sample)
-    error = f"{sample.where}: cannot be read as an image ({', '.join(formats)}); replace or remove it"
-    with as_data_error(error), _opened(data, formats, error) as image:
+    data = _content(sample)
+    error = f"{sample.where}: cannot be read as an image ({', '.join(FORMATS)}); replace or remove it"
+    with as_data_error(error), _opened(data, error) as image:
         width, height = image.size
         if width * height > MOST_PIXELS:
             raise DataError(
@@ -130,14 +130,14 @@ def _decoded(sample: Sample) -> Any:
             )
         if image.format == "PNG":
             check_png(data)
-        return image.convert("RGB")
+        return as_picture(image)
 
 
-def _opened(data: bytes, formats: tuple[str, ...], error: str) -> Any:
+def _opened(data: bytes, error: str) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        return Image.open(BytesIO(data), formats=formats)
+        return Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:  # whose text shows an object of ours
         raise DataError(f"{error} (it is none of them)") from None
 
@@ -150,12 +150,12 @@ def _processed(picture: Any, processor: Any, where: str, folder: Path) -> torch.
     return pixels
 
 
-def _content(sample: Sample) -> tuple[bytes, tuple[str, ...]]:
-    """An image file's bytes, and what they may be."""
-    data = sample.values["image"]
+def _content(sample: Sample) -> bytes:
+    """An image file's bytes."""
+    data: Path | bytes = sample.values["image"]
     if isinstance(data, Path):
         with os_errors(sample.where):
-            return files.read_bytes(data, LARGEST_FILE), FORMATS
+            return files.read_bytes(data, LARGEST_FILE)
     if len(data) > LARGEST_FILE:
         raise DataError(f"{sample.where}: found an image of {len(data)} bytes, expected at most {LARGEST_FILE}")
-    return data, CELL_FORMATS
+    return data

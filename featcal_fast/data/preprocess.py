@@ -10,6 +10,7 @@ from typing import Any
 
 from featcal_fast import files
 from featcal_fast.checkpoints import leads_out
+from featcal_fast.checkpoints.nested import model_folder
 from featcal_fast.data.samples import import_optional, listed, os_errors
 from featcal_fast.errors import DataError, shown, told
 from featcal_fast.untrusted.documents import DocumentError, parse_json
@@ -29,8 +30,8 @@ CONFIGS = {
 
 
 def find_tokenizer(folders: Iterable[Path]) -> Path | None:
-    """The first folder that has one."""
-    for folder in folders:
+    """The first folder that has one, or a folder in it, where the model is; see `model_folder`."""
+    for folder in map(model_folder, folders):
         with os_errors(folder):
             if any((folder / name).exists() for name in VOCABULARIES):  # what is no file is refused, not passed over
                 return folder
@@ -72,7 +73,7 @@ def load_any_tokenizer(folder: Path) -> Any:
 
 
 def find_image_processor(source: object, folders: Sequence[Path]) -> Path:
-    """The first folder that has one.
+    """The first folder that has one, or a folder in it, likewise.
 
     Raises:
         DataError: there is none, or a library is missing.
@@ -80,7 +81,7 @@ def find_image_processor(source: object, folders: Sequence[Path]) -> Path:
     import_optional("PIL", "pillow", source)
     from transformers.models.auto import image_processing_auto  # noqa: F401 (now: this process may be copied often)
 
-    for folder in folders:
+    for folder in map(model_folder, folders):
         nested = folder / NESTED_PROCESSOR  # where a processor of texts and images is saved since v5
         with os_errors(nested):
             if (folder / PROCESSOR).is_file() or (nested.is_file() and b"image_processor" in files.read_bytes(nested)):

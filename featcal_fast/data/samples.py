@@ -12,14 +12,13 @@ import torch
 from featcal_fast.errors import DataError, told
 from featcal_fast.untrusted.limits import LimitError, ProgramError, limited
 
-# The keys of a text sample; of a dataset with more columns than that, the first kind it has.
-TEXT_KINDS = (("text",), ("prompt", "completion"), ("messages",))
-TEXT_KEYS = "text, prompt and completion, or messages"
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm"}
 TABLE_SUFFIXES = {".parquet", ".arrow"}
 SUPPORTED = (
-    "a .jsonl file, a .safetensors file, a folder of images (png, jpg, jpeg, webp, bmp), a datasets folder "
-    "(save_to_disk, parquet or arrow files) or a hub id org/name[:split]"
+    "a .jsonl file (or .json, .csv, .tsv, .txt; any of them packed as .gz, .bz2, .xz or .zst), a .safetensors file, a "
+    "folder of such texts or of images (png, jpg, webp, bmp, gif, tif, ppm), a datasets folder (save_to_disk, parquet "
+    "or arrow files) or a hub id org/name[:split]"
 )
 LONGEST_TEXT = 2**20  # characters; of which a model is given some thousand tokens
 PERMUTED = 2**24  # samples of which a permutation is made to draw some

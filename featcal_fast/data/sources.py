@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from featcal_fast import files
-from featcal_fast.data.lines import read_jsonl
+from featcal_fast.data.packed import PACKINGS
 from featcal_fast.data.ready import read_tensors
-from featcal_fast.data.samples import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, Sample, draw
+from featcal_fast.data.samples import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, Sample, draw, listed
 from featcal_fast.data.tables import read_dataset
+from featcal_fast.data.text_files import TEXT_FORMS, read_texts, text_form
 from featcal_fast.errors import DataError
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.-]+))?")
+# Names of files that tell about data.
+NOTES = re.compile(
+    r"(readme|licen[cs]e|requirements)\b.*|(dataset_infos?|dataset_dict|state|config)\.json", re.IGNORECASE
+)
+SUFFIX = re.compile(r"\.[a-z0-9]{1,10}")
+OTHER_SPLITS = {"test", "dev", "val", "valid", "validation", "eval"}
 ENTRIES = 2_000_000  # of a folder and those in it: more than ImageNet has
 
 
 def is_hub_id(source: str | Path) -> bool:
     """Whether `source`, of which nothing is on disk, may name a data set of the hub."""
-    suffixes = {".jsonl", ".safetensors", ".json", ".csv", ".txt", *TABLE_SUFFIXES}
-    return HUB_ID.fullmatch(str(source)) is not None and Path(source).suffix.lower() not in suffixes
+    path = Path(source)
+    named = text_form(path) or path.suffix.lower() in {".safetensors", *PACKINGS, *TABLE_SUFFIXES}
+    return HUB_ID.fullmatch(str(source)) is not None and not named
 
 
 def check_exists(source: str | Path) -> None:
@@ -32,69 +43,113 @@ def check_exists(source: str | Path) -> None:
         )
 
 
-def read_samples(source: str | Path, samples: int, seed: int, longest: int | None = None) -> Iterator[Sample]:
+def read_samples(
+    source: str | Path, samples: int, seed: int, longest: int | None = None, notes: list[str] | None = None
+) -> Iterator[Sample]:
     """The drawn samples of any source; what exists on disk wins over a hub id.
 
     Args:
         source: one of
-            - a `.jsonl` file; every line an object with `text`, with `prompt` and `completion` (joined as
-              they are), or with `messages` (rendered by the chat template);
+            - a file of texts, see `text_files.read_texts`; every line, item or row has the keys of a kind of `kinds`;
             - a `.safetensors` file of ready model inputs, samples in the first dimension of every tensor;
-            - a folder of images, searched recursively;
+            - a folder of images or of files of texts, searched recursively;
             - a folder saved by `datasets` or one of parquet or arrow files, or a hub id `org/name[:split]`;
-              the split is `train` unless given. Columns: the keys of a line above, an image column, or
-              `input_ids` with an optional `attention_mask`; the first of these it has, others are ignored.
+              the split is `train` unless given. Columns: keys of texts, an image column, or `input_ids` with an
+              optional `attention_mask`; the first of these it has, others are ignored.
         samples: how many to draw without replacement; all of them if there are fewer.
         seed: of the draw.
         longest: tokens of ready inputs, if the model has a limit.
+        notes: a list for what the user should know of it, in sentences: keys, columns and files that are ignored.
     """
     check_exists(source)
-    path = Path(source)
+    path, notes = Path(source), [] if notes is None else notes
     suffix = path.suffix.lower()
     if path.is_dir():
         found = data_files(path)
-        # Tables first: the clone of a hub dataset may hold a picture for its card.
-        if is_tables(found):
-            yield from read_dataset(path, "train", samples, seed, found)
-            return
-        for i in draw(len(found), samples, seed, path):
-            yield Sample(str(found[i]), {"image": found[i]})
+        notes += found.notes
+        if found.kind == "tables":
+            yield from read_dataset(path, "train", samples, seed, found.files, notes)
+        elif found.kind == "texts":
+            yield from read_texts(found.files, samples, seed, path, notes)
+        else:
+            for i in draw(len(found.files), samples, seed, path):
+                yield Sample(str(found.files[i]), {"image": found.files[i]})
     elif not path.exists():
         hub = HUB_ID.fullmatch(str(source))
         assert hub is not None
-        yield from read_dataset(hub[1], hub[2] or "train", samples, seed)
-    elif suffix == ".jsonl":
-        yield from read_jsonl(path, samples, seed)
+        yield from read_dataset(hub[1], hub[2] or "train", samples, seed, (), notes)
+    elif text_form(path):
+        yield from read_texts([path], samples, seed, path, notes)
     elif suffix == ".safetensors":
         yield from read_tensors(path, samples, seed, longest)
+    elif suffix in TABLE_SUFFIXES:
+        yield from read_dataset(path, "train", samples, seed, [path], notes)
     else:
         raise DataError(f"{path}: found the unknown file type {suffix!r}; expected {SUPPORTED}")
 
 
-def is_tables(found: list[Path]) -> bool:
-    """Whether a folder's data files are tables, not images."""
-    return found[0].suffix.lower() in TABLE_SUFFIXES
+@dataclass(frozen=True)
+class DataFiles:
+    """The files of a folder that hold its data.
+
+    Attributes:
+        kind: what they are: `tables`, `images` or `texts`.
+        files: in order.
+        notes: what the user should know of the others, in sentences.
+    """
+
+    kind: str
+    files: list[Path]
+    notes: list[str] = field(default_factory=list)
 
 
-def data_files(folder: Path) -> list[Path]:
-    """All tables below a folder, or, where there are none, all images, in order.
+def data_files(folder: Path) -> DataFiles:
+    """All tables below a folder; or, where there are none, all images; or all texts of one form, if they are more.
 
-    Hidden ones are caches, version control and resource forks, never data.
+    Hidden ones are caches, version control and resource forks, never data. Files that are named for a split other than
+    the training one are left out where there are some of that; so are notes about the data.
 
     Raises:
-        DataError: there are none of either, or far too many files to look through.
+        DataError: there are none of any, or far too many files to look through.
     """
     tables: list[Path] = []
     images: list[Path] = []
+    texts: dict[str, list[Path]] = {}
+    others: Counter[str] = Counter()  # than images and notes, by suffix
     for path in files_below(folder):
-        suffix = path.suffix.lower()
-        if suffix in TABLE_SUFFIXES | IMAGE_SUFFIXES and path.exists():
+        suffix, form = path.suffix.lower(), "" if NOTES.fullmatch(path.name) else text_form(path)
+        if suffix not in IMAGE_SUFFIXES and not NOTES.fullmatch(path.name):
+            others[suffix if SUFFIX.fullmatch(suffix) else "files of other names"] += 1
+        if (form or suffix in TABLE_SUFFIXES | IMAGE_SUFFIXES) and path.exists():
             if not path.is_file():  # but a pipe or a device, which may keep its reader waiting forever
-                raise DataError(f"{path}: it is not a regular file; expected a table or an image, or remove it")
-            (tables if suffix in TABLE_SUFFIXES else images).append(path)
-    if not tables and not images:
-        raise DataError(f"{folder}: found no images, parquet or arrow files; expected {SUPPORTED}")
-    return tables or images
+                raise DataError(f"{path}: it is not a regular file; expected a table, an image or texts, or remove it")
+            if form:
+                texts.setdefault(form, []).append(path)
+            else:
+                (tables if suffix in TABLE_SUFFIXES else images).append(path)
+    # Tables first: the clone of a hub dataset may hold a picture for its card. Notes may lie beside images.
+    if tables:
+        return DataFiles("tables", tables)
+    form = next((each for each in TEXT_FORMS if each in texts), "")
+    if images and (form == ".txt" or len(images) > len(texts.get(form, []))):
+        names = listed((f"{count:,} {kind}" for kind, count in others.most_common()), 5)
+        return DataFiles(
+            "images", images, [f"{folder}: {len(images):,} images are read; ignored: {names}"] if others else []
+        )
+    if not form:
+        raise DataError(f"{folder}: found no images, parquet or arrow files, nor texts; expected {SUPPORTED}")
+    found = _of_training(texts[form])
+    read = set(found)
+    rest = [each.name for each in chain(images, *texts.values()) if each not in read]
+    note = f"{folder}: {len(found):,} files of texts ({form}) are read; ignored: {listed(rest, 5)}"
+    return DataFiles("texts", found, [note] if rest else [])
+
+
+def _of_training(found: list[Path]) -> list[Path]:
+    """Files that are named for the training split, if others are named for other ones."""
+    splits = [{*re.split(r"[^a-z]+", each.name.lower())} for each in found]
+    train = [each for each, words in zip(found, splits, strict=True) if "train" in words]
+    return train if train and any(words & OTHER_SPLITS for words in splits) else found
 
 
 def files_below(folder: Path) -> Iterator[Path]:

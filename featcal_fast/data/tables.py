@@ -10,11 +10,10 @@ from typing import Any
 
 from featcal_fast import files
 from featcal_fast.checkpoints.documents import is_file_name
+from featcal_fast.data.kinds import CONTEXTS, PLAIN, TEXT_KEYS, TEXT_KINDS, as_texts, has_kind
 from featcal_fast.data.samples import (
     IMAGE_SUFFIXES,
     SUPPORTED,
-    TEXT_KEYS,
-    TEXT_KINDS,
     Sample,
     as_data_error,
     as_tokens,
@@ -33,12 +32,18 @@ STATE, SPLITS = "state.json", "dataset_dict.json"  # of a data set that was save
 SMALL = 2**26  # bytes of a table's file up to which it is unpacked once before: what unpacks to far more is small
 ROOM, MOST_TIMES = 2**26, 100  # bytes that any table may unpack to, and times its file's size besides
 SECONDS, ROOM_TO_UNPACK = 20, 3 * 2**27
+TEXT_COLUMNS = {key for kind in TEXT_KINDS for key in kind} | {*CONTEXTS}
 CARDS = ("README.md", ".huggingface.yaml")
 CARD_HEADER = re.compile(r"^\s*---[\r\n]+([\S\s]*?)[\r\n]+---([\r\n]|$)")  # as the library reads it
 
 
-def read_dataset(source: Path | str, split: str, samples: int, seed: int, tables: Sequence[Path] = ()) -> list[Sample]:
-    """The drawn rows of a folder, whose tables are given, or of a data set of the hub."""
+def read_dataset(
+    source: Path | str, split: str, samples: int, seed: int, tables: Sequence[Path], notes: list[str]
+) -> list[Sample]:
+    """The drawn rows of a table, of a folder, whose tables are given, or of a data set of the hub.
+
+    `notes` is told which columns are ignored.
+    """
     datasets = import_optional("datasets", "datasets", source)
     saved = any((Path(source) / name).is_file() for name in (STATE, SPLITS))
     _check_tables(tables)
@@ -50,11 +55,18 @@ def read_dataset(source: Path | str, split: str, samples: int, seed: int, tables
     absent = "" if isinstance(source, Path) else "no such file or folder, and as a hub id "
     error = f"{source}: {absent}cannot be read with the split {split!r}; expected {SUPPORTED}"
     with as_data_error(error), quiet("datasets"):
-        dataset = datasets.load_from_disk(source) if saved else datasets.load_dataset(str(source), split=split)
+        if saved:
+            dataset = datasets.load_from_disk(source)
+        elif isinstance(source, Path) and source.is_file():
+            form = source.suffix.lower().removeprefix(".")
+            dataset = datasets.load_dataset(form, data_files=[str(source)], split=split)
+        else:
+            dataset = datasets.load_dataset(str(source), split=split)
     if isinstance(dataset, dict):
         if split not in dataset:
             raise DataError(f"{source}: found the splits {listed(dataset)}; name the folder of one of them")
         dataset = dataset[split]
+    columns = dataset.column_names
     dataset = _needed(dataset, datasets, source)
     drawn = draw(len(dataset), samples, seed, source)
     with as_data_error(f"{source}: its rows cannot be read; save it again"):
@@ -62,16 +74,20 @@ def read_dataset(source: Path | str, split: str, samples: int, seed: int, tables
     if "image" in found[0].values:
         places = _places(source, datasets)
         return [Sample(each.where, {"image": _image(each, places)}) for each in found]
-    return [as_tokens(each) for each in found] if "input_ids" in found[0].values else found
+    if "input_ids" in found[0].values:
+        return [as_tokens(each) for each in found]
+    return as_texts(found, source, notes, [name for name in columns if name not in found[0].values])
 
 
 def _needed(dataset: Any, datasets: Any, source: object) -> Any:
     """A data set of no other columns than a sample has."""
     columns = dataset.column_names
-    images = [name for name in columns if isinstance(dataset.features[name], datasets.Image)][:1]
+    pictures = [name for name in columns if isinstance(dataset.features[name], datasets.Image)]
+    images = pictures[:1]
     tokens = [name for name in ("input_ids", "attention_mask") if name in columns]
-    if kind := next((kind for kind in TEXT_KINDS if set(kind) <= set(columns)), None):
-        dataset = dataset.select_columns(list(kind))
+    texts = [name for name in columns if name in TEXT_COLUMNS and name not in pictures]
+    if any({*kind} <= {*texts} for kind in PLAIN) or (has_kind(texts) and not images and "input_ids" not in tokens):
+        dataset = dataset.select_columns(texts)
     elif images:  # not decoded yet, so that a broken image is reported like one in a folder
         dataset = dataset.select_columns(images)
         if images != ["image"]:  # `datasets` refuses to rename a column to itself
@@ -107,7 +123,7 @@ def _image(sample: Sample, places: Sequence[Path]) -> bytes | Path:
 def _places(source: Path | str, datasets: Any) -> list[Path]:
     """Where the files of a data set may be."""
     if isinstance(source, Path):
-        return [files.resolve(source)]
+        return [files.resolve(source if source.is_dir() else source.parent)]
     from huggingface_hub.constants import HF_HUB_CACHE
 
     own = Path(HF_HUB_CACHE) / f"datasets--{source.replace('/', '--')}"

@@ -15,6 +15,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from featcal_fast.checkpoints.nested import model_folder
+from featcal_fast.data.asked import as_pair, as_prompt, as_turns
 from featcal_fast.data.left_out import LeftOut
 from featcal_fast.data.preprocess import find_tokenizer, load_any_tokenizer, load_tokenizer
 from featcal_fast.data.samples import LONGEST_TEXT, Sample, as_data_error, as_tokens, confined, listed
@@ -103,9 +105,18 @@ def _tokenize(source: object, samples: Sequence[Sample], folder: Path, reader: R
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads that were there before a copy are not there after it
     tokenizer = load_tokenizer(folder)
     other = None if reader.other is None else load_any_tokenizer(reader.other)
-    chat = "messages" in samples[0].values
-    if chat:
-        samples = _render_all(samples, _with_template(source, tokenizer, folder, reader))
+    needed = not reader.targets and {"messages", "instruction"} & samples[0].values.keys()
+    chosen = _with_template(tokenizer, folder, reader) if needed else None
+    if "instruction" in samples[0].values:
+        form = as_pair if reader.targets else as_prompt if chosen is None else as_turns
+        samples = [Sample(where, form(**values)) for where, values in samples]
+    if chat := "messages" in samples[0].values and not reader.targets:
+        if chosen is None:
+            raise DataError(
+                f"{source}: found no tokenizer with a chat template in "
+                f"{listed(dict.fromkeys([*reader.folders, folder]))}; copy its files into one of them"
+            )
+        samples = _render_all(samples, chosen)
     for each in (tokenizer, other):
         if each is not None:
             _try(each, "".join(map(str, samples[0].values.values()))[:TRIAL])
@@ -113,21 +124,14 @@ def _tokenize(source: object, samples: Sequence[Sample], folder: Path, reader: R
     return tokenizer.pad_token_id, [splitter.row(sample) for sample in samples]
 
 
-def _with_template(source: object, tokenizer: Any, folder: Path, reader: Reader) -> Any:
-    """The first tokenizer that has a chat template, the texts' own before others.
-
-    Raises:
-        DataError: there is none.
-    """
+def _with_template(tokenizer: Any, folder: Path, reader: Reader) -> Any:
+    """The first tokenizer that has a chat template, the texts' own before others; None where there is none."""
     if tokenizer.chat_template:
         return tokenizer
-    for each in reader.folders:
+    for each in map(model_folder, reader.folders):
         if each != folder and find_tokenizer([each]) and (found := load_tokenizer(each)).chat_template:
             return found
-    raise DataError(
-        f"{source}: found no tokenizer with a chat template in {listed(dict.fromkeys([*reader.folders, folder]))}; "
-        "copy its files into one of them"
-    )
+    return None
 
 
 def _try(tokenizer: Any, text: str) -> None:
@@ -252,12 +256,6 @@ def _render_all(samples: Sequence[Sample], tokenizer: Any) -> list[Sample]:
 
 def _render(sample: Sample, tokenizer: Any) -> str:
     where, messages = sample.where, sample.values["messages"]
-    if not (
-        isinstance(messages, list)
-        and messages
-        and all(isinstance(message, dict) and {"role", "content"} <= {*message} for message in messages)
-    ):
-        raise DataError(f"{where}, messages: found {shown(messages)}; expected a list of role and content objects")
     # A template may refuse a role, or fail in any other way.
     with as_data_error(f"{where}: the chat template of {tokenizer.name_or_path} rejects the messages"):
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))

@@ -71,6 +71,28 @@ class Vocabularies:
             self._found[folder, rows] = OwnTokens(label, folder, self.merged, same, table, lacking)
         return replace(self._found[folder, rows], label=label)
 
+    def of_texts(self, tokens: Mapping[str, int] | None, path: Path, rows: int, label: str) -> OwnTokens:
+        """The tokens of a model whose file tells which they are, but not how texts are split.
+
+        Args:
+            tokens: ids by text; None where it does not tell.
+            path: of the file.
+            rows: of its embedding.
+            label: what to call it.
+
+        Raises:
+            DataError: the merged model's tokenizer cannot be read, or there is nothing to compare with it.
+        """
+        if self.merged is None:
+            return OwnTokens(label)
+        if tokens is None:
+            raise DataError(
+                f"{label}: {path} does not tell which tokens its rows are (tokenizer.ggml.tokens), to be compared with "
+                "those of the merged model; convert it again, with its tokenizer"
+            )
+        table, lacking = self._table(self._vocabulary(self.merged, "merged model"), tokens, rows)
+        return OwnTokens(label, path, self.merged, True, table, lacking)
+
     def _compared(self, folder: Path, rows: int, label: str, same: bool) -> tuple[torch.Tensor | None, dict[int, str]]:
         """The table, and texts of tokens that are lacking."""
         if same:
@@ -82,6 +104,12 @@ class Vocabularies:
             if not _same_tokens(folder, self.merged):
                 raise
             return self._by_row(rows), {}
+        return self._table(ours, theirs, rows)
+
+    def _table(
+        self, ours: Mapping[str, int], theirs: Mapping[str, int], rows: int
+    ) -> tuple[torch.Tensor | None, dict[int, str]]:
+        """Likewise, of vocabularies."""
         table = make_table(ours, theirs, self.size, rows)
         lacking = {row: text[:SHOWN] for text, row in sorted(ours.items()) if row < self.size and table[row] < 0}
         named = {row: lacking[row] for row in sorted(lacking)[:NAMED]}

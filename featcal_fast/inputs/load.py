@@ -17,7 +17,7 @@ from featcal_fast.data.left_out import LeftOut
 from featcal_fast.data.ready import check_names
 from featcal_fast.data.samples import import_optional, os_errors
 from featcal_fast.inputs.models import RecipeModels
-from featcal_fast.inputs.recipe import Recipe
+from featcal_fast.inputs.recipe import MAX_LENGTH, Recipe
 from featcal_fast.inputs.task_data import TaskData, chunk_tokens, describe, is_ready, local_data
 from featcal_fast.inputs.tokens import merged_tokenizer, own_folders
 from featcal_fast.models.configs import first_position, max_positions
@@ -58,17 +58,19 @@ def load_data(
     sizes: dict[str, TaskData] = {}
     for task, expert in recipe.experts.items():
         source = local_data(recipe, expert.data)
-        asked, length = expert.samples or recipe.samples, expert.max_length or recipe.max_length
+        limits = _limits(models, task)
+        asked, length = expert.samples or recipe.samples, _length(recipe, task, limits)
         with os_errors(source):
             size = describe(source, models.merged.config, device, asked, length, recipe.batch_size)
             if is_ready(source):
                 check_names(Path(source), models.merged.config)
         left_out = LeftOut(models.tokens[task], models.merged.config)
-        load = partial(_load, recipe, models, task, source, device, size.batch_size, left_out)
+        notes: list[str] = []
+        load = partial(_load, recipe, models, task, source, device, size.batch_size, limits, left_out, notes)
         if isinstance(source, str) and not keep:
             import_optional("datasets", "datasets", source)
             if size.cut:
-                check_length(source, length, max_positions(models.merged.config))
+                check_length(source, length, limits.max_positions)
         elif size.lazy and not (is_ready(source) and left_out.own.table is not None):  # else some may be left out
             (first,) = load(samples=1) if keep else load()[:1]
             example = {
@@ -89,7 +91,7 @@ def load_data(
             del loaded
         if not keep:
             trim_malloc()
-        sizes[task] = size
+        sizes[task] = replace(size, max_length=length if size.cut else None, notes=list(dict.fromkeys(notes)))
     return batches, sizes
 
 
@@ -100,7 +102,9 @@ def _load(
     source: Path | str,
     device: torch.device,
     batch_size: int,
+    limits: Limits,
     left_out: LeftOut,
+    notes: list[str],
     samples: int | None = None,
 ) -> Batches:
     expert, config, own = recipe.experts[task], models.merged.config, models.experts[task]
@@ -108,15 +112,21 @@ def _load(
         source,
         folders=list(dict.fromkeys([models.merged.path, *own_folders(own), models.base.path])),
         samples=samples or expert.samples or recipe.samples,
-        max_length=expert.max_length or recipe.max_length,
+        max_length=_length(recipe, task, limits),
         batch_size=batch_size,
         batch_tokens=None if recipe.batch_size else chunk_tokens(device),
         seed=recipe.seed,
-        limits=_limits(models, task),
+        limits=limits,
         targets=bool(getattr(config, "is_encoder_decoder", False)),
         tokenizer=merged_tokenizer(models.merged, models.base, own),
         left_out=left_out,
+        notes=notes,
     )
+
+
+def _length(recipe: Recipe, task: str, limits: Limits) -> int:
+    """Tokens that a task's texts are cut at."""
+    return recipe.experts[task].max_length or recipe.max_length or min(MAX_LENGTH, limits.max_positions or MAX_LENGTH)
 
 
 def _limits(models: RecipeModels, task: str) -> Limits:

@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from featcal_fast import files
-from featcal_fast.checkpoints.config import transformers_config
 from featcal_fast.checkpoints.documents import inside
 from featcal_fast.checkpoints.find import HUB_ID, find_folder, is_cache, split_reference, split_revision
 from featcal_fast.checkpoints.reader import ADAPTER_CONFIG, read_json
 from featcal_fast.data.sources import is_hub_id
-from featcal_fast.errors import FeatCalError, RecipeError, named, shown
+from featcal_fast.errors import RecipeError, named, shown
 from featcal_fast.inputs.merge_config import MergeConfig, Reference, parse_config
 from featcal_fast.inputs.names import ModelName, find_name, listed, model_names
 from featcal_fast.inputs.paths import check_text, checked_path
 from featcal_fast.inputs.recipe import MERGEKIT_CONFIG, ExpertRecipe, Recipe, working_directory
 from featcal_fast.inputs.recipe_file import recipe_text, write_recipe
-from featcal_fast.models.configs import max_positions
 from featcal_fast.settings import PRESETS
 from featcal_fast.untrusted.documents import DocumentError, parse_yaml
 
@@ -101,7 +99,6 @@ def from_mergekit(
         merged_model=str(root / given if _is((root / given).exists) else given),
         out=None if out is None else str(root / checked_path("out", out)),
         settings=PRESETS[_preset(values)],
-        max_length=min(Recipe.max_length, _positions(values, path)),
         root=root,
     )
     if recipe_out is not None:
@@ -335,14 +332,6 @@ def _about_base(config: MergeConfig) -> str:
 def _data(root: Path, task: str, value: str | Path) -> str:
     path = root / checked_path(f"data {task}", value)
     return str(value) if is_hub_id(str(value)) and not _is(path.exists) else str(path)
-
-
-def _positions(values: Mapping[str, Any], folder: Path) -> int:
-    """The longest text that the merged model takes: there is no option for one that takes less than is usual."""
-    found = None
-    with suppress(FeatCalError):  # of a config that whoever opens the model will refuse
-        found = max_positions(transformers_config(values, folder / "config.json", "merged model"))
-    return found or Recipe.max_length
 
 
 def _preset(config: Mapping[str, Any]) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from featcal_fast import files
 from featcal_fast.checkpoints import (
     CachedExpert,
@@ -25,11 +27,17 @@ from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.inputs.tokens import own_tokens
 from featcal_fast.merging.merged import MergedCheckpoint
 from featcal_fast.models.configs import token_keys
+from featcal_fast.models.meta import check_supported
 from featcal_fast.models.tokens import OwnTokens
+from featcal_fast.streaming.hidden_states import HOST
 
 
 class RecipeModels:
     """The models that a recipe names.
+
+    Args:
+        recipe: the job.
+        device: where models are merged on the fly.
 
     Attributes:
         side_bytes: of the files that the calibrated model takes over beside its tensors.
@@ -38,7 +46,7 @@ class RecipeModels:
         FeatCalError: one of them is not usable.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device = HOST) -> None:
         self.base = find_checkpoint(recipe.base_model, recipe.root, "base model")
         self.experts: dict[str, TensorSource] = {
             task: find_expert(expert.model, recipe.root, f"expert {task}", self.base)
@@ -52,7 +60,8 @@ class RecipeModels:
             self.merged = find_checkpoint(recipe.merged_model, recipe.root, "merged model")
         else:
             tokens = own_tokens(self.base, self.base, self.experts)
-            self.merged = MergedCheckpoint(self.base, self.experts, recipe.merge.method, recipe.merge.scaling, tokens)
+            method, options = recipe.merge.method, recipe.merge.options(self.experts)
+            self.merged = MergedCheckpoint(self.base, self.experts, method, options, tokens, device)
         with read_errors(self.merged.label, self.merged.path):
             self.side_bytes = sum(files.stat(path).st_size for path in self.merged.side_files().values())
 
@@ -100,6 +109,22 @@ class RecipeModels:
     def storage_error(self) -> dict[str, float]:
         """Relative error of what compressed storage gives back, by task."""
         return {task: each.error for task, each in self.experts.items() if isinstance(each, CachedExpert)}
+
+
+def models_to_calibrate(recipe: Recipe, device: torch.device) -> RecipeModels:
+    """The models that a recipe names, of which the merged one is of a family that can be calibrated.
+
+    Args:
+        recipe: the job.
+        device: where to merge on the fly.
+
+    Raises:
+        UnsupportedModelError: it is of none, which is told before anything is blamed for what it does not take.
+        FeatCalError: one of them is not usable.
+    """
+    models = RecipeModels(recipe, device)
+    check_supported(models.merged)
+    return models
 
 
 def check_folders(

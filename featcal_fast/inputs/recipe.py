@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -12,32 +11,19 @@ from typing import Any
 from featcal_fast import files
 from featcal_fast.checkpoints import STORAGES
 from featcal_fast.errors import RecipeError, named, printable, shown
+from featcal_fast.inputs.merge_recipe import MergeRecipe
 from featcal_fast.inputs.paths import check_text, checked_path
-from featcal_fast.merging.merged import METHODS
 from featcal_fast.settings import Settings, number, unknown_key
 from featcal_fast.untrusted.documents import DocumentError, parse_yaml
 
 LONGEST_NAME = 200  # characters of a task's name
 MERGEKIT_CONFIG = "mergekit_config.yml"  # what mergekit writes into a merged model's folder
 MOST = 2**31 - 1  # samples, tokens
+MAX_LENGTH = 512  # tokens that a text is cut at, where neither a recipe nor a model says anything else
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("samples", "max_length", "batch_size"), (1, MOST)),
-    "scaling": (-100, 100),
     "seed": (0, 2**63 - 1),
 }
-
-
-@dataclass(frozen=True)
-class MergeRecipe:
-    """How to make the merged model on the fly.
-
-    Attributes:
-        method: `average` or `task_arithmetic`.
-        scaling: of task arithmetic, -100 to 100.
-    """
-
-    method: str
-    scaling: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -70,7 +56,7 @@ class Recipe:
         out: the folder to write.
         settings: the method's constants.
         samples: calibration samples a task; all, where a task has fewer. Like the next two, 1 to 2^31 - 1.
-        max_length: tokens a text is cut at.
+        max_length: tokens a text is cut at; by default 512, or as many as a task's models take if that is fewer.
         batch_size: samples a forward pass; by default as many as have some 16,000 tokens on a GPU and 2,000 on a CPU,
             padding included, or fewer where memory is short.
         expert_storage: where experts' tensors stay after their first read: `disk`, that is nowhere; `host` memory as
@@ -90,7 +76,7 @@ class Recipe:
     out: str | None = None
     settings: Settings = field(default_factory=Settings)
     samples: int = 256
-    max_length: int = 512
+    max_length: int | None = None
     batch_size: int | None = None
     expert_storage: str = "disk"
     seed: int = 0
@@ -104,19 +90,15 @@ class Recipe:
         if (self.merged_model is None) == (self.merge is None):
             found = "neither" if self.merge is None else "both"
             raise RecipeError(f"recipe: found {found} of merged_model and merge, expected exactly one of them")
-        if self.merge is not None:
-            if not isinstance(self.merge, MergeRecipe):
-                raise RecipeError(f"merge: found {shown(self.merge)}, expected a MergeRecipe")
-            _check_fields(self.merge, "merge.")
-            if (method := self.merge.method) not in METHODS:
-                near = get_close_matches(method, METHODS, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise RecipeError(f"merge.method: found {shown(method)}, expected one of {', '.join(METHODS)}{hint}")
+        if self.merge is not None and not isinstance(self.merge, MergeRecipe):
+            raise RecipeError(f"merge: found {shown(self.merge)}, expected a MergeRecipe")
         if self.expert_storage not in STORAGES:
             raise RecipeError(
                 f"expert_storage: found {shown(self.expert_storage)}, expected one of {', '.join(STORAGES)}"
             )
         self._check_experts()
+        if self.merge is not None:
+            self.merge.check(self.experts)
 
     def _check_experts(self) -> None:
         experts = self.experts
@@ -208,6 +190,8 @@ class Recipe:
         values["settings"] = {
             key: list(each) if type(each) is tuple else each for key, each in values["settings"].items()
         }
+        if self.merge is not None:
+            values["merge"] = {key: value for key, value in values["merge"].items() if value is not None}
         root = values.pop("root")
         return {**{key: value for key, value in values.items() if value is not None}, "root": str(root)}
 
@@ -260,15 +244,13 @@ def _known(cls: type, given: Any, where: str) -> dict[str, Any]:
     return values
 
 
-def _check_fields(part: Recipe | ExpertRecipe | MergeRecipe, where: str) -> None:
+def _check_fields(part: Recipe | ExpertRecipe, where: str) -> None:
     """Refuse texts, numbers and paths of a part of a recipe that are of another type, or out of range."""
     for item in fields(part):
         kind, _, optional = str(item.type).partition(" | ")
         name, value = f"{where}{item.name}", getattr(part, item.name)
         if value is None and optional:
             continue
-        if kind == "float":
-            object.__setattr__(part, item.name, number(name, value, *RANGES[item.name]))
         if kind in _TYPES and (isinstance(value, bool) or not isinstance(value, _TYPES[kind]) or value == ""):
             raise RecipeError(f"{name}: found {shown(value)}, expected {_NAMES[kind]}")
         if kind == "int":

@@ -38,8 +38,6 @@ def recipe_text(recipe: Recipe, comment: str) -> str:
             f"    data: {_text(f'experts.{task}.data', expert.data)}",
         ]
     lines.append(f"settings: {{preset: {preset}}}")
-    if recipe.max_length != Recipe.max_length:
-        lines.append(f"max_length: {recipe.max_length}")
     if recipe.out is not None:
         lines.append(f"out: {_text('out', recipe.out)}")
     return "\n".join(lines) + "\n"

@@ -54,7 +54,7 @@ def _tensors(models: RecipeModels) -> Iterator[tuple[TensorSource, str]]:
     """What there is to read. Of an adapter of the base model that is what it changes: the rest is the base's own."""
     for source in map(unwrapped, models.files):
         if isinstance(source, LoraExpert) and source.adapts(models.base):
-            names: Iterable[str] = {**source.low_rank, **source.replaced}
+            names: Iterable[str] = source.changed()
         else:
             names = source.tensors
         for name in sorted(names):

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from featcal_fast.data.ready import LONGEST, tensor_forms
 from featcal_fast.data.samples import os_errors
-from featcal_fast.data.sources import check_exists, data_files, is_hub_id, is_tables
+from featcal_fast.data.sources import check_exists, data_files, is_hub_id
 from featcal_fast.inputs.recipe import Recipe
+from featcal_fast.models.configs import image_shape, image_tokens
 
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}  # of a forward pass: enough for products to run at full speed
 
@@ -34,6 +35,8 @@ class TaskData:
         entering: how many times as large the batches are that the model's first forward takes.
         source: where it is from, for errors.
         left_out: samples that were drawn and left out, by the reason.
+        max_length: tokens that its texts are cut at; None where it has none.
+        notes: what of the source is ignored, in sentences.
     """
 
     example: dict[str, Tensor]
@@ -47,6 +50,8 @@ class TaskData:
     entering: float = 1.0
     source: str = ""
     left_out: Mapping[str, int] = field(default_factory=dict)
+    max_length: int | None = None
+    notes: Sequence[str] = ()
 
     @classmethod
     def of(cls, batches: Sequence[Mapping[str, Tensor]], asked: int | None = None) -> TaskData:
@@ -125,13 +130,15 @@ def _forms(source: Path | str, config: Any, max_length: int) -> tuple[Forms, int
     max_length = min(max_length, LONGEST)
     names = ["input_ids", "attention_mask"] + ["labels"] * bool(getattr(config, "is_encoder_decoder", False))
     text: Forms = dict.fromkeys(names, ((max_length,), torch.int64))
-    side = _pixels(config, "image_size", 0)
-    images: Forms = {"pixel_values": ((3, side, side), torch.float32)} if side else {}
+    shape = image_shape(config)
+    images: Forms = {} if shape is None else {"pixel_values": (shape, torch.float32)}
     if isinstance(source, str):
         return images or text, None  # a data set of the hub
     if source.is_dir():
         found = data_files(source)
-        return images or text, None if is_tables(found) else len(found)
+        if found.kind == "images":
+            return images or text, len(found.files)
+        return (images if found.kind == "tables" else None) or text, None
     if not is_ready(source):
         return text, None
     forms, count = tensor_forms(source)
@@ -152,19 +159,8 @@ def chunk_tokens(device: torch.device) -> int:
 
 def _full_batch(forms: Forms, config: Any, device: torch.device) -> int:
     """Samples that make a chunk of full size."""
-    if "pixel_values" in forms:
-        tokens = (_pixels(config, "image_size", 0) // _pixels(config, "patch_size", 16)) ** 2 + 1
-    else:
-        tokens = max(shape[0] for shape, _ in forms.values())
-    return max(1, chunk_tokens(device) // tokens)
-
-
-def _pixels(config: Any, name: str, default: int) -> int:
-    """A length that a config gives, of both sides or of each; whether the model can be built, its builder will say."""
-    found = getattr(config, name, default)
-    if isinstance(found, (list, tuple)) and found:
-        found = found[0]
-    return found if isinstance(found, int) and found > 0 else default
+    tokens = image_tokens(config) if "pixel_values" in forms else max(shape[0] for shape, _ in forms.values())
+    return max(1, chunk_tokens(device) // max(1, tokens))
 
 
 def local_data(recipe: Recipe, data: str) -> Path | str:

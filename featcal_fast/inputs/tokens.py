@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from featcal_fast.checkpoints import LoraExpert, TensorSource, unwrapped
+from featcal_fast.checkpoints import GgufExpert, LoraExpert, TensorSource, unwrapped
 from featcal_fast.data.preprocess import find_tokenizer
 from featcal_fast.data.vocabulary import Vocabularies
 from featcal_fast.models.tokens import OwnTokens, vocabulary_size
 
 
 def own_folders(expert: TensorSource) -> list[Path]:
-    """Where an expert's own files may be: in its folder, and in that of the model that it adapts."""
+    """Where an expert's own files may be: in its folder, and in that of the model that it adapts; a GGUF's are none."""
     source = unwrapped(expert)
+    if isinstance(source, GgufExpert):
+        return []
     return [source.path, source.base.path] if isinstance(source, LoraExpert) else [source.path]
 
 
@@ -35,7 +37,11 @@ def own_tokens(merged: TensorSource, base: TensorSource, others: Mapping[str, Te
     """
     folder, size = find_tokenizer((merged.path, base.path)), vocabulary_size(merged.config)
     known = Vocabularies(folder if size else None, size)
-    return {
-        name: known.of(find_tokenizer((*own_folders(each), base.path)), vocabulary_size(each.config), each.label)
-        for name, each in others.items()
-    }
+    found = {}
+    for name, each in others.items():
+        own, rows = unwrapped(each), vocabulary_size(each.config)
+        if isinstance(own, GgufExpert):
+            found[name] = known.of_texts(own.vocabulary, own.path, rows, each.label)
+        else:
+            found[name] = known.of(find_tokenizer((*own_folders(each), base.path)), rows, each.label)
+    return found

@@ -6,14 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import closing
 
 from featcal_fast import files
-from featcal_fast.checkpoints import (
-    BitsAndBytesCheckpoint,
-    Checkpoint,
-    LoraExpert,
-    TensorSource,
-    read_errors,
-    unwrapped,
-)
+from featcal_fast.checkpoints import Checkpoint, LoraExpert, TensorSource, canonical, read_errors, unwrapped
 from featcal_fast.checkpoints.shards import Shards
 
 BEGINNING = 4096  # bytes of a tensor; training changes some value among as many, in one tensor at least
@@ -35,12 +28,16 @@ def _alike(source: TensorSource, base: Checkpoint) -> bool:
     if isinstance(expert, LoraExpert):
         if not expert.adapts(base) and not _alike(expert.base, base):
             return False  # it adapts a model that has learned something
+        if expert.rows or any(each.magnitude for each in expert.low_rank.values()):
+            return False  # what these were before is not told by zeros
         changes = [each.b for each in expert.low_rank.values() if each.scale != 0]
+        changes += [name for name, scale in expert.biases.values() if scale != 0]
         zero = all(not any(_beginning(expert.shards, name)) for name in changes)
         return zero and _same(expert.shards, base.shards, ((new, name) for name, new in expert.replaced.items()))
-    if not isinstance(expert, Checkpoint) or isinstance(expert, BitsAndBytesCheckpoint):
+    if not isinstance(expert, Checkpoint) or type(expert) is not type(base):
         return False
-    pairs = [(expert.names[name], own) for name, own in base.names.items() if name in expert.names]
+    stored = {canonical(name): name for name in expert.shards.headers}  # of quantised weights, all their parts
+    pairs = [(stored[name], own) for own in base.shards.headers if (name := canonical(own)) in stored]
     return bool(pairs) and _same(expert.shards, base.shards, pairs)
 
 

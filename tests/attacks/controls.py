@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -110,6 +111,31 @@ def a_billion_samples(job: Job) -> None:
     header = json.dumps({"input_ids": {"dtype": "U8", "shape": [2**30, 1], "data_offsets": [0, 2**30]}}).encode()
     job.write("data/math.safetensors", len(header).to_bytes(8, "little") + header)
     job.sparse("data/math.safetensors", 8 + len(header) + 2**30)
+
+
+@control("nf4")
+def a_quantised_base(job: Job) -> None:
+    job.recipe(base_model="math")
+
+
+@control("scaled")
+def a_quantised_merged_model(job: Job) -> None:
+    job.recipe(merged_model="math")
+
+
+@control()
+def configs_that_tell_of_what_was_undone(job: Job) -> None:
+    job.json("math/config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    job.json("merged/config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    job.write("base/hf_quant_config.json", "{}")
+
+
+@control("gguf")
+def a_gguf_file_beside_others(job: Job) -> None:
+    job.path("models").mkdir()
+    job.path("math.gguf").rename(job.path("models/math.gguf"))
+    job.write("models/other.gguf", b"no such file")
+    job.expert(model="models/math.gguf")
 
 
 @control()
@@ -226,6 +252,31 @@ def a_model_in_two_files(job: Job) -> None:
 @control("texts")
 def lines_of_windows_and_blank_ones(job: Job) -> None:
     job.edit("data/math.jsonl", lambda data: b"\r\n\r\n" + data.replace(b"\n", b"\r\n") + b"  \r\n")
+
+
+@control("texts")
+def lines_with_other_keys(job: Job) -> None:
+    lines = [{"id": 1, "text": "a b"}, {"text": "c", "meta": {"a": [None, "\x1b[31m"]}, "": 5, "k" * 5000: 1}]
+    job.write("data/math.jsonl", "".join(json.dumps(each) + "\n" for each in lines))
+
+
+@control("texts")
+def a_folder_of_packed_files(job: Job) -> None:
+    job.write("data/math/1.jsonl.gz", gzip.compress(job.path("data/math.jsonl").read_bytes()))
+    job.write("data/math/2.jsonl", b"")
+    job.write("data/math/README.md", "notes")
+    job.write("data/code.json", json.dumps({"data": [{"instruction": "a", "input": None, "output": "b"}] * 3}))
+    job.expert(data="data/math")
+    job.expert(task="code", data="data/code.json")
+
+
+@control("texts")
+def a_table_of_a_spreadsheet(job: Job) -> None:
+    job.write("data/math.csv", '\ufeff"text";"n"\r\n"a; ""b""\r\n c";1\r\nd;\r\n')
+    values = json.loads(job.path("merged/tokenizer.json").read_text())
+    values["model"]["unk_token"] = "a"
+    job.write("merged/tokenizer.json", json.dumps(values))
+    job.expert(data="data/math.csv")
 
 
 @control("texts")

@@ -38,6 +38,20 @@ def _saved(kind: str, **options: object) -> bytes:
     return memory.getvalue()
 
 
+def _mode(kind: str, mode: str) -> bytes:
+    memory = BytesIO()
+    Image.new(mode, (16, 16)).save(memory, kind)
+    return memory.getvalue()
+
+
+def _tiff(changes: dict[int, int], more: int = 0) -> bytes:
+    """A picture of 16 x 16 grey pixels, but for tags; the next one, if any, begins at `more`."""
+    tags = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 273: 200, 277: 1, 278: 16, 279: 256, **changes}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", more)
+    return head.ljust(200, b"\0") + b"\x80" * (256 if not changes else 0)
+
+
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\n(touch run) system\nshowpage\n%%EOF\n"
 FILES: dict[str, bytes] = {
     "empty": b"",
@@ -56,7 +70,14 @@ FILES: dict[str, bytes] = {
     "wide": png(2**31 - 1, 1),
     "large": png(20_000, 20_000, b"\0" * 1000, bits=1, color=0),
     "postscript": EPS,
-    "tiff": _saved("TIFF"),
+    "tiff-cut": _saved("TIFF")[:400],
+    "tiff-huge": _tiff({256: 2**20, 257: 2**20}),
+    "tiff-of-itself": _tiff({273: 8}, more=8),
+    "tiff-floats": _mode("TIFF", "F"),
+    "tiff-32-bits": _mode("TIFF", "I"),
+    "ppm-huge": b"P6 100000 100000 255\n" + b"\0" * 100,
+    "ppm-cut": b"P5 16 16 65535\n\0",
+    "pfm": b"Pf 4 4 -1.0\n" + b"\0" * 64,
     "pcx": _saved("PCX"),
     "icon": _saved("ICO"),
     "pdf": b"%PDF-1.4\n1 0 obj<<>>endobj\n",

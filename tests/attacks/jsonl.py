@@ -37,7 +37,6 @@ LINES: dict[str, tuple[bytes, Needle]] = {
     "a-byte-order-mark": (b'\xef\xbb\xbf{"text": "a"}', "line 2"),
     "no-keys": (b"{}", "line 2"),
     "unknown-key": (b'{"txet": "a"}', "txet"),
-    "one-key-more": (b'{"text": "a", "label": 1}', "label"),
     "key-with-escape": (b'{"\\u001b[31mtext": "a"}', "line 2"),
     "long-key": (b'{"' + b"k" * 10**6 + b'": "a"}', "line 2"),
     "another-kind": (b'{"prompt": "a", "completion": "b"}', "line 2"),
@@ -92,7 +91,7 @@ def files() -> Iterator[Variant]:
         "git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
         "csv": b"text\na b c\n",
     }.items():
-        yield name, (FILE, ("line", "zero samples")), holding(FILE, data)
+        yield name, (FILE, ("line", "zero samples", "UTF-8")), holding(FILE, data)
 
 
 @attack(FILE, ("line", "bytes", "large"), kind="texts")

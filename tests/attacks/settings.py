@@ -152,7 +152,11 @@ def wrong_experts() -> Iterator[Variant]:
 @attacks()
 def merges() -> Iterator[Variant]:
     values: list[Any] = [5, True, "average", [], {}, {"method": "x"}, {"method": ["average"]}, {"method": None}]
-    values += [{"method": "average", "scaling": value} for value in ("x", True, None, [], {})]
+    values += [{"method": "ties", key: value} for key in ("scaling", "density") for value in ("x", True, [], {}, 1e30)]
+    values += [{"method": "dare_ties", "seed": value} for value in ("x", 1.5, -1, 2**64)]
+    values += [{"method": "average", key: 0.5} for key in ("scaling", "density", "t", "seed", "steps")]
+    values += [{"method": "ties", "weights": value} for value in (1, "x", [1, 2], {}, {"math": 1}, {"x": 1})]
+    values += [{"method": "ties", "weights": {"math": value, "code": 1}} for value in (None, "x", -1, 1e30, [], True)]
     values += [{"method": "average", "way": 1}, {"scaling": 0.3}, {"method": "\x1b[31maverage"}]
     for value in values:
         yield slug(value), (FILE, "merge"), lambda job, v=value: job.recipe("merged_model", merge=v)

@@ -32,7 +32,7 @@ class Hung(BaseException):
 def main() -> int:
     """Exit code 1, where something was found."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("target", help="a module of this folder: recipe, checkpoint, card, mergekit")
+    parser.add_argument("target", help="a module of this folder: recipe, checkpoint, card, mergekit, texts")
     parser.add_argument("files", nargs="*", type=Path, help="inputs to try again, in place of new ones")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)

@@ -33,6 +33,11 @@ seed: 1
 """,
     b"""x: &expert {model: ~/m, data: d}
 """,
+    b"""base_model: base
+merge: {method: dare_ties, weights: {math: 1, 2: 0.5}, density: 0.3, scaling: 1, seed: 7}
+experts: {math: {model: m, data: d}, 2: {model: n, data: d}}
+out: out
+""",
     b"""base_model: "b\\u00e9"
 merge: {method: task_arithmetic, scaling: 0.3}
 experts: {1: &e {model: m, data: d}, 'two': {<<: *e, data: e}}
@@ -45,11 +50,11 @@ expert_storage: host-int8
 ODD: list[Any] = [
     *(None, True, -1, 0, 1.5, 10**45, 2**63, -(2**64), 1e308, "1:30", "yes", "1e-5", "1e999", ".inf"),
     *("", " ", "~", "~x/y", "..", "/", "a\0b", "\ud800", "\x1b[2J", "\u202e", "x" * 300, "a/" * 3000),
-    *("/dev/null/x", "/proc/self/x", "recipe.yaml", "recipe.yaml/x", "float16", "average", "q_proj"),
+    *("/dev/null/x", "/proc/self/x", "recipe.yaml", "recipe.yaml/x", "float16", "average", "slerp", "q_proj"),
     *("(a+)+!", ".*", "(", "[[a]", [], {}, [[]], {"a": 1}, ["q_proj", 1]),
 ]
 WRAPPERS = ["model", "<<", "x", 1, None]
-ADDED = ["samples", "seed", "root", "scaling", "exclude", 5, "a" * 500]
+ADDED = ["samples", "seed", "root", "scaling", "weights", "density", "exclude", 5, "a" * 500]
 
 
 def target(data: bytes) -> None:
