@@ -1,8 +1,8 @@
 """Upstream mergers that FeatCal is tried on: from a base and its experts, one state of parameters.
 
-The average and task arithmetic are the package's own; TIES, WUDI and AdaMerging are written here from their papers'
-formulas, with `tau_t` for task t's vector, `expert - base`. Hyper-parameters are the published ones, but where a
-comment says otherwise.
+The average, task arithmetic and WUDI's descent are the package's own. TIES, which the paper trims over all parameters
+as one vector, and AdaMerging are written here from their papers' formulas, with `tau_t` for task t's vector, `expert -
+base`. Hyper-parameters are the published ones, but where a comment says otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from featcal_fast.merging.merged import METHODS, merge_tensor
+from featcal_fast.merging.merged import merge_tensor
+from featcal_fast.merging.method import Options
+from featcal_fast.merging.methods import METHODS
+from featcal_fast.merging.wudi import wudi as packaged_wudi
 
 State = dict[str, Tensor]
 
@@ -120,35 +123,19 @@ class Wudi:
 
 
 def wudi(pool: Pool, options: Wudi = Wudi()) -> State:
-    """Data-free descent for every linear weight (Cheng et al., arXiv 2503.08099).
+    """Data-free descent for every linear weight (Cheng et al., arXiv 2503.08099), of one rate for those of a shape.
 
     Other parameters move by the mean of their task vectors.
     """
     base, vectors = state(pool.base), task_vectors(pool)
     merged = {name: value + vectors[name].mean(0) for name, value in base.items()}
     linear = [f"{name}.weight" for name, module in pool.base.named_modules() if isinstance(module, nn.Linear)]
-    for shape in sorted({base[name].shape for name in linear}):  # weights of one shape in one go
+    for shape in sorted({base[name].shape for name in linear}):
         names = [name for name in linear if base[name].shape == shape]
-        found = wudi_vector(torch.stack([vectors[name] for name in names], dim=1), options)
-        merged |= {name: base[name] + vector for name, vector in zip(names, found, strict=True)}
+        rate = options.share * torch.stack([vectors[name] for name in names]).square().mean().sqrt().item()
+        for name in names:
+            merged[name] = base[name] + packaged_wudi(vectors[name], len(vectors[name]), options.steps, rate)
     return merged
-
-
-def wudi_vector(vectors: Tensor, options: Wudi = Wudi()) -> Tensor:
-    """Adam on `sum_t ||(merged - tau_t) tau_t^T||_F^2 / ||tau_t||_F^2`, from the task vectors' sum.
-
-    `vectors` are `[tasks, ..., out, in]`. The gradient is `2 (merged G - R)` with `G = sum tau_t^T tau_t / ||tau_t||^2`
-    and `R = sum tau_t tau_t^T tau_t / ||tau_t||^2`, which are the same in every step.
-    """
-    grams = vectors.mT @ vectors / vectors.square().sum((-2, -1), keepdim=True)
-    gram, target = grams.sum(0), (vectors @ grams).sum(0)
-    merged = vectors.sum(0).requires_grad_()
-    adam = torch.optim.Adam([merged], lr=options.share * vectors.square().mean().sqrt().item())
-    with torch.no_grad():
-        for _ in range(options.steps):
-            merged.grad = 2 * (merged @ gram - target)
-            adam.step()
-    return merged.detach()
 
 
 @dataclass(frozen=True)
@@ -202,9 +189,10 @@ def _combined(base: State, vectors: State, coefficients: Tensor) -> State:
 
 
 def _packaged(pool: Pool, method: str, scaling: float = 1.0) -> State:
-    states = [state(expert) for expert in pool.experts.values()]
+    states = {task: state(expert) for task, expert in pool.experts.items()}
+    options = Options((1.0,) * len(states), scaling)
     return {
-        name: merge_tensor(METHODS[method], value, (s[name] for s in states), scaling, len(states))
+        name: merge_tensor(METHODS[method], options, value, {task: own[name] for task, own in states.items()})
         for name, value in state(pool.base).items()
     }
 

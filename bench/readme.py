@@ -127,6 +127,28 @@ def jobs() -> str:
     return _table(lines)
 
 
+def merging() -> str:
+    """Merges on the fly: what they took, and what they read beside the inputs' size."""
+    lines = []
+    for path in sorted(RESULTS.glob("merging-*.json")):
+        for method, found in _read(path.stem).items():
+            label = method + (f", {found['steps']} steps" if "steps" in found else "")
+            label += f", {found['machine']['gpu']}" if found.get("peak_device_gib") else ""
+            lines.append(
+                {
+                    "merge": label,
+                    "layers": found["layers"],
+                    "seconds": _seconds(found["seconds"]),
+                    "of CPU": _seconds(found["cpu_seconds"]),
+                    "peak memory": _memory(found),
+                    "before it": f"{found['started_gib']:.2f} GiB",
+                    "inputs": f"{found['gib_of_inputs']:.2f} GiB",
+                    "read": f"{found['gib_read']:.2f} GiB",
+                }
+            )
+    return _table(lines)
+
+
 NO_GPU = "*No GPU was measured yet.*"
 
 
@@ -211,6 +233,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "gpu in full": gpu_in_full,
     "jobs": jobs,
     "llama": lambda: _table(study.lines(_read("accuracy-llama"), "bits per byte", 3)),
+    "merging": merging,
     "parity": parity,
     "t5": lambda: _table(study.lines(_read("accuracy-t5"), "token accuracy, %", 1)),
 }

@@ -37,6 +37,7 @@ def options(
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON, on top of the recipe's")
+    parser.add_argument("--merge", type=json.loads, help="JSON, in place of the recipe's")
     parser.add_argument("--checkout", type=Path, help="of the official code")
     parser.add_argument("--merged", action="store_true", help="take FOLDER/merged instead of merging on the fly")
     parser.add_argument("--plan", action="store_true", help="first plan the job, and say what it will need")

@@ -94,23 +94,22 @@ class SlowDisk:
         self._lock = threading.Lock()
 
     def __enter__(self) -> SlowDisk:
-        self._read = Shards.read
+        self._fill = Shards._fill
         if self.rate is not None:
-            Shards.read = lambda shards, *args, **kwargs: self._slow(shards, *args, **kwargs)  # type: ignore[method-assign]
+            Shards._fill = lambda *args: self._slow(*args)  # type: ignore[method-assign]
         return self
 
-    def _slow(self, shards: Shards, *args: Any, **kwargs: Any) -> Any:
+    def _slow(self, shards: Shards, *args: Any) -> None:
         assert self.rate is not None
         with self._lock:
             began, before = time.perf_counter(), shards.bytes_read
-            tensors = self._read(shards, *args, **kwargs)
+            self._fill(shards, *args)
             due = (shards.bytes_read - before) / self.rate
             time.sleep(max(0.0, due - (time.perf_counter() - began)))
             self.seconds += time.perf_counter() - began
-        return tensors
 
     def __exit__(self, *_: object) -> None:
-        Shards.read = self._read  # type: ignore[method-assign]
+        Shards._fill = self._fill  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
