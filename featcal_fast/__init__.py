@@ -6,8 +6,9 @@
 from featcal_fast import reference
 from featcal_fast.calibrate import calibrate_model
 from featcal_fast.errors import FeatCalError
+from featcal_fast.inputs.merge_recipe import MergeRecipe
 from featcal_fast.inputs.mergekit import from_mergekit
-from featcal_fast.inputs.recipe import ExpertRecipe, MergeRecipe, Recipe
+from featcal_fast.inputs.recipe import ExpertRecipe, Recipe
 from featcal_fast.job.check import Check, check
 from featcal_fast.job.delta import Delta, delta
 from featcal_fast.job.run import calibrate, merge

@@ -253,6 +253,7 @@ def plan(
 def merge(
     recipe: RecipePath,
     out: Out = None,
+    device: Device = None,
     debug: Debug = False,
 ) -> None:
     """Write the merged model that RECIPE.yaml's `merge` describes, uncalibrated.
@@ -265,7 +266,7 @@ def merge(
 
     console = Terminal()
     with console.status("merging"):
-        folder = run(recipe, out=out)
+        folder = run(recipe, out=out, device=device)
     console.say(f"Wrote {folder}")
 
 

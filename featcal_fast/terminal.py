@@ -15,6 +15,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from featcal_fast import files
+from featcal_fast.checkpoints.nested import model_folder
 from featcal_fast.errors import printable
 from featcal_fast.planning.plan import format_bytes
 from featcal_fast.reporting.progress import Progress
@@ -139,7 +140,7 @@ class Terminal(Console):
         """Where a calibrated model is, and what to do with it, as snippets to copy."""
         self.say(f"Wrote {out}")
         with suppress(OSError, ValueError):  # it was there just now
-            config = parse_json(files.read_bytes(out / "config.json"))
+            config = parse_json(files.read_bytes(model_folder(out) / "config.json"))
             for title, snippet in usage(config, str(out), [path.name for path in files.list_folder(out)]):
                 self.say(f"With {title}:\n{indent(snippet, '    ')}")
         self.say(f"To see whether it is still whole, and loads:\n    featcal-fast check {shell_quoted(str(out))}")

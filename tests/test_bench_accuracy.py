@@ -51,25 +51,15 @@ def test_average_and_task_arithmetic() -> None:
     torch.testing.assert_close(mergers.task_arithmetic(pool)["0.weight"], base + 0.3 * (a + b - 2 * base))
 
 
-def wudi_objective(merged: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """The paper's: `sum_t ||(merged - tau_t) tau_t^T||_F^2 / ||tau_t||_F^2`."""
-    interference = (merged - vectors) @ vectors.mT
-    return (interference.square().sum((-2, -1)) / vectors.square().sum((-2, -1))).sum(0)
-
-
-def test_wudi_gradient_and_descent() -> None:
-    vectors = random(3, 2, 6, 4)
-    start = vectors.sum(0)
-    values = [wudi_objective(start, vectors).sum()]
-    for steps in (10, 100, 400):
-        merged = mergers.wudi_vector(vectors, mergers.Wudi(steps=steps, share=0.01))
-        values.append(wudi_objective(merged, vectors).sum())
-    assert values == sorted(values, reverse=True)
-    assert values[-1] < values[0] / 2
-
-    (gradient,) = torch.autograd.grad(wudi_objective(start.requires_grad_(), vectors).sum(), start)
-    first = mergers.wudi_vector(vectors, mergers.Wudi(steps=1, share=1.0)) - start.detach()
-    torch.testing.assert_close(first.sign(), -gradient.sign())  # Adam's first step
+def test_wudi_of_a_rate_for_each_shape() -> None:
+    """Adam's first step is the rate: a share of the root mean square of the task vectors of a shape."""
+    pool = linear_pool()
+    moved = mergers.wudi(pool, mergers.Wudi(steps=1, share=0.01))
+    base, vectors = mergers.state(pool.base), mergers.task_vectors(pool)
+    for name in ("0.weight", "1.weight"):
+        step = moved[name] - base[name] - vectors[name].sum(0)
+        rate = 0.01 * vectors[name].square().mean().sqrt()
+        torch.testing.assert_close(step.abs(), rate.expand_as(step), rtol=1e-3, atol=0)
 
 
 def test_wudi_merges_other_parameters_by_the_mean() -> None:

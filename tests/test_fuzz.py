@@ -97,3 +97,11 @@ def test_seeds_of_mergekit_configs_are_mapped_and_damaged(tmp_path: Path) -> Non
     for seed in mergekit.SEEDS:
         mergekit.target(seed)
     assert driver.fuzz(mergekit, 0.02, random.Random(0), tmp_path) == 0
+
+
+def test_seeds_of_texts_are_read_and_damaged(tmp_path: Path) -> None:
+    from tests.fuzz import texts
+
+    for seed in texts.SEEDS:
+        texts.target(seed)
+    assert driver.fuzz(texts, 0.02, random.Random(0), tmp_path) == 0

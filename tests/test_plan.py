@@ -257,7 +257,7 @@ def test_the_command_says_it_all_and_its_exit_code_whether_it_fits(
     assert "expert task1" in errors
 
 
-@pytest.mark.parametrize("name", ["data.csv", "data.txt"])
+@pytest.mark.parametrize("name", ["data.doc", "data.xlsx"])
 def test_a_plan_refuses_what_a_run_would(name: str, recipe: dict, tmp_path: Path) -> None:
     (tmp_path / name).write_text("a,b\n1,2\n")
     recipe["experts"]["task0"]["data"] = str(tmp_path / name)

@@ -21,6 +21,8 @@ from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import GroupReport, LayerReport, Report, drift_text, percent_text
 from featcal_fast.reporting.warnings import (
     about_base,
+    about_dequantised,
+    about_ignored,
     about_left_out,
     about_merged,
     about_run,
@@ -140,6 +142,8 @@ def test_the_page_explains_each_kind() -> None:
         about_samples({"a": (1, 2)}),
         about_same_model(["a"]),
         about_base(True),
+        about_dequantised("merged model", 1, 2),
+        about_ignored(["data: read as text; ignored: id"]),
         about_left_out({"a": ({"of other tokens": 1}, 2)}),
         about_merged(True, (9, 8)),
     ]

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -35,8 +36,9 @@ from featcal_fast.checkpoints import (
 )
 from featcal_fast.checkpoints.adapter import WEIGHTS
 from featcal_fast.checkpoints.find import split_revision
+from featcal_fast.checkpoints.nested import model_folder
 from featcal_fast.checkpoints.reader import ADAPTER_CONFIG
-from featcal_fast.errors import ModelMismatchError, OutputError, RecipeError, shown
+from featcal_fast.errors import DeviceError, ModelMismatchError, OutputError, RecipeError, shown
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.paths import checked_path
 from featcal_fast.inputs.recipe import Recipe
@@ -51,7 +53,7 @@ from featcal_fast.planning.models import MetaCheckpoint
 from featcal_fast.planning.plan import format_bytes
 from featcal_fast.streaming.hidden_states import HOST
 from featcal_fast.streaming.machine import find_device
-from featcal_fast.streaming.sources import CheckpointSource
+from featcal_fast.streaming.sources import CheckpointSource, StoredParameter
 from featcal_fast.untrusted.documents import DocumentError, parse_json
 
 RANK = 16  # as much as vLLM takes where nobody tells it more (`--max-lora-rank`)
@@ -127,8 +129,8 @@ def delta(model: str | Path, *, out: str | Path, rank: int = RANK, device: torch
             be written. It is not there, then.
     """
     folder, device = checked_path("model", model).absolute(), find_device(device)
-    recipe = _read_recipe(folder)
-    merged = _merged_model(recipe)
+    recipe, merged_on = _read_report(folder)
+    merged = _merged_model(recipe, merged_on)
     target = check_delta(out, merged, folder, recipe, rank)
     return write_delta(merged, recipe, folder, target, rank, device)
 
@@ -247,34 +249,38 @@ class _Change:
         rest = dict.fromkeys(calibrated.tensors)
         for layer, block in zip(source.structure.layers, source.structure.blocks, strict=True):
             for name, module in block.named_modules():
-                own = {part: source.tensors_of(layer.index, f"{name}.{part}") for part in _parts(module)}
-                if all(len(tensors) == 1 for tensors in own.values()):
-                    self._take(f"{layer.path}.{name}", module, {part: tensors[0] for part, tensors in own.items()})
-                    for tensors in own.values():
-                        rest.pop(tensors[0], None)
+                own = {part: source.parameter(layer.index, f"{name}.{part}") for part in _parts(module)}
+                self._take(f"{layer.path}.{name}", module, own)
+                for parameter in own.values():
+                    for each in parameter.tensors:
+                        rest.pop(each, None)
         for name in rest:
-            self._read(name, same=True)
+            self._read(StoredParameter([name], itemgetter(name)), same=True)
         if not self.ranks:
             raise OutputError(
                 f"delta: calibration changed no linear weight of {merged.path}; there is nothing to adapt"
             )
         self.found.energy = 1 - self._lost / self._total if self._total else 1.0
 
-    def _take(self, name: str, module: nn.Module, own: Mapping[str, str]) -> None:
-        """A module with parameters of its own: `own` names them in the files."""
+    def _take(self, name: str, module: nn.Module, own: Mapping[str, StoredParameter]) -> None:
+        """A module with parameters of its own: `own` says how they are stored."""
         changed = {part: pair for part, each in own.items() if (pair := self._read(each)) is not None}
         names = tensor_names(name, is_linear(module))
         if changed and not is_linear(module):
             self.saved.append(name)
-            self.found.exact += [own[part] for part in changed]
+            for part in changed:
+                self._add_exact(own[part])
             for part, each in own.items():
-                self.tensors[names[part]] = self.calibrated.read([each])[each]
+                self.tensors[names[part]] = each.read(self.calibrated)
         elif changed:
-            self._factor(name, module, changed.get("weight"), self.calibrated.tensors[own["weight"]].shape)
+            self._factor(name, module, changed.get("weight"), tuple(module.get_parameter("weight").shape))
             if "bias" in changed:
                 self.biases = True
-                self.found.exact.append(own["bias"])
+                self._add_exact(own["bias"])
                 self.tensors[names["bias"]] = changed["bias"][1]
+
+    def _add_exact(self, parameter: StoredParameter) -> None:
+        self.found.exact += [each for each in parameter.tensors if each not in self.found.exact]
 
     def _factor(self, name: str, module: nn.Module, pair: tuple[Tensor, Tensor] | None, shape: tuple[int, ...]) -> None:
         rank = min(self.rank, *shape)
@@ -290,16 +296,16 @@ class _Change:
         self.found.modules[name] = ModuleDelta(rank, total**0.5, 1 - lost / total if total else 1.0)
         self._total, self._lost = self._total + total, self._lost + lost
 
-    def _read(self, name: str, same: bool = False) -> tuple[Tensor, Tensor] | None:
-        """A tensor of the merged and of the calibrated model; None where it is the same in both."""
-        before, after = (source.read([name])[name] for source in (self.merged, self.calibrated))
+    def _read(self, parameter: StoredParameter, same: bool = False) -> tuple[Tensor, Tensor] | None:
+        """A parameter of the merged and of the calibrated model; None where it is the same in both."""
+        before, after = parameter.read(self.merged), parameter.read(self.calibrated)
         if torch.equal(before, after):
             return None
         if same:
             raise ModelMismatchError(
-                f"{self.merged.label}: {self.merged.path}: tensor {shown(name)} is not that of the calibrated model "
-                f"({self.calibrated.path}), though calibration never changes it; this is not the merged model that was "
-                "calibrated"
+                f"{self.merged.label}: {self.merged.path}: tensor {shown(parameter.tensors[0])} is not that of the "
+                f"calibrated model ({self.calibrated.path}), though calibration never changes it; this is not the "
+                "merged model that was calibrated"
             )
         return before, after
 
@@ -317,8 +323,8 @@ def read_summary(folder: str | Path) -> str:
     return Delta(**json.loads(files.read_text(Path(folder) / SUMMARY, MAX_REPORT))).summary()
 
 
-def _read_recipe(out: Path) -> Recipe:
-    """The recipe in a calibrated model's report."""
+def _read_report(out: Path) -> tuple[Recipe, torch.device]:
+    """The recipe in a calibrated model's report, and where a model was merged: there it has the same bits again."""
     where = f"model: {out} is no folder that calibrate wrote: {REPORT}"
     try:
         report = parse_json(files.read_bytes(out / REPORT, MAX_REPORT))
@@ -330,13 +336,17 @@ def _read_recipe(out: Path) -> Recipe:
     if not isinstance(recipe, dict) or not isinstance(recipe.get("root"), str):
         raise RecipeError(f"{where} holds no recipe")
     root = checked_path("root", recipe.pop("root"))
-    return replace(Recipe.load(recipe), root=root)
+    try:
+        device = find_device(report.get("device"))
+    except DeviceError:  # it was another machine's
+        device = HOST
+    return replace(Recipe.load(recipe), root=root), device
 
 
-def _merged_model(recipe: Recipe) -> TensorSource:
+def _merged_model(recipe: Recipe, device: torch.device) -> TensorSource:
     if recipe.merged_model is not None:
         return find_checkpoint(recipe.merged_model, recipe.root, "merged model")
-    return RecipeModels(replace(recipe, expert_storage="disk")).merged
+    return RecipeModels(replace(recipe, expert_storage="disk"), device).merged
 
 
 def _reference(recipe: Recipe, merged: TensorSource) -> dict[str, str]:
@@ -345,7 +355,7 @@ def _reference(recipe: Recipe, merged: TensorSource) -> dict[str, str]:
         return {}
     name, revision = split_revision(recipe.merged_model)
     if any(recipe.path(each).exists() for each in (recipe.merged_model, name)):
-        return {"base_model_name_or_path": str(files.resolve(merged.path))}
+        return {"base_model_name_or_path": str(files.resolve(model_folder(merged.path)))}
     return {"base_model_name_or_path": name} | ({"revision": revision} if revision else {})
 
 

@@ -27,7 +27,7 @@ from featcal_fast.streaming.machine import processor
 
 PACKAGES = (
     *("featcal_fast", "torch", "triton", "transformers", "tokenizers", "safetensors"),
-    *("bitsandbytes", "datasets", "numpy", "pillow"),
+    *("bitsandbytes", "datasets", "gguf", "numpy", "pillow"),
 )
 # Environment variables by which libraries choose how to compute; not those that say where they keep what they compile.
 SWITCHES = (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from featcal_fast.checkpoints import Checkpoint, TensorSource
 from featcal_fast.errors import CheckpointError, ModelMismatchError, shown, told
-from featcal_fast.models.configs import max_positions
+from featcal_fast.models.configs import image_shape, max_positions
 from featcal_fast.planning.meter import META, Meter
 from featcal_fast.planning.models import MetaCheckpoint
 from featcal_fast.streaming.hidden_states import HOST
@@ -104,10 +104,9 @@ def _inputs(model: Any) -> dict[str, Tensor]:
         if key in taken and (key == "input_ids" or config.is_encoder_decoder):
             inputs[key] = torch.zeros(1, count, dtype=torch.long, device=META)
     if "pixel_values" in taken:
-        vision = getattr(config, "vision_config", config)
-        size, channels = (getattr(vision, key, None) for key in ("image_size", "num_channels"))
-        if type(size) is not int or type(channels) is not int:
+        shape = image_shape(config)
+        if shape is None:
             return {}
-        inputs["pixel_values"] = torch.empty(1, channels, size, size, device=META)
+        inputs["pixel_values"] = torch.empty(1, *shape, device=META)
     needed = {name for name, each in taken.items() if each.default is each.empty and each.kind not in VARIABLE}
     return {} if needed - inputs.keys() else inputs

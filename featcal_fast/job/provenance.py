@@ -9,7 +9,17 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from featcal_fast import files
-from featcal_fast.checkpoints import BitsAndBytesCheckpoint, LoraExpert, TensorSource, leads_out, read_header, unwrapped
+from featcal_fast.checkpoints import (
+    BitsAndBytesCheckpoint,
+    Fp8Checkpoint,
+    GgufExpert,
+    LoraExpert,
+    TensorSource,
+    leads_out,
+    read_header,
+    unwrapped,
+)
+from featcal_fast.checkpoints.nested import model_folder
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.inputs.task_data import TaskData
@@ -22,6 +32,12 @@ LARGEST = 2**26  # bytes of one
 WEIGHTS = ".safetensors"
 PIECE = 2**22  # bytes that are hashed at a time
 SHA256 = re.compile("[0-9a-f]{64}")
+FORMS: dict[type, str] = {
+    LoraExpert: "lora",
+    BitsAndBytesCheckpoint: "bitsandbytes",
+    Fp8Checkpoint: "fp8",
+    GgufExpert: "gguf",
+}
 
 
 def describe_inputs(
@@ -54,6 +70,7 @@ def describe_inputs(
             samples=batches.samples,
             batches=batches.count,
             sha256=batches.digest,
+            max_length=sizes[task].max_length,
             left_out=dict(sizes[task].left_out),
             files=len(lies_in),
             bytes=sum(size for size, _ in lies_in.values()),
@@ -63,7 +80,7 @@ def describe_inputs(
 
 def _model(source: TensorSource, reference: str | None, facts: Mapping[str, list[int]]) -> ModelInput:
     inner = unwrapped(source)
-    form = {LoraExpert: "lora", BitsAndBytesCheckpoint: "bitsandbytes"}.get(type(inner), "checkpoint")
+    form = FORMS.get(type(inner), "checkpoint")
     path = inner.path
     found = ModelInput(reference, form, path.name if path.parent.name == "snapshots" else None)
     weights = set(inner.shards.files) if isinstance(inner, LoraExpert) else set()
@@ -78,7 +95,7 @@ def _model(source: TensorSource, reference: str | None, facts: Mapping[str, list
 
 def _hash(file: InputFile, path: Path, folder: Path, *, whole: bool) -> None:
     """Fill in what `file` is to know of the content of what lies at `path`."""
-    if path.suffix not in {*DOCUMENTS, WEIGHTS} or path.parent != folder:
+    if path.suffix not in {*DOCUMENTS, WEIGHTS} or path.parent not in (folder, model_folder(folder)):
         return
     if path.is_symlink():
         if leads_out(path, folder):

@@ -260,7 +260,7 @@ class Resumable(Output):
         self._cost = self._since - began
 
     def _write(self, index: int, parameters: dict[str, Tensor]) -> None:
-        self._writer.write({self._student.tensor_name(index, name): value for name, value in parameters.items()})
+        self._writer.write(self._student.stored(index, parameters))
 
     def _due(self, layer: Layer) -> bool:
         if self._following(layer) is None or self._stage_ends(layer):

@@ -13,7 +13,7 @@ from featcal_fast.calibrate import calibrate_source
 from featcal_fast.checkpoints import CheckpointWriter, Lock, WorkFolder, write_errors
 from featcal_fast.errors import FeatCalError, OutputError, RecipeError, ResumeError, shown, told
 from featcal_fast.inputs.load import load_data
-from featcal_fast.inputs.models import RecipeModels, output_folder
+from featcal_fast.inputs.models import RecipeModels, models_to_calibrate, output_folder
 from featcal_fast.inputs.recipe import Recipe, RecipeLike, with_out
 from featcal_fast.inputs.scan import scan as scan_weights
 from featcal_fast.inputs.unchanged import unchanged
@@ -94,7 +94,7 @@ def calibrate(
     _check_choices(resume, fresh, checkpoint_every)
     device_memory, host_memory = memory_bytes("device_memory", device_memory), memory_bytes("host_memory", host_memory)
     clock, recipe, device = Clock(), with_out(recipe, out), find_device(device)
-    models = RecipeModels(recipe)
+    models = models_to_calibrate(recipe, device)
     folder = output_folder(recipe, models, scratch)
     adapter = None if delta is None else check_delta(delta, models.merged, folder, recipe, delta_rank, models.nbytes)
     with WorkFolder(folder) as work:
@@ -271,12 +271,13 @@ def _write_delta(job: _Job, out: Path, adapter: Path, rank: int) -> None:
         raise
 
 
-def merge(recipe: RecipeLike, *, out: str | Path | None = None) -> Path:
+def merge(recipe: RecipeLike, *, out: str | Path | None = None, device: torch.device | str | None = None) -> Path:
     """Write the merged model that a recipe's `merge` describes, uncalibrated, to a new folder.
 
     Args:
         recipe: as for `calibrate`; its data is not read.
         out: overrides the recipe's `out`.
+        device: where to merge; by default the first GPU, or the CPU.
 
     Returns:
         The folder.
@@ -284,12 +285,12 @@ def merge(recipe: RecipeLike, *, out: str | Path | None = None) -> Path:
     Raises:
         FeatCalError: the recipe has no `merge`, or models or output folder are not usable.
     """
-    recipe = with_out(recipe, out)
+    recipe, device = with_out(recipe, out), find_device(device)
     if recipe.merge is None:
         raise RecipeError(
             "merge: missing; expected `merge: {method: task_arithmetic, scaling: 0.3}` in place of merged_model"
         )
-    models = RecipeModels(recipe)
+    models = RecipeModels(recipe, device)
     with WorkFolder(output_folder(recipe, models)) as work:
         if not work.published and (work.finished or read_past(work.manifest).layers):  # of a calibration
             raise ResumeError(left_behind(work.out))

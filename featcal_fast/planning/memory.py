@@ -75,6 +75,7 @@ def count_memory(
     else:
         device_items["a batch"] = round(entering)
         device_items["operands of the kernels"] = PANEL_BYTES + WORKSPACE_BYTES
+        device_items["merging"] = models.merging_bytes()
         arriving = max(models.largest_pinned(layer.index) for layer in plan.layers)
         arriving += reading + max(models.largest_block(layer.index) for layer in plan.layers)
         if isinstance(offload, Path):

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from featcal_fast.checkpoints import (
-    BitsAndBytesCheckpoint,
+    UNPACKING,
     CachedExpert,
+    GgufExpert,
     LoraExpert,
+    QuantisedCheckpoint,
     TensorSource,
     WrappedSource,
     cached_bytes,
-    canonical,
 )
-from featcal_fast.checkpoints.adapter import ROWS
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.layer.selection import check_settings
@@ -99,6 +99,13 @@ class PlannedModels:
                     reasons[own] = "RMSNorm has no closed-form update"
         return {name: reason for name, reason in reasons.items() if name not in changed}
 
+    def merging_bytes(self) -> int:
+        """The most that merging a tensor on the fly takes of a GPU's memory."""
+        merged = self.models.merged
+        return (
+            max(merged.merging_bytes(name)[1] for name in merged.tensors) if isinstance(merged, MergedCheckpoint) else 0
+        )
+
     def tensors_that_stay(self, layers: list[LayerPlan]) -> list[str]:
         """The merged model's tensors that are copied as they are."""
         changed = self.changed(layers)
@@ -113,7 +120,7 @@ class PlannedModels:
             if settings.calibrate_bias:
                 names += [f"{module}.bias" for module in layer.modules if own.get(f"{module}.bias") is not None]
             names += [f"{norm}.{part}" for norm in layer.layout.norms for part in ("weight", "bias")]
-            changed |= {self.student.tensor_name(layer.index, name) for name in names}
+            changed |= {own for name in names for own in self.student.tensors_of(layer.index, name)}
         return changed
 
     def bytes_read(self, layers: list[LayerPlan]) -> dict[str, int]:
@@ -128,11 +135,9 @@ class PlannedModels:
         reads[self.models.base.label] = block_reads(self.base)
         merged: dict[str, list[str]] = {source.label: [] for source in self.models.files}
         if isinstance(self.models.merged, MergedCheckpoint):
-            for name in student:
-                merged[self.models.base.label].append(name)
-                if self.models.merged.tensors[name].dtype.is_floating_point:
-                    for expert in self.models.experts.values():
-                        merged[expert.label].append(expert.names[canonical(name)])
+            for task, names in self.models.merged.reads(student).items():
+                source = self.models.base if task is None else self.models.experts[task]
+                merged[source.label] = names
         else:
             reads[self.models.merged.label] = student
         return {
@@ -179,15 +184,14 @@ def _unpacking_one(source: TensorSource, name: str) -> int:
     if isinstance(source, CachedExpert):  # to compress, restore and compare
         return _unpacking_one(source.source, name) + (12 * numel if source.storage != "host" else 0)
     if isinstance(source, MergedCheckpoint):
-        if not info.dtype.is_floating_point:
-            return 0
-        own = ((expert, expert.names[canonical(name)]) for expert in source.experts.values())
-        merging = (4 + info.dtype.itemsize) * numel + max(_unpacking_one(*each) for each in own)
-        return merging + source.aligned_bytes(name)
+        unpacking = (_unpacking_one(*each) for each in source.read_whole(name))
+        return source.merging_bytes(name)[0] + max(unpacking, default=0)
     if isinstance(source, LoraExpert):
-        return 16 * min(numel, ROWS * info.shape[-1]) if name in source.low_rank else 0
-    if isinstance(source, BitsAndBytesCheckpoint) and name in source.packed:
-        return source.stored_bytes([name]) + 64 * 2**20
+        return max(source.forming_bytes(name), _unpacking_one(source.base, name))
+    if isinstance(source, GgufExpert):
+        return source.unpacking_bytes(name)
+    if isinstance(source, QuantisedCheckpoint) and name in source.packed:
+        return source.stored_bytes([name]) + UNPACKING
     return 0
 
 

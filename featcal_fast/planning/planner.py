@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from featcal_fast import files
-from featcal_fast.checkpoints import REPORT, taken, write_errors
+from featcal_fast.checkpoints import REPORT, Checkpoint, taken, write_errors
+from featcal_fast.checkpoints.nested import model_folder
 from featcal_fast.data.preprocess import find_tokenizer
 from featcal_fast.forward.calls import Origin
 from featcal_fast.inputs.load import load_data
-from featcal_fast.inputs.models import RecipeModels, check_folders
+from featcal_fast.inputs.models import RecipeModels, check_folders, models_to_calibrate
 from featcal_fast.inputs.recipe import Recipe, RecipeLike, with_out
 from featcal_fast.inputs.scan import scan as scan_weights
 from featcal_fast.inputs.task_data import TaskData
@@ -31,6 +32,8 @@ from featcal_fast.planning.stages import States, enter_stages, shapes_of
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.warnings import (
     about_base,
+    about_dequantised,
+    about_ignored,
     about_left_out,
     about_merged,
     about_same_model,
@@ -79,7 +82,7 @@ def plan(
     device_memory, host_memory = memory_bytes("device_memory", device_memory), memory_bytes("host_memory", host_memory)
     device = find_device(device, present=device_memory is None)
     recipe = with_out(recipe, out)
-    models = RecipeModels(recipe)
+    models = models_to_calibrate(recipe, device)
     check_folders(recipe, models, scratch, may_be_taken=True)
     data = load_data(recipe, models, device, keep=False)[1]
     found = choose_offload(recipe, models, device, data, device_memory, host_memory, scratch, checkpoint_every)[0]
@@ -134,12 +137,15 @@ def _warnings(recipe: Recipe, models: RecipeModels, data: Mapping[str, TaskData]
     same = [task for task, expert in models.experts.items() if expert.path.resolve() == models.base.path.resolve()]
     drawn = {task: each.rows + sum(each.left_out.values()) for task, each in data.items()}
     no_base = recipe.merge is None and models.merged.path.resolve() == models.base.path.resolve()
+    layout = models.merged if isinstance(models.merged, Checkpoint) else models.base
     about = [] if recipe.merge is not None else about_merged(_is_calibrated(models.merged.path), _foreign_rows(models))
     return [
         *about_base(no_base),
         *about,
+        *about_dequantised(layout.label, layout.stored_bytes(layout.tensors), models.nbytes),
         *about_settings(settings, max_condition(settings, len(recipe.experts)), MAX_CONDITION_FLOAT32),
         *about_samples({task: (drawn[task], each.asked) for task, each in data.items()}),
+        *about_ignored(note for each in data.values() for note in each.notes),
         *about_left_out({task: (each.left_out, drawn[task]) for task, each in data.items()}),
         *about_same_model(same),
     ]
@@ -157,7 +163,7 @@ def _is_calibrated(folder: Path) -> bool:
 def _foreign_rows(models: RecipeModels) -> tuple[int, int] | None:
     """Rows of the merged model's embedding and of the base model's, where the tokenizer is the latter's."""
     folders = (models.merged.path, models.base.path)
-    if find_tokenizer(folders) in (None, models.merged.path):
+    if find_tokenizer(folders) in (None, model_folder(models.merged.path)):
         return None
     return vocabulary_size(models.merged.config), vocabulary_size(models.base.config)
 

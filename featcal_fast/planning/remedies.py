@@ -7,7 +7,7 @@ from pathlib import Path
 
 from featcal_fast import files
 from featcal_fast.checkpoints import held_bytes, nearest_existing, states_path, work_path
-from featcal_fast.inputs.recipe import Recipe
+from featcal_fast.inputs.recipe import MAX_LENGTH, Recipe
 from featcal_fast.inputs.task_data import TaskData
 from featcal_fast.planning.plan import Plan, format_bytes
 from featcal_fast.streaming.hidden_states import Offload
@@ -75,7 +75,7 @@ def _remedy(kind: str, budget: int, plan: Plan, data: Mapping[str, TaskData], re
     starts = {"batch_size": recipe.batch_size or 0}
     starts["samples"] = 0 if any(each.samples for each in every) else recipe.samples
     texts = all(each.cut for each in data.values()) and not any(each.max_length for each in every)
-    starts["max_length"] = recipe.max_length if texts else 0
+    starts["max_length"] = (recipe.max_length or MAX_LENGTH) if texts else 0
     smallest = None
     for key, start in starts.items():
         value = start // 2

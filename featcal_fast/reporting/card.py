@@ -218,15 +218,17 @@ def _usage(origin: Origin) -> list[str]:
     snippets = usage(origin.config, origin.title, origin.files)
     parts = ["## How to use it"] if snippets else []
     for title, snippet in snippets:
-        parts += [f"### {escaped(title)}", fenced(snippet, "python" if title == "transformers" else "console")]
+        parts += [f"### {escaped(title)}", fenced(snippet, "python" if "transformers" in title else "console")]
     return parts
 
 
 def _method(origin: Origin) -> str:
     """How a merge is made on the fly."""
-    values = origin.recipe.get("merge") or {}
-    scaling = f", scaling {values['scaling']:g}" if values.get("method") == "task_arithmetic" else ""
-    return f"{code(str(values.get('method')))} of base and experts{scaling}"
+    values = dict(origin.recipe.get("merge") or {})
+    method, weights = values.pop("method", None), values.pop("weights", None) or {}
+    told = [f"{name} {value:g}" for name, value in values.items()]
+    told += [f"weights {', '.join(f'{value:g} of {code(task)}' for task, value in weights.items())}"] if weights else []
+    return ", ".join([f"{code(str(method))} of base and experts", *told])
 
 
 def _links(names: Sequence[Name]) -> str:

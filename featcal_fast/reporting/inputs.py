@@ -30,7 +30,7 @@ class ModelInput:
 
     Attributes:
         reference: what the recipe calls it; None for a merge.
-        form: `checkpoint`, `lora`, `bitsandbytes`, or `merge` for one made on the fly, which has no files.
+        form: `checkpoint`, `lora`, `bitsandbytes`, `fp8`, `gguf`, or `merge` for one made on the fly, without files.
         revision: the commit, where it is a snapshot of the hub's cache.
         files: by path in its folder.
     """
@@ -49,6 +49,7 @@ class DataInput:
         reference: what the recipe calls it.
         samples_asked: how many the recipe asks for.
         samples: how many were used.
+        max_length: tokens that its texts are cut at; None where it has none.
         left_out: how many were drawn and not used, by reason.
         batches: how many they made.
         sha256: of the batches' tensors: names, dtypes, shapes and values, in order.
@@ -61,6 +62,7 @@ class DataInput:
     samples: int
     batches: int
     sha256: str
+    max_length: int | None = None
     left_out: dict[str, int] = field(default_factory=dict)
     files: int = 0
     bytes: int = 0

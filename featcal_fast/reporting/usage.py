@@ -27,8 +27,14 @@ AUTO = {
 LONGEST = 100  # characters of a class's name
 PLAIN = re.compile(r"[\w./@+~-]+", re.ASCII)  # a path that lm_eval takes as it is
 TOKENIZERS = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"}
+MODULES, CONFIG = "modules.json", "config.json"  # of a folder of sentence-transformers; a model's
 PROCESSORS = {"preprocessor_config.json", "processor_config.json"}
 
+SENTENCES = """\
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer({})
+print(model.encode(["Hello, world!"]).shape)"""
 TEXT = 'inputs = tokenizer("{text}", return_tensors="pt")'
 GENERATE = """\
 output = model.generate(**inputs, max_new_tokens=20)
@@ -67,13 +73,16 @@ def usage(config: Mapping[str, Any], out: str, files: Iterable[str] | None = Non
             both can be expected.
 
     Returns:
-        A title and a snippet each: Python for transformers, then commands, where the model is one for them. Nothing
-        where `config` names no class that transformers has.
+        A title and a snippet each: Python for sentence-transformers, where the folder is one of theirs, and for
+        transformers, then commands, where the model is one for them. Nothing of these where `config` names no class
+        that transformers has, or lies in a folder in that one.
     """
-    name = _architecture(config)
+    names, name = None if files is None else set(files), _architecture(config)
+    if names is not None and MODULES in names:
+        ours = [] if CONFIG not in names else usage(config, out, names - {MODULES})
+        return [("sentence-transformers", SENTENCES.format(python_quoted(out))), *ours]
     if name is None:
         return []
-    names = None if files is None else set(files)
     loader = _loader(config, name)
     read, tools = _reader(config, loader)
     needed = TOKENIZERS if read == "AutoTokenizer" else PROCESSORS

@@ -83,6 +83,19 @@ def about_samples(samples: Mapping[str, tuple[int, int]]) -> list[str]:
     return [one_line(told)]
 
 
+def about_ignored(notes: Iterable[str]) -> list[str]:
+    """Keys, columns and files of the data that are not read.
+
+    Args:
+        notes: what is read of a source, and what is not, for each of which something is ignored.
+
+    Returns:
+        A sentence, or none.
+    """
+    told = list(dict.fromkeys(notes))
+    return [one_line(f"parts of the data are ignored: {'; '.join(told[:NAMED])}" + _more(told))] if told else []
+
+
 def about_left_out(samples: Mapping[str, tuple[Mapping[str, int], int]]) -> list[str]:
     """Samples that a task's expert cannot be given as they are to the merged model.
 
@@ -101,6 +114,24 @@ def about_left_out(samples: Mapping[str, tuple[Mapping[str, int], int]]) -> list
         return []
     advice = "they count for nothing; take other texts where that is too many"
     return [one_line(f"samples left out, which experts would read otherwise: {_listed(told)}; {advice}")]
+
+
+def about_dequantised(label: str, stored: int, nbytes: int) -> list[str]:
+    """A calibrated model that is larger than what it is made of, because that is quantised.
+
+    Args:
+        label: what the model is called whose layout it takes.
+        stored: bytes of that one's tensors in its files; as many as `nbytes` where it is not quantised.
+        nbytes: of its own tensors.
+
+    Returns:
+        A sentence, or none.
+    """
+    if stored >= nbytes:
+        return []
+    sizes = f"{nbytes / 2**30:.3g} GiB of plain weights, for {stored / 2**30:.3g} GiB"
+    told = f"the {label} is quantised, and the calibrated model is written dequantised: {sizes}"
+    return [f"{told}; quantise it again where that is too large"]
 
 
 def about_same_model(experts: Iterable[str]) -> list[str]:
@@ -286,5 +317,8 @@ def _groups(report: Report) -> list[tuple[str, GroupReport]]:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    return ", ".join(names[:NAMED]) + _more(names)
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - NAMED} more" if len(names) > NAMED else ""

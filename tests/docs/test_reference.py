@@ -24,13 +24,16 @@ import featcal_fast as ff
 from featcal_fast import cli, errors, settings
 from featcal_fast.checkpoints import STORAGES
 from featcal_fast.checkpoints.cached import BITS, BLOCKSIZES
+from featcal_fast.data.kinds import TEXT_KINDS
+from featcal_fast.data.packed import PACKINGS
 from featcal_fast.data.preprocess import VOCABULARIES
-from featcal_fast.data.samples import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, TEXT_KINDS
+from featcal_fast.data.samples import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES
+from featcal_fast.data.text_files import TEXT_FORMS
 from featcal_fast.errors import FeatCalError
 from featcal_fast.inputs.task_data import CHUNK_TOKENS
 from featcal_fast.job.interrupts import ENDING
 from featcal_fast.layer.solve import MAX_CONDITION_FLOAT32, RAISES
-from featcal_fast.merging.merged import METHODS
+from featcal_fast.merging.methods import METHODS
 from featcal_fast.models import families_table
 from featcal_fast.untrusted.documents import YAML_BYTES, parse_yaml
 
@@ -76,18 +79,23 @@ def test_keys_of_a_recipe(heading: str, cls: type) -> None:
         ("max_length", "1 to 2^31 - 1", 1, 2**31 - 1),
         ("batch_size", "1 to 2^31 - 1", 1, 2**31 - 1),
         ("seed", "0 to 2^63 - 1", 0, 2**63 - 1),
-        ("scaling", "-100 to 100", -100, 100),
+        ("merge.scaling", "-100 to 100", -100, 100),
+        ("merge.t", "0 to 1", 0, 1),
+        ("merge.seed", "0 to 2^63 - 1", 0, 2**63 - 1),
+        ("merge.steps", "1 to 100,000", 1, 100_000),
     ],
 )
 def test_ranges_of_numbers(key: str, said: str, least: int, most: int) -> None:
-    heading = "Merge" if key == "scaling" else "Keys"
-    (row,) = (row[2] for row in RECIPES.table(heading) if codes(row[0]) == [key])
+    part, _, name = key.rpartition(".")
+    (row,) = (row[2] for row in RECIPES.table("Merge" if part else "Keys") if codes(row[0]) == [name])
     assert said in row
+    method = next((each for each, has in METHODS.items() if name in has.defaults), "average")
 
     def load(value: int) -> ff.Recipe:
-        merge = {"method": "average", **({"scaling": value} if key == "scaling" else {})}
-        values = {"base_model": "base", "merge": merge, "experts": {"a": {"model": "a", "data": "a"}}}
-        return ff.Recipe.load(values if key == "scaling" else {**values, key: value})
+        merge = {"method": method, **({name: value} if part else {})}
+        experts = {each: {"model": "a", "data": "a"} for each in ("a", "b")}
+        values = {"base_model": "base", "merge": merge, "experts": experts}
+        return ff.Recipe.load(values if part else {**values, name: value})
 
     for value in (least, most):
         load(value)
@@ -148,8 +156,17 @@ def test_presets() -> None:
 def test_choices_of_a_recipe() -> None:
     (storage,) = (row[2] for row in RECIPES.table("Keys") if codes(row[0]) == ["expert_storage"])
     assert tuple(codes(storage.partition(": ")[2])) == STORAGES
-    (method,) = (row[2] for row in RECIPES.table("Merge") if codes(row[0]) == ["method"])
-    assert codes(method) == list(METHODS)
+
+
+def test_methods_of_merging() -> None:
+    rows = {codes(row[0])[0]: row[1:] for row in RECIPES.table("Methods of merging")}
+    assert list(rows) == list(METHODS)
+    for name, (_, options, source) in rows.items():
+        method = METHODS[name]
+        said = dict(parse_yaml(f"{{{code}}}".encode()).popitem() for code in codes(options) if code != "weights")
+        assert said == method.defaults, name
+        assert ("`weights`" in options) == method.weighted, name
+        assert source
 
 
 def test_options_of_the_commands() -> None:
@@ -271,7 +288,8 @@ def test_sources_of_data() -> None:
     said = {suffix for row in DATA.table("Sources") for suffix in codes(row[0]) if suffix.startswith(".")}
     files = {f".{suffix}" for suffix in re.findall(r"\.(\w+) file", SUPPORTED)}
     assert len(files) == 2
-    assert said == files | IMAGE_SUFFIXES | TABLE_SUFFIXES
+    assert said == files | {*TEXT_FORMS} | PACKINGS | IMAGE_SUFFIXES | TABLE_SUFFIXES
+    assert all(f"{suffix}" in SUPPORTED for suffix in {*TEXT_FORMS} | PACKINGS)
     assert [tuple(codes(row[0])) for row in DATA.table("Texts")] == list(TEXT_KINDS)
     text = DATA.path.read_text()
     assert all(f"`{name}`" in text for name in VOCABULARIES)

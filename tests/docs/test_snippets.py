@@ -212,7 +212,7 @@ def test_the_index_names_every_page() -> None:
         ("yaml", "base_model: models/base", ff.FeatCalError, "experts: missing"),
         ("yaml fragment", "sample: 3", ff.FeatCalError, "did you mean 'samples'"),
         ("yaml fragment", "settings: {include: [q_prj]}", ff.FeatCalError, "matches no module"),
-        ("yaml fragment", "merge: {method: ties}", ff.FeatCalError, "merge.method"),
+        ("yaml fragment", "merge: {method: tiez}", ff.FeatCalError, "merge.method"),
         ("json lines", '{"txt": "a"}', DataError, "found the keys txt"),
         ("console", "featcal-fast plan recipe.yaml --device-mem 2GiB", AssertionError, "No such option"),
         ("console", "featcal-fast plan recipe.yaml --host-memory 1MiB", AssertionError, "MemoryBudgetError"),
