@@ -266,7 +266,7 @@ def merge(
 
     console = Terminal()
     with console.status("merging"):
-        folder = run(recipe, out=out, device=device)
+        folder = run(recipe, out=out, device=device, progress=BarProgress(console))
     console.say(f"Wrote {folder}")
 
 

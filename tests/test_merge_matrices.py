@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from featcal_fast.errors import CheckpointError
-from featcal_fast.merging import spectrum
+from featcal_fast.merging import model_stock, spectrum
 from featcal_fast.merging.iso_c import iso_c, iso_c_bytes
+from featcal_fast.merging.method import Options
+from featcal_fast.merging.methods import METHODS
+from featcal_fast.merging.stack import Stack
 from featcal_fast.merging.tsv import tsv, tsv_bytes
 from featcal_fast.merging.wudi import wudi, wudi_bytes
 
@@ -196,3 +199,25 @@ def test_bytes_are_what_it_says(
     work = 2 * 8 * min(shape) ** 2 if method == "iso_c" else 0
     assert live.now == result.nbytes
     assert 0.9 * said - work <= live.most <= 1.05 * said + 2**16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("method", METHODS)
+def test_parts_are_as_many_as_it_says(
+    method: str, count: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what is read, summed up, and given."""
+    size, own, tasks = 2**18, METHODS[method], [str(task) for task in range(min(count, METHODS[method].experts[1]))]
+    monkeypatch.setattr(model_stock, "COLUMNS", 2**14)
+
+    def read(start: int, stop: int) -> Tensor:
+        return torch.arange(start, stop, dtype=dtype).mul_(3.7).remainder_(1.3)
+
+    with Live() as live:
+        stack = Stack("w", (2 * size,), read, dict.fromkeys(tasks, read), torch.device("cpu"), None, size)
+        for part in own.merge(stack, Options((1.0,) * len(tasks), **own.defaults)):
+            part.to(dtype)
+    counted = 8 * 2**16 * len(tasks) if method == "ties" else 0  # how often there are magnitudes
+    assert live.most <= 4 * size * (own.rooms(len(tasks)) + 0.1) + counted
+    assert live.most >= 4 * size * (own.rooms(len(tasks)) - 2.1)

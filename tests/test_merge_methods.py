@@ -70,12 +70,13 @@ def test_every_method_writes_a_model(method: str, llama: dict[str, Any], tmp_pat
     assert sum(not torch.equal(tensor, base[name]) for name, tensor in written.items()) > 5  # of 12
 
 
-@pytest.mark.parametrize("method", ["dare_ties", "slerp", "wudi"])
+@pytest.mark.parametrize("method", ["slerp", "wudi"])
 def test_a_job_begins_with_the_merge(method: str, llama: dict[str, Any], tmp_path: Path) -> None:
     """And a plan knows what is read for it."""
     recipe = with_method(llama, method)
     plan, report = ff.plan(recipe), ff.calibrate({**recipe, "out": str(tmp_path / "out")})
     assert report.bytes_read == plan.bytes_read
+    assert "if reading and merging keep up" in plan.summary(1e12)
     assert report.recipe["merge"] == {"method": method, **METHODS[method].defaults}
     found, written = load(tmp_path / "out"), load(ff.merge(recipe, out=tmp_path / "merged"))
     for name in ("model.embed_tokens.weight", "model.norm.weight"):  # which calibration leaves alone
@@ -113,8 +114,8 @@ def test_a_gpu_merges_there(llama: dict[str, Any]) -> None:
         method: ff.plan(with_method(llama, method), device="cuda", device_memory="22GiB").device_items["merging"]
         for method in ("average", "ties", "tsv")
     }
-    assert taken["average"] == 3 * matrix
-    assert taken["ties"] == 7 * matrix
+    assert taken["average"] == 4 * matrix
+    assert taken["ties"] == 10 * matrix
     assert taken["tsv"] > 4 * matrix
 
 
@@ -132,7 +133,7 @@ PEAK = """
 import json, sys
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.recipe import Recipe
-from featcal_fast.merging import merged
+from featcal_fast.merging import merged, stack
 from featcal_fast.streaming.malloc import configure_process
 
 def high():
@@ -146,7 +147,7 @@ def rise(method, name):
     return high() - before
 
 configure_process()
-merged.IN_MEMORY = 0
+merged.IN_MEMORY, stack.PART = 0, 2**15
 recipe = json.loads(sys.argv[1])
 print(json.dumps({method: [rise(method, name) for name in ("small", "large")][1] for method in sys.argv[2:]}))
 """
@@ -154,8 +155,8 @@ print(json.dumps({method: [rise(method, name) for name in ("small", "large")][1]
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel does not reset a process's peak")
 def test_no_tensor_is_there_but_the_result(llama: dict[str, Any], tmp_path: Path) -> None:
-    """Beside the merged tensor, which has 16 MiB, there is room for parts alone: not for another one."""
-    base = torch.randn(2**23, generator=torch.Generator().manual_seed(0)).bfloat16()
+    """Beside the merged tensor, which has 8 MiB, there is room for parts alone: not for another one."""
+    base = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).bfloat16()
     for name, change in (("base", 0.0), ("math", 0.1), ("code", 0.2)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_bytes((Path(llama["base_model"]) / "config.json").read_bytes())
@@ -270,6 +271,8 @@ EXPERTS = {name: {"model": name, "data": "d"} for name in ("math", "code", "law"
     ("merge", "told"),
     [
         ({"method": "tiez"}, "merge.method: found 'tiez', expected one of .*; did you mean 'ties'"),
+        ({"method": "TIES"}, "merge.method: found 'TIES', .*; did you mean 'ties'"),
+        ({"method": "linear"}, "merge.method: found 'linear', .*; did you mean 'average'"),
         ({"method": "average", "scaling": 0.3}, "merge.scaling: found 0.3, but average has no .*; it has weights$"),
         ({"method": "ties", "seed": 1}, "merge.seed: .* ties has no .*; it has weights, scaling, density$"),
         ({"method": "model_stock", "t": 0.5}, "merge.t: .* model_stock has no .*; it has none$"),

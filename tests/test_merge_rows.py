@@ -16,6 +16,7 @@ from unions import ADDED, BASE, MERGES, SIZES, read_by, save_tokenizer, tensors,
 import featcal_fast as ff
 from featcal_fast.checkpoints import Checkpoint
 from featcal_fast.errors import ModelMismatchError
+from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.models.meta import token_tensors
 
 
@@ -79,6 +80,19 @@ def test_a_merge_keeps_the_bases_rows_where_an_expert_has_none(tmp_path: Path) -
     base, own = (tensors(tmp_path / name)["model.embed_tokens.weight"] for name in ("base", "task0"))
     assert torch.equal(out[:-1], own)
     assert torch.equal(out[-1], base[-1])
+
+
+def test_embeddings_of_other_vocabularies_are_counted_once(own_union: tuple[Path, dict[str, Any]]) -> None:
+    """What aligns one is gone when there is a result."""
+    folder, recipe = own_union
+    recipe = {**recipe, "merge": {"method": "average"}}
+    del recipe["merged_model"]
+    name = "model.embed_tokens.weight"
+    sizes = {each: tensors(folder / each)[name] for each in ("base", *ADDED)}
+    assert all(sizes[task].nbytes > sizes["base"].nbytes for task in ADDED)
+    parts = 4 * 4 * sizes["base"].numel()
+    held = sizes["base"].nbytes + sum(sizes[task].nbytes for task in ADDED)
+    assert RecipeModels(ff.Recipe.load(recipe)).merged.merging_bytes(name) == (held + parts, 0)
 
 
 def test_sizes_that_nothing_explains_are_refused(own_union: tuple[Path, dict[str, Any]]) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
+import pico
 import pytest
+from safetensors.torch import load_file, save_file
 from unions import union_job
 
 import featcal_fast as ff
@@ -44,3 +47,22 @@ def test_a_merge_of_vocabularies_without_its_tokenizer(tmp_path: Path) -> None:
 
 def _said(recipe: dict, beginning: str) -> list[str]:
     return [each for each in ff.plan(recipe, device="cpu").warnings if each.startswith(beginning)]
+
+
+def test_an_expert_with_an_output_layer_that_the_base_has_not(tmp_path: Path) -> None:
+    recipe = pico.save(pico.job("llama tied", 2), tmp_path)
+    del recipe["merged_model"]
+    recipe["merge"] = {"method": "average"}
+    folder = tmp_path / "task1"
+    found = load_file(folder / "model.safetensors")
+    save_file({**found, "lm_head.weight": found["model.embed_tokens.weight"] + 1}, folder / "model.safetensors")
+    assert not _said(recipe, "weights that the base model has not")  # its config says that they are the same
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    (said,) = _said(recipe, "weights that the base model has not")
+    assert "task1 lm_head.weight; " in said
+    told: list[str] = []
+    ff.merge(recipe, out=tmp_path / "out", progress=Mock(warning=told.append))
+    assert told == [said]
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForSequenceClassification"]}))
+    assert not _said({**recipe}, "weights that the base model has not")  # heads of other models are not meant

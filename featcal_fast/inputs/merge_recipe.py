@@ -20,6 +20,7 @@ OPTIONS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "steps": (1, 100_000),
 }
+MERGEKIT = {"linear": "average"}  # what has another name there
 WHOLE = ("seed", "steps")  # numbers without a fraction
 
 
@@ -107,7 +108,7 @@ class MergeRecipe:
 def _find(name: object) -> Method:
     if isinstance(name, str) and name in METHODS:
         return METHODS[name]
-    near = get_close_matches(name, METHODS, n=1) if isinstance(name, str) else []
+    near = get_close_matches(MERGEKIT.get(name.lower(), name.lower()), METHODS, n=1) if isinstance(name, str) else []
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise RecipeError(f"merge.method: found {shown(name)}, expected one of {', '.join(METHODS)}{hint}")
 

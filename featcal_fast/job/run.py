@@ -32,13 +32,14 @@ from featcal_fast.job.resume import (
     read_past,
     telling_what_is_kept,
 )
+from featcal_fast.merging.merged import MergedCheckpoint
 from featcal_fast.planning.plan import memory_bytes
 from featcal_fast.planning.planner import choose_offload
 from featcal_fast.reporting.clock import Clock
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import Report
 from featcal_fast.reporting.usage import shell_quoted
-from featcal_fast.reporting.warnings import about_run, about_same_model
+from featcal_fast.reporting.warnings import about_not_merged, about_run, about_same_model
 from featcal_fast.streaming.hidden_states import Offload
 from featcal_fast.streaming.machine import find_device
 from featcal_fast.streaming.scratch import scratch_errors
@@ -271,13 +272,20 @@ def _write_delta(job: _Job, out: Path, adapter: Path, rank: int) -> None:
         raise
 
 
-def merge(recipe: RecipeLike, *, out: str | Path | None = None, device: torch.device | str | None = None) -> Path:
+def merge(
+    recipe: RecipeLike,
+    *,
+    out: str | Path | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> Path:
     """Write the merged model that a recipe's `merge` describes, uncalibrated, to a new folder.
 
     Args:
         recipe: as for `calibrate`; its data is not read.
         out: overrides the recipe's `out`.
         device: where to merge; by default the first GPU, or the CPU.
+        progress: told what should be known of it.
 
     Returns:
         The folder.
@@ -295,6 +303,9 @@ def merge(recipe: RecipeLike, *, out: str | Path | None = None, device: torch.de
         if not work.published and (work.finished or read_past(work.manifest).layers):  # of a calibration
             raise ResumeError(left_behind(work.out))
         work.clear()
+        assert isinstance(models.merged, MergedCheckpoint)
+        for warning in about_not_merged(models.merged.not_merged()):
+            (progress or Progress()).warning(warning)
         before, origin = input_files(recipe, models), find_origin(recipe, models, work.out)
         with CheckpointWriter(work, models.merged) as writer:
             writer.copy_rest()

@@ -27,22 +27,23 @@ def elected(
         mean: whether the changes that agree are averaged, not added up.
     """
     for part in stack.parts():
-        total, divisor, *changes = part.rooms(2 + stack.count)
+        total, divisor, sign, *changes = part.rooms(3 + stack.count)
         total.zero_()
         for expert, weight in enumerate(options.weights):
             total += weighted(change(part, expert, changes[expert]), weight)
-        positive = total >= 0
+        sign.copy_(total).ge_(0).mul_(2).sub_(1)
         total.zero_()
         divisor.zero_()
         for each, weight in zip(changes, options.weights, strict=True):
-            agrees = torch.where(positive, each > 0, each < 0)
-            total += each.mul_(agrees)
-            divisor.add_(agrees, alpha=weight)
+            total += each.mul_(sign).clamp_(min=0)
+            if mean:
+                divisor.add_(each.gt_(0), alpha=weight)
         if mean:
-            total /= divisor.masked_fill_(divisor == 0, 1)
+            total /= divisor.clamp_(min=torch.finfo(divisor.dtype).tiny)  # where it is 0, so is the sum
+        total *= sign
         yield total.mul_(options.scaling).add_(part.base)
 
 
 def elected_rooms(experts: int) -> int:
-    """Float32 parts that it holds: the base's, two sums, the changes, and masks."""
+    """Float32 parts that it holds: the base's, two sums, signs and the changes."""
     return 4 + experts

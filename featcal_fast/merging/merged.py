@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from featcal_fast.checkpoints import CachedExpert, Checkpoint, Metadata, TensorInfo, TensorSource, plain_files
-from featcal_fast.errors import ModelMismatchError
+from featcal_fast.errors import ModelMismatchError, UnsupportedModelError
 from featcal_fast.merging.method import Method, Options
 from featcal_fast.merging.methods import METHODS
 from featcal_fast.merging.rows import Rows
 from featcal_fast.merging.stack import Reader, Stack, part_size, whole
-from featcal_fast.models.counterparts import counterparts
-from featcal_fast.models.meta import linear_tensors
+from featcal_fast.models.counterparts import counterparts, without_counterpart
+from featcal_fast.models.meta import linear_tensors, stored_names
 from featcal_fast.models.tokens import OwnTokens
 
 WHOLE = 0  # times in parts: once, and at once
@@ -64,7 +64,8 @@ class MergedCheckpoint:
     """`base` and `experts` merged on the fly; takes the base's layout, config and side files.
 
     Sums are float32 whatever the checkpoints' dtype, in the order of `experts`. Tensors that are not floating point
-    keep the base's values. Where an expert has another vocabulary, its embedding's rows are those of the same tokens.
+    keep the base's values, and so do those that an expert lacks and that are no parameters. Where an expert has another
+    vocabulary, its embedding's rows are those of the same tokens.
 
     A tensor is merged in parts, and read in parts where a model has it as it is. A method that needs it more than once
     reads it once all the same, where all models' have room in `IN_MEMORY`, and else again each time.
@@ -102,9 +103,12 @@ class MergedCheckpoint:
         self._names = {task: counterparts(base, expert) for task, expert in experts.items()}
         self._rows = Rows(base, experts, tokens)
         self._linear = linear_tensors(base) if self.method.matrix_bytes else {}
+        self._kept: set[str] = set()
         for task in experts:
             for name, info in base.tensors.items():
-                if info.dtype.is_floating_point:
+                if not info.dtype.is_floating_point or (name not in self._names[task] and name in self._no_parameters):
+                    self._kept.add(name)
+                else:
                     self._check(task, name, info)
 
     @property
@@ -154,12 +158,20 @@ class MergedCheckpoint:
             return 0, 0
         info, count = self.tensors[name], len(self.experts)
         held = sum(model.tensors[own].nbytes for model, own in self.read_whole(name))
-        held += max((self._info(task, name).nbytes for task in self.experts if self._rows.moves(task, name)), default=0)
+        moved = max((self._info(task, name).nbytes for task in self.experts if self._rows.moves(task, name)), default=0)
+        aligning = max(0, moved - info.nbytes)  # when there is no result yet
         working = 4 * min(part_size(self.device), torch.Size(info.shape).numel()) * self.method.rooms(count)
         if self.method.matrix_bytes and name in self._linear:
             rows, columns = reversed(info.shape[-2:]) if self._linear[name] else info.shape[-2:]
             working += 4 * rows * columns + self.method.matrix_bytes((rows, columns), count)
-        return (held + working, 0) if self.device.type == "cpu" else (held, working)
+        if self.device.type == "cpu":
+            return held + max(aligning, working), 0
+        return held + aligning, working
+
+    def not_merged(self) -> dict[str, list[str]]:
+        """Weights that the base has not, though its model is of the experts' class, by task."""
+        found = {task: without_counterpart(self.base, each, self._names[task]) for task, each in self.experts.items()}
+        return {task: names for task, names in found.items() if names}
 
     def side_files(self) -> dict[str, Path]:
         return self.base.side_files()
@@ -214,7 +226,15 @@ class MergedCheckpoint:
         return {model: WHOLE if model in held else 1 if linear else passes for model in needed}
 
     def _is_merged(self, name: str) -> bool:
-        return self.tensors[name].dtype.is_floating_point
+        return name not in self._kept
+
+    @cached_property
+    def _no_parameters(self) -> set[str]:
+        """Tensors that the base's model makes nothing of, such as rotary angles that older versions wrote."""
+        try:
+            return set(stored_names(self.base).unknown)
+        except UnsupportedModelError:  # no model that can be built
+            return set()
 
     def _own(self, model: str | None, name: str) -> str:
         """An expert's name of a tensor of the base's, or the base's."""

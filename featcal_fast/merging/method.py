@@ -43,7 +43,7 @@ class Method:
         experts: how many it takes, at least and at most.
         needs_base: whether it looks at the base's tensor.
         passes: how often it goes through a tensor, by its options.
-        rooms: float32 parts that it holds at a time, of the number of experts.
+        rooms: float32 parts that it holds at a time, with what is read of a model, of the number of experts.
         matrix_bytes: of a method of whole matrices, what it takes for one of a shape `(out, in)`, with so many experts,
             besides its result.
     """
@@ -55,7 +55,7 @@ class Method:
     experts: tuple[int, float] = (1, float("inf"))
     needs_base: bool = True
     passes: Callable[[Options], int] = lambda _options: 1
-    rooms: Callable[[int], int] = lambda _experts: 3
+    rooms: Callable[[int], int] = lambda _experts: 4
     matrix_bytes: Callable[[tuple[int, int], int], int] | None = None
 
 

@@ -46,5 +46,8 @@ def _mean_cosine(stack: Stack) -> float:
 
 
 MODEL_STOCK = Method(
-    model_stock, experts=(2, float("inf")), passes=lambda _options: 2, rooms=lambda experts: experts + 4
+    model_stock,
+    experts=(2, float("inf")),
+    passes=lambda _options: 2,
+    rooms=lambda experts: experts + experts // 4 + 3,  # with the products
 )

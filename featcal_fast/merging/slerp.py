@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from featcal_fast.merging.method import Method, Options
-from featcal_fast.merging.stack import Stack
+from featcal_fast.merging.stack import Part, Stack
 
 STRAIGHT = 0.9995  # of a cosine; mergekit's
 
@@ -29,10 +29,15 @@ def _cosine(stack: Stack) -> float:
     """Of the angle between the two; 1 where there is none."""
     inner = squares = others = 0.0
     for part in stack.parts():
-        one, other = (part.expert(number, room).double() for number, room in enumerate(part.rooms(2)))
-        inner, squares, others = inner + float(one @ other), squares + float(one @ one), others + float(other @ other)
+        found = _products(part)
+        inner, squares, others = inner + found[0], squares + found[1], others + found[2]
     length = math.sqrt(squares) * math.sqrt(others)
     return inner / length if length else 1.0
+
+
+def _products(part: Part) -> tuple[float, float, float]:
+    one, other = (part.expert(number, room).double() for number, room in enumerate(part.rooms(2)))
+    return float(one @ other), float(one @ one), float(other @ other)
 
 
 def _shares(t: float, cosine: float) -> tuple[float, float]:

@@ -33,5 +33,5 @@ TIES = Method(
     weighted=True,
     divides=True,
     passes=lambda options: 3 if options.density < 1 else 1,
-    rooms=elected_rooms,
+    rooms=lambda experts: elected_rooms(experts) + 3,
 )

@@ -30,12 +30,15 @@ class Trim:
     def apply(self, part: Tensor) -> Tensor:
         """The next part, float32 `[elements]`, in place."""
         bits = part.abs().view(torch.int32)
-        stays, equal = bits > self._least, bits == self._least
-        count = int(equal.sum())
-        if count > self._equal:
-            equal &= equal.cumsum(0) <= self._equal
-        self._equal -= min(count, self._equal)
-        return part.mul_(stays.logical_or_(equal))
+        stays = bits > self._least
+        if self._equal:
+            equal = bits == self._least
+            count = int(equal.count_nonzero())
+            if count > self._equal:
+                equal &= equal.cumsum(0, dtype=torch.int32) <= self._equal
+            self._equal -= min(count, self._equal)
+            stays |= equal
+        return part.mul_(stays)
 
 
 def find_trims(stack: Stack, density: float) -> list[Trim]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from featcal_fast.checkpoints import TensorSource, canonical
 from featcal_fast.errors import UnsupportedModelError
 from featcal_fast.models.meta import stored_names
@@ -34,3 +36,23 @@ def counterparts(ours: TensorSource, theirs: TensorSource) -> dict[str, str]:
                 "and save it again (from_pretrained, save_pretrained)"
             )
     return found
+
+
+def without_counterpart(ours: TensorSource, theirs: TensorSource, found: Mapping[str, str]) -> list[str]:
+    """What a model of our class has and ours has not: weights of layers beyond ours, or of an output layer of its own.
+
+    Args:
+        ours: the checkpoint that another one is to be as.
+        theirs: the other one; of another class it may well have another head.
+        found: `counterparts` of the two.
+    """
+    known = set(found.values())
+    others = [name for name, info in theirs.tensors.items() if info.dtype.is_floating_point and name not in known]
+    if not others or getattr(ours.config, "architectures", None) != getattr(theirs.config, "architectures", None):
+        return []
+    try:
+        stored = stored_names(theirs)
+    except UnsupportedModelError:
+        return others
+    same = {parameter for name in known for own in stored.parameters(name) for parameter in stored.shared_by(own)}
+    return [name for name in others if (own := stored.parameters(name)) and same.isdisjoint(own)]

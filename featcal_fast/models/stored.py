@@ -32,8 +32,8 @@ class StoredNames:
         self._renamings = renamings_in(model)
         names = list(model.state_dict())
         self._full = {canonical(name): name for name in names}
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        self._inner = {canonical(name.removeprefix(prefix)): canonical(name) for name in names}
+        self._prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        self._inner = {canonical(name.removeprefix(self._prefix)): canonical(name) for name in names}
         self._whole: dict[str, str] = {}
         self._made: dict[str, Conversion] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}  # of what is made
@@ -61,6 +61,10 @@ class StoredNames:
     def resolved(self, parameter: str) -> str:
         """The parameter itself, or the one that it is tied to and that is stored."""
         return self._shared.get(parameter, parameter)
+
+    def shared_by(self, parameter: str) -> list[str]:
+        """All parameters that its config says are the same one, whatever is stored; none where it is by itself."""
+        return [canonical(name) for name in self._tied.get(parameter, ())]
 
     def whole(self, parameter: str) -> bool:
         """Whether it is one tensor, and that tensor nothing else."""
@@ -176,8 +180,10 @@ class StoredNames:
 
     def _known(self, name: str) -> str | None:
         """The parameter of this name, with or without what comes before the names of a model without a head."""
-        name = canonical(name)
-        return name if name in self._full else self._inner.get(name)
+        for each in (canonical(name), canonical(name.removeprefix(self._prefix))):
+            if each in self._full or each in self._inner:
+                return each if each in self._full else self._inner[each]
+        return None
 
     def _check_single(self, parameter: str, owns: list[str]) -> None:
         if self.has_own(parameter):

@@ -66,6 +66,7 @@ class Plan:
         host_budget, device_budget: bytes that there are, or that were allowed.
         problems: why it will not fit, each with the key that would make it fit; empty when it does.
         warnings: what should be known beforehand, a sentence each: settings that do not go together, missing samples.
+        merges: whether models are merged on the fly, whose arithmetic is not counted.
     """
 
     device: str
@@ -83,6 +84,7 @@ class Plan:
     device_budget: int = 0
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    merges: bool = False
 
     @property
     def host_bytes(self) -> int:
@@ -185,7 +187,8 @@ class Plan:
             f"arithmetic: {sum(self.flops.values()) / 1e12:.3g} TFLOP ({parts})",
         ]
         if rate is not None:
-            lines.append(f"time: {self.seconds(rate):,.0f} s at {rate / 1e12:g} TFLOP/s, if reading keeps up")
+            others = "reading and merging keep" if self.merges else "reading keeps"
+            lines.append(f"time: {self.seconds(rate):,.0f} s at {rate / 1e12:g} TFLOP/s, if {others} up")
         lines += [f"warning: {each}" for each in self.warnings]
         needs = [("host memory", self.host_bytes, self.host_budget)]
         if self.device_items:

@@ -21,6 +21,7 @@ from featcal_fast.inputs.scan import scan as scan_weights
 from featcal_fast.inputs.task_data import TaskData
 from featcal_fast.layer.solve import MAX_CONDITION_FLOAT32, max_condition
 from featcal_fast.layer.tokens import TokenCounts
+from featcal_fast.merging.merged import MergedCheckpoint
 from featcal_fast.models.structure import Layer
 from featcal_fast.models.tokens import vocabulary_size
 from featcal_fast.planning.footprint import Footprint, measure_layer
@@ -36,6 +37,7 @@ from featcal_fast.reporting.warnings import (
     about_ignored,
     about_left_out,
     about_merged,
+    about_not_merged,
     about_same_model,
     about_samples,
     about_settings,
@@ -138,7 +140,10 @@ def _warnings(recipe: Recipe, models: RecipeModels, data: Mapping[str, TaskData]
     drawn = {task: each.rows + sum(each.left_out.values()) for task, each in data.items()}
     no_base = recipe.merge is None and models.merged.path.resolve() == models.base.path.resolve()
     layout = models.merged if isinstance(models.merged, Checkpoint) else models.base
-    about = [] if recipe.merge is not None else about_merged(_is_calibrated(models.merged.path), _foreign_rows(models))
+    if isinstance(models.merged, MergedCheckpoint):
+        about = about_not_merged(models.merged.not_merged())
+    else:
+        about = about_merged(_is_calibrated(models.merged.path), _foreign_rows(models))
     return [
         *about_base(no_base),
         *about,
@@ -213,6 +218,7 @@ class Planner:
             plan.layers.append(self._layer(layer, data, states, stage_counts, seen))
         plan.kept = folded(self.models.kept(plan.layers))
         plan.bytes_read = self.models.bytes_read(plan.layers)
+        plan.merges = self.recipe.merge is not None
         plan.bytes_written = {"calibrated model": self.models.models.nbytes}
         plan.disk = {"calibrated model": self.models.models.nbytes}
         count_memory(plan, self.models, data, stages, self.device, self.offload, self.resumable)

@@ -6,7 +6,7 @@ A good run has none of these. What can be known before the first layer is said t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from featcal_fast.errors import one_line
 from featcal_fast.reporting.report import GroupReport, Report, drift_text, percent_text
@@ -190,6 +190,29 @@ def about_merged(calibrated: bool, rows: tuple[int, int] | None) -> list[str]:
             "tokenizer there"
         )
     return found
+
+
+def about_not_merged(weights: Mapping[str, Sequence[str]]) -> list[str]:
+    """Experts' weights that a merge on the fly is without.
+
+    Args:
+        weights: their names, by task.
+
+    Returns:
+        A sentence, or none.
+    """
+    if not weights:
+        return []
+    told = [
+        f"{task} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "") for task, names in weights.items()
+    ]
+    advice = "the merge is without them; experts must have the base's layers, and to merge output layers of their own"
+    return [
+        one_line(
+            f"weights that the base model has not: {_listed(told)}; {advice}, save the base model untied too "
+            "(tie_word_embeddings false)"
+        )
+    ]
 
 
 def about_run(report: Report) -> list[str]:

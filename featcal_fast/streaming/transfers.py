@@ -69,7 +69,8 @@ class Transfers:
     def submit(self, job: Callable[[], T]) -> Transfer[T]:
         """Carry out `job`; its copies begin when the device has done what it was told so far.
 
-        The job allocates no device memory, and starts copies with `non_blocking=True`.
+        The job gives out no device memory that it allocated (a merge keeps its own), and starts copies with
+        `non_blocking=True`.
         """
         told = None if self._copies is None else torch.cuda.current_stream(self._device).record_event()
         return Transfer(self._thread.submit(self._run, job, told), self._device)
