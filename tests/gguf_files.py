@@ -53,12 +53,14 @@ def write(
     architecture: str = "llama",
     kind: str | Callable[[str], str] = "F32",
     tokens: Iterable[str] = (),
+    others: dict[str, Tensor] | None = None,
     **values: Any,
 ) -> Path:
     """A file of the tensors of a model, by the names of its checkpoint.
 
     Args:
         kind: of matrices of whole blocks, or what gives it by the file's name; others are in F32.
+        others: tensors of the file alone.
         values: by a key's last part, in place of what the config says.
     """
     names = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -78,6 +80,8 @@ def write(
     for key, value in described.items():
         if isinstance(value, float):
             writer.add_float32(f"{architecture}.{key}", value)
+        elif isinstance(value, str):
+            writer.add_string(f"{architecture}.{key}", value)
         elif value is not None:
             writer.add_uint32(f"{architecture}.{key}", value)
     tokens = list(tokens)
@@ -92,6 +96,8 @@ def write(
         wanted = kind if isinstance(kind, str) else kind(own)
         type_ = gguf.GGMLQuantizationType["F32" if array.ndim == 1 else wanted]
         writer.add_tensor(own, gguf.quantize(array, type_), raw_dtype=type_)
+    for name, value in (others or {}).items():
+        writer.add_tensor(name, value.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

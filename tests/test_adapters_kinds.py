@@ -12,7 +12,6 @@ from pathlib import Path
 import pico
 import pytest
 import torch
-from forms import expert_at
 from safetensors.torch import load_file, save_file
 from test_formats import assert_same_update, calibrated
 from torch import Tensor, nn
@@ -92,19 +91,18 @@ def test_an_adapter_is_what_peft_merges(name: str, dtype: torch.dtype, tmp_path:
     assert expert.bytes_read == expert.stored_bytes(expert.tensors)
 
 
-@pytest.mark.parametrize("name", ["dora-rslora-patterns", "lora-bias", "tokens"])
-def test_calibration_with_an_adapter_is_that_with_the_merged_expert(name: str, tmp_path: Path) -> None:
-    kind, options = WRITTEN[name]
-    job = pico.job(kind, 2)
+def test_calibration_with_adapters_is_that_with_the_merged_experts(tmp_path: Path) -> None:
+    job = pico.job("qwen2", 3)
     recipe = pico.save(job, tmp_path)
-    merged, _ = written(tmp_path, kind, options, model=job.base)
-    (tmp_path / "plain").mkdir()
-    shutil.copy(tmp_path / "base" / "config.json", tmp_path / "plain")
-    names = load_file(tmp_path / "base" / "model.safetensors")
-    plain = {own: merged[own].clone() for own in names}
-    save_file(plain, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
-    found = calibrated(recipe, **expert_at(recipe, "task0", tmp_path / "adapter"))
-    expected = calibrated(recipe, **expert_at(recipe, "task0", tmp_path / "plain"))
+    adapters, plain = {}, {}
+    for task, name in zip(recipe["experts"], ("dora-rslora-patterns", "lora-bias", "tokens"), strict=True):
+        root = tmp_path / name
+        merged, _ = written(root, "qwen2", WRITTEN[name][1], model=job.base)
+        adapters |= {task: {**recipe["experts"][task], "model": str(root / "adapter")}}
+        plain |= {task: {**recipe["experts"][task], "model": str(root / "base")}}
+        names = load_file(root / "base" / "model.safetensors")
+        save_file({own: merged[own].clone() for own in names}, root / "base" / "model.safetensors", {"format": "pt"})
+    found, expected = (calibrated(recipe, experts=experts) for experts in (adapters, plain))
     assert_same_update(found, expected, load_file(tmp_path / "merged" / "model.safetensors"))
 
 
@@ -190,6 +188,19 @@ def test_tensors_that_a_trained_one_took_the_place_of_do_not_count(tmp_path: Pat
         ),
     )
     assert torch.equal(*(each["model.embed_tokens.weight"] for each in (trained, opened(tmp_path).read(trained))))
+
+
+def test_a_tied_embedding_may_be_saved_under_both_of_its_names(tmp_path: Path) -> None:
+    """As PEFT does after a vocabulary was resized."""
+    written(tmp_path, "llama tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]})
+    own, expected = "model.embed_tokens.weight", opened(tmp_path).read(["model.embed_tokens.weight"])
+    _tensors(tmp_path, lambda t: t.update({"base_model.model.lm_head.weight": t[f"base_model.model.{own}"].clone()}))
+    expert = opened(tmp_path)
+    assert torch.equal(expert.read([own])[own], expected[own])
+    assert expert.bytes_read == expert.stored_bytes([own])
+    _tensors(tmp_path, lambda t: t["base_model.model.lm_head.weight"][-1, -1].add_(0.1))
+    with pytest.raises(ff.FeatCalError, match=r"adapts lm_head.weight, which .* does not change both alike"):
+        opened(tmp_path)
 
 
 def test_one_adapter_of_several_is_not_guessed(tmp_path: Path) -> None:

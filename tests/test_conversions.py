@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import featcal_fast as ff
-from featcal_fast.checkpoints import Checkpoint
+from featcal_fast.checkpoints import Checkpoint, find_expert
 from featcal_fast.job.loads import check_loads
 from featcal_fast.models.conversions import Conversion
 
@@ -97,6 +97,18 @@ def test_layouts_that_differ_in_names_are_merged(tmp_path: Path, monkeypatch: py
     assert all(torch.equal(found[name], each) for name, each in expected.items())
 
 
+def test_tensors_that_are_no_parameters_are_not_asked_of_experts(tmp_path: Path) -> None:
+    """As older versions wrote them: GPT-2's masks, and rotary angles."""
+    recipe = {**pico.save(pico.job("gpt2", 1), tmp_path), "merge": {"method": "average"}}
+    del recipe["merged_model"]
+    expected, masks = tensors_of(ff.merge(recipe, out=tmp_path / "plain")), torch.ones(1, 1, 64, 64).tril()
+    older = {f"transformer.h.{layer}.attn.bias": masks.clone() for layer in range(2)}
+    write(tmp_path / "base", tensors_of(tmp_path / "base") | older)
+    found = tensors_of(ff.merge(recipe, out=tmp_path / "merge"))
+    assert found.keys() == expected.keys() | older.keys()
+    assert all(torch.equal(found[name], each) for name, each in (expected | older).items())
+
+
 def test_layouts_that_differ_in_more_are_not_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, recipe = small("dino giant", tmp_path, monkeypatch)
     recipe = {**recipe, "merge": {"method": "average"}}
@@ -112,14 +124,16 @@ def test_layouts_that_differ_in_more_are_not_merged(tmp_path: Path, monkeypatch:
 
 def test_adapters_name_modules_in_either_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As files have them, and as models in memory have them, which differ from some version of transformers on."""
-    job, recipe = small("vit", tmp_path, monkeypatch)
+    job, _ = small("vit", tmp_path, monkeypatch)
     stored = "encoder.layer.0.attention.attention.query"
     in_memory = next(name for name, _ in job.base.named_modules() if name.endswith(("0.attention.q_proj", stored)))
     results = []
     for number, name in enumerate((stored, in_memory)):
         factors = {f"{name}.lora_A.weight": torch.ones(4, 48), f"{name}.lora_B.weight": torch.full((48, 4), 0.01)}
         adapter = write_adapter(tmp_path / f"adapter{number}", factors, target_modules=[name])
-        results.append(written(recipe, tmp_path / f"out{number}", **expert_at(recipe, "task0", adapter)))
+        expert = find_expert(str(adapter), tmp_path, "expert", Checkpoint(tmp_path / "base", "base"))
+        results.append(expert.read(expert.changed()))
+    assert len(results[0]) == 1
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 import featcal_fast as ff
 from featcal_fast.checkpoints import Checkpoint, find_checkpoint, find_expert
 from featcal_fast.job.check import check
+from featcal_fast.streaming.sources import CheckpointSource
 
 Tensors = dict[str, Tensor]
 WEIGHTS = "model.safetensors"
@@ -199,6 +200,27 @@ def test_matrices_of_a_stack_have_scales_of_their_own(shape: tuple[int, ...], tm
     assert torch.equal(found, codes.float() * scales)
 
 
+def test_eight_bits_of_a_stack_are_known_by_their_scales(tmp_path: Path) -> None:
+    """Its name says nothing; without scales it is no weight, whatever `config.json` tells of."""
+    pico.KINDS["qwen3-moe"]().save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    stack = "model.layers.0.mlp.experts.down_proj"
+    tensors = {
+        name: each
+        for name, each in load_file(tmp_path / "model" / WEIGHTS).items()
+        if "layers.0.mlp.experts." not in name
+    }
+    tensors["model.layers.0.mlp.experts.gate_up_proj"] = torch.randn(4, 96, 64)
+    codes, scales, plain = pack(torch.randn(4, 64, 48), (1, 48), torch.int8)
+    described = {**config, "quantization_config": compressed("int-quantized", strategy="channel")}
+    save(tmp_path / "packed", {**tensors, stack: codes, f"{stack}_scale": scales}, described)
+    assert torch.equal(find_checkpoint("packed", tmp_path, "x").read([stack])[stack], plain)
+    for name, each in (("bare", described), ("plain", config)):
+        save(tmp_path / name, {**tensors, stack: codes}, each)
+        with pytest.raises(ff.FeatCalError, match=f"{stack} has dtype torch.int8, expected plain floating-point"):
+            CheckpointSource(find_checkpoint(name, tmp_path, "x"), torch.device("cpu"))
+
+
 # In every role
 
 
@@ -228,9 +250,8 @@ def in_form(root: Path, source: str, form: str) -> tuple[str, str]:
     return str(folder), str(before)
 
 
-@pytest.mark.parametrize("form", ["deepseek", "int8 asymmetric"])
-def test_an_expert_of_eight_bits_is_the_expert_dequantised_beforehand(form: str, recipe: dict, tmp_path: Path) -> None:
-    folder, before = in_form(tmp_path, "task0", form)
+def test_an_expert_of_eight_bits_is_the_expert_dequantised_beforehand(recipe: dict, tmp_path: Path) -> None:
+    folder, before = in_form(tmp_path, "task0", "int8 asymmetric")
     found = calibrated(recipe, "found", **expert_at(recipe, "task0", Path(folder)))
     assert_equal(found[0], calibrated(recipe, "expected", **expert_at(recipe, "task0", Path(before)))[0])
     assert found[2].inputs.models["expert task0"].form == "fp8"
@@ -252,6 +273,20 @@ def test_a_base_and_a_merged_model_may_be_quantised(form: str, recipe: dict, tmp
     delta = ff.delta(out, out=tmp_path / "delta")
     assert delta.energy == ff.delta(plain, out=tmp_path / "plain-delta").energy
     Checkpoint(out, "plain")
+
+
+def test_compressed_tensors_may_be_described_under_their_older_key(recipe: dict, tmp_path: Path) -> None:
+    """vLLM reads it, whatever else is there: none of both may be left in what is written."""
+    merged, before = in_form(tmp_path, "merged", "compressed channel")
+    config = json.loads((Path(merged) / "config.json").read_text())
+    config["compression_config"] = config["quantization_config"]
+    (Path(merged) / "config.json").write_text(json.dumps(config))
+    _, out, _ = calibrated(recipe, "both", merged_model=merged)
+    del config["quantization_config"]
+    assert not {"quantization_config", "compression_config"} & json.loads((out / "config.json").read_text()).keys()
+    (Path(merged) / "config.json").write_text(json.dumps(config))
+    older, plain = (find_checkpoint(name, tmp_path, "x") for name in (merged, before))
+    assert_equal(older.read(older.tensors), plain.read(plain.tensors))
 
 
 def test_a_run_on_quantised_models_goes_on_where_it_stopped(
@@ -283,9 +318,9 @@ def test_an_adapter_may_be_one_of_a_quantised_base(recipe: dict, tmp_path: Path)
     changes = expert_at(recipe, "task0", adapter)
     found, _, _ = calibrated(recipe, "found", base_model=base, **changes)
     assert_equal(found, calibrated(recipe, "expected", base_model=before, **changes)[0])
-    other = expert_at(recipe, "task0", Path(f"{base}+{adapter}"))
-    plain = expert_at(recipe, "task0", Path(f"{before}+{adapter}"))
-    assert_equal(calibrated(recipe, "f", **other)[0], calibrated(recipe, "e", **plain)[0])
+    own = Checkpoint(tmp_path / "base", "base")
+    other, plain = (find_expert(f"{each}+{adapter}", tmp_path, "expert", own) for each in (base, before))
+    assert_equal(other.read(other.tensors), plain.read(plain.tensors))
 
 
 def test_a_quantised_model_may_be_in_a_folder_of_its_folder(recipe: dict, tmp_path: Path) -> None:
@@ -364,6 +399,11 @@ def told(**changes: object) -> Callable[[Path], None]:
 DAMAGED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "scales gone": ("deepseek", gone(SCALE), rf"tensor {Q}.weight has .*e4m3fn, but no scales: {SCALE} and"),
     "weight gone": ("deepseek", gone(f"{Q}.weight"), rf"tensor {SCALE} is a scale of nothing"),
+    "scales twice": (
+        "deepseek",
+        added(f"{Q}.scale", torch.ones(1)),
+        rf"{Q}.weight has scales twice, {SCALE} and {Q}.s",
+    ),
     "weight plain": ("deepseek", put(f"{Q}.weight", Tensor.float), rf"tensor {SCALE} is a scale of nothing"),
     "scales short": ("deepseek", put(SCALE, lambda t: t[:1]), rf"tensor {SCALE} has shape \(1, 2\), .*24 x 40"),
     "scales deep": ("deepseek", put(SCALE, lambda t: t[None]), rf"tensor {SCALE} has shape \(1, 3, 2\)"),

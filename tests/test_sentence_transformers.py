@@ -61,10 +61,23 @@ def wrap(folder: Path, inner: str = "") -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What comes of plain folders, beside which they are, and the recipe."""
+    folder = tmp_path_factory.mktemp("plain")
+    recipe = of_texts(pico.save(pico.job("bert", 2), folder), folder)
+    save_tokenizer(folder / "merged")
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    ff.calibrate(recipe)
+    return folder / "out"
+
+
 @pytest.fixture
-def recipe(tmp_path: Path) -> dict:
-    """Of plain folders."""
-    return pico.save(pico.job("bert", 2), tmp_path)
+def recipe(plain: Path, tmp_path: Path) -> dict:
+    """Of copies of them."""
+    shutil.copytree(plain.parent, tmp_path, ignore=shutil.ignore_patterns("out"), dirs_exist_ok=True)
+    found: dict = json.loads((tmp_path / "recipe.json").read_text().replace(str(plain.parent), str(tmp_path)))
+    return found
 
 
 def of_texts(recipe: dict, folder: Path) -> dict:
@@ -87,11 +100,8 @@ def same(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.parametrize("inner", ["", INNER])
-def test_a_folder_is_calibrated_in_its_own_layout(inner: str, recipe: dict, tmp_path: Path) -> None:
+def test_a_folder_is_calibrated_in_its_own_layout(inner: str, recipe: dict, plain: Path, tmp_path: Path) -> None:
     """With the bits of plain folders; nothing is lost, and what is made of it is read again."""
-    save_tokenizer(tmp_path / "merged")
-    recipe = of_texts(recipe, tmp_path)
-    plain = calibrated(recipe)
     for name in MODELS:
         wrap(tmp_path / name, inner)
     out = calibrated(recipe)
@@ -115,16 +125,13 @@ def test_a_folder_is_calibrated_in_its_own_layout(inner: str, recipe: dict, tmp_
     assert not check(out).whole
 
 
-def test_layouts_may_differ(recipe: dict, tmp_path: Path) -> None:
+def test_layouts_may_differ(recipe: dict, plain: Path, tmp_path: Path) -> None:
     """Each model has its own; the output has the merged model's. A folder in one is a model by itself."""
-    plain = calibrated(recipe)
-    wrap(tmp_path / "base", INNER)
-    wrap(tmp_path / "task0", "models/encoder")
+    for name, inner in (("base", INNER), ("task0", "models/encoder"), ("task1", "models/encoder")):
+        wrap(tmp_path / name, inner)
     _modules("./models/encoder/", "1_Pooling")(tmp_path / "task0")
-    wrap(tmp_path / "task1")
-    assert same(calibrated(recipe), plain)
-    whole = {**recipe["experts"]["task0"], "model": str(tmp_path / "task0" / "models" / "encoder")}
-    assert same(calibrated(recipe, experts={**recipe["experts"], "task0": whole}), plain)
+    whole = {**recipe["experts"]["task1"], "model": str(tmp_path / "task1" / "models" / "encoder")}
+    assert same(calibrated(recipe, experts={**recipe["experts"], "task1": whole}), plain)
     del recipe["merged_model"]
     out = ff.merge({**recipe, "merge": {"method": "average"}}, out=tmp_path / "average")
     assert (out / INNER / "model.safetensors").is_file()
@@ -132,9 +139,8 @@ def test_layouts_may_differ(recipe: dict, tmp_path: Path) -> None:
     assert not (out / "model.safetensors").exists()
 
 
-def test_shards_are_in_the_folder_of_their_index(tmp_path: Path, recipe: dict) -> None:
+def test_shards_are_in_the_folder_of_their_index(tmp_path: Path, recipe: dict, plain: Path) -> None:
     wrap(tmp_path / "merged", INNER)
-    plain = calibrated(recipe)
     folder = tmp_path / "merged" / INNER
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -146,7 +152,7 @@ def test_shards_are_in_the_folder_of_their_index(tmp_path: Path, recipe: dict) -
     assert json.loads((out / INNER / "model.safetensors.index.json").read_text())["weight_map"] == places
     assert check(out).whole
     found = {name: value for file in set(places.values()) for name, value in load_file(out / INNER / file).items()}
-    expected = load_file(plain / INNER / "model.safetensors")
+    expected = load_file(plain / "model.safetensors")
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 

@@ -46,14 +46,13 @@ def under(group: list[str], names: list[str], tensors: Tensors, step: float = 0.
 
 
 def ways(model: torch.nn.Module, tensors: Tensors) -> Iterator[Tensors]:
-    """Each tied parameter under one name, under all, and under all with different values."""
+    """Each tied parameter under one name, and under all with different values."""
     for group in tied(model):
         yield from (under(group, [name], tensors) for name in group)
-        yield under(group, group, tensors)
         yield under(group, group, tensors, 0.1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bert"])  # which is tied as XLM-RoBERTa is
 def test_parameters_are_those_that_transformers_loads(kind: str, tmp_path: Path) -> None:
     model = KINDS[kind]()
     model.save_pretrained(tmp_path)
@@ -67,7 +66,7 @@ def test_parameters_are_those_that_transformers_loads(kind: str, tmp_path: Path)
         for name, expected in loaded.named_parameters(remove_duplicate=False):
             assert torch.equal(stored.assemble(canonical(name), values), expected), name
         count += 1
-    assert count >= 4 or not tied(model)  # of CamemBERT, transformers ties from some version on
+    assert count >= 3 or not tied(model)  # of CamemBERT, transformers ties from some version on
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2", "bert"])
@@ -101,6 +100,16 @@ def test_a_head_that_would_begin_at_random_is_named(tmp_path: Path) -> None:
         ff.FeatCalError, match="of the head of a BertForSequenceClassification and would begin with random"
     ):
         check_loads(tmp_path)
+
+
+def test_names_may_begin_as_those_of_a_model_with_a_head(tmp_path: Path) -> None:
+    """What transformers strips where a model has none, whatever its architecture calls it."""
+    model = pico.clip()
+    model.save_pretrained(tmp_path)
+    write(tmp_path, {f"clip.{name}": value for name, value in load_file(tmp_path / "model.safetensors").items()})
+    check_loads(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(loaded.get_parameter(name := next(iter(model.state_dict()))), model.get_parameter(name))
 
 
 def rename(folder: Path | str, old: str, new: str) -> None:

@@ -36,6 +36,7 @@ from featcal_fast.checkpoints.targets import Targets
 from featcal_fast.errors import CheckpointError, ModelMismatchError, UnsupportedModelError, named, shown
 
 WEIGHTS = "adapter_model.safetensors"
+PART = 2**22  # values of two tensors that are compared at a time
 PREFIX = "base_model.model."
 WRAPPERS = re.compile(r"(?:^module|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module))\.")
 OWN = r"(?:\.(?P<adapter>[^.]+))??"  # an adapter's name
@@ -221,11 +222,35 @@ class LoraExpert:
                 "selected_adapters)"
             )
         own = re.escape(next(iter(adapters), None) or "default")
-        for name, inner in others.items():
-            self._replace(name, re.sub(rf"\.modules_to_save(\.({own}|default))?\.", ".", inner))
+        others = {
+            name: re.sub(rf"\.modules_to_save(\.({own}|default))?\.", ".", inner) for name, inner in others.items()
+        }
+        shared = self._tied_in(others.values())
+        for name in sorted(others, key=lambda name: others[name] in shared):
+            if others[name] not in shared or not self._repeats(name):
+                self._replace(name, others[name])
         for module, name in tokens.items():
             self._set_rows(module, name)
         return factors
+
+    def _tied_in(self, modules: Iterable[str]) -> set[str]:
+        """Those that the base's model has, but that it does not store: they are tied to one that it does."""
+        tied = set(map(canonical, tied_names(self.base.config))) - {*self.base.names, *self._renamed}
+        return {name for name in modules if canonical(name) in tied}
+
+    def _repeats(self, name: str) -> bool:
+        """Whether a tensor is the one that its embedding is replaced by: trainers save a tied one under both names."""
+        tied = set(map(canonical, tied_names(self.base.config)))
+        other = next((other for own, other in self.replaced.items() if canonical(own) in tied), name)
+        info, found = self.shards.tensors[name], self.shards.tensors[other]
+        if other == name or (found.shape, found.dtype) != (info.shape, info.dtype):
+            return False
+        count, before = torch.Size(info.shape).numel(), self.shards.bytes_read
+        with self.shards.in_parts(name) as ours, self.shards.in_parts(other) as theirs:
+            parts = [(start, min(start + PART, count)) for start in range(0, count, PART)]
+            same = all(torch.equal(ours(*part), theirs(*part)) for part in parts)
+        self.shards.bytes_read = before  # what was read is form, not weights
+        return same
 
     def _check_single(self, name: str, other: str | None) -> None:
         if other is not None:
@@ -361,8 +386,8 @@ class LoraExpert:
             adapts = f"{self.label}: {self.shards.where(name)} adapts {inner}, which the base model ({self.base.path})"
             if known in map(canonical, tied_names(self.base.config)):
                 raise UnsupportedModelError(
-                    f"{adapts} shares with its embedding (tie_word_embeddings); merge this adapter first, into a "
-                    "checkpoint with an output layer of its own"
+                    f"{adapts} shares with its embedding (tie_word_embeddings), and the adapter does not change both "
+                    "alike; merge this adapter first, into a checkpoint with an output layer of its own"
                 )
             for each in self.base.names.values():
                 if known in map(canonical, self._renamings.made_of(each)):

@@ -16,11 +16,13 @@ from featcal_fast.untrusted.quiet import quiet
 # Values that would have transformers look elsewhere: for code, kernels, weights or another config; none of them says
 # what a model computes.
 ELSEWHERE = {
-    *("auto_map", "_name_or_path", "name_or_path", "_commit_hash", "configuration_files", "quantization_config"),
+    *("auto_map", "_name_or_path", "name_or_path", "_commit_hash", "configuration_files"),
+    *("quantization_config", "compression_config"),
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
 }
-QUANTISED = "quantization_config"  # says how weights are packed
+# Where a config says how weights are packed: the second is what compressed-tensors began with, and vLLM reads still.
+QUANTISED = ("quantization_config", "compression_config")
 LABELS = {"id2label", "label2id", "task_specific_params"}  # whose keys are names of a person's own
 LARGEST = 2**40  # of a size
 MOST = 2**16  # of what a config's own code counts up to
@@ -28,11 +30,17 @@ FLOATS = ("Infinity", "-Infinity", "NaN")
 COUNTED = re.compile(r"(?!.*vocab)(.*_)?(layers?|labels|experts|heads?|blocks?|stages?|groups?|depths?)(_.*)?")
 
 
+def quantisation(values: Mapping[str, Any]) -> object:
+    """What a `config.json` says of how weights are packed; None where they are plain."""
+    current, older = map(values.get, QUANTISED)
+    return current or (older if isinstance(older, Mapping) and older.get("quant_method") else None)
+
+
 def plain_config(values: Mapping[str, Any]) -> str | None:
     """The `config.json` of the same model with plain weights; None where `values`, which it holds, are of one."""
-    if not values.get(QUANTISED):
+    if quantisation(values) is None:
         return None
-    plain = {key: value for key, value in values.items() if key != QUANTISED}
+    plain = {key: value for key, value in values.items() if key not in QUANTISED}
     return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -189,7 +189,11 @@ def _snapshot(path: Path, label: str, revision: str = "") -> Path:
 def _is_gguf(path: Path, label: str) -> bool:
     """Whether it is a GGUF file, or a folder whose only weights are such."""
     with read_errors(label, path):
-        if path.suffix == GGUF and path.is_file():
+        if path.suffix == GGUF and not path.is_dir():
+            if not path.is_file():
+                raise CheckpointError(
+                    f"{label}: {path}: there is no such file; expected a GGUF file, or a model folder"
+                )
             return True
         if not path.is_dir() or any((path / name).is_file() for name in (SINGLE, INDEX)):
             return False

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featcal_fast.checkpoints.config import quantisation
 from featcal_fast.checkpoints.documents import read_document
 from featcal_fast.checkpoints.quantised import FOREIGN, PIECE, QuantisedCheckpoint, QuantisedWeight
 from featcal_fast.checkpoints.reader import quant_method
@@ -32,7 +33,7 @@ SCALES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 1e6  # of a scale; a weight is a few hundred of them at most
 LARGEST_BLOCK = 2**20  # values of a block's side
 ZERO_POINT = "_zero_point"
-# What a scale is called, in place of a name's end; the first that is there counts.
+# What a scale is called, in place of a name's end.
 ENDS = (("", "_scale_inv"), ("", "_scale"), ("weight", "scale"), ("weight", "qscale_weight"))
 LEFT = ("weight_scale", "_scale_inv", "qscale_weight", "weight_zero_point")  # ends of what cannot be a model's own
 ACTIVATIONS = (
@@ -128,7 +129,7 @@ class Fp8Checkpoint(QuantisedCheckpoint):
         codes = [name for name in names if name not in activations and self._is_code(name)]
         # A file beside the config may be another model's, of which this one was made.
         told = bool(codes) or quant_method(super().read_config()) is not None
-        self.blocks = list(dict.fromkeys(_blocks(self.json["quantization_config"], self))) if told else []
+        self.blocks = list(dict.fromkeys(_blocks(self._described, self))) if told else []
         self._check_layout()
         dtype = self.plain_dtype("bfloat16") if codes else torch.bfloat16
         packed: list[QuantisedWeight] = [self._scaled(name, dtype) for name in codes]
@@ -145,9 +146,15 @@ class Fp8Checkpoint(QuantisedCheckpoint):
             values = {**values, "quantization_config": {**own, "quant_method": "modelopt"}}
         return values
 
+    @property
+    def _described(self) -> dict[str, Any]:
+        found = quantisation(self.json)
+        return found if isinstance(found, dict) else {}
+
     def _is_code(self, name: str) -> bool:
-        dtype = self.shards.tensors[name].dtype
-        whole = dtype == torch.int8 and name.endswith("weight") and quant_method(self.json) == "compressed-tensors"
+        dtype, method = self.shards.tensors[name].dtype, quant_method(self.json)
+        scaled = name.endswith("weight") or f"{name}_scale" in self.shards.tensors  # of a stack, the latter alone tells
+        whole = dtype == torch.int8 and scaled and method == "compressed-tensors"
         return (dtype in CODES or whole) and not name.endswith(ZERO_POINT)
 
     def _scaled(self, name: str, dtype: torch.dtype) -> Scaled:
@@ -155,13 +162,19 @@ class Fp8Checkpoint(QuantisedCheckpoint):
         if len(stored.shape) < 2 or not stored.nbytes:
             raise self.foreign(name, f"shape {stored.shape} and {stored.dtype}", "a matrix, or several")
         candidates = [f"{name.removesuffix(own)}{end}" for own, end in ENDS if name.endswith(own)]
-        scales = next((each for each in candidates if each in self.shards.tensors), None)
-        if scales is None:
+        there = [each for each in candidates if each in self.shards.tensors]
+        if len(there) > 1:
+            raise CheckpointError(
+                f"{self.label}: {self.shards.where(name)} has scales twice, {' and '.join(there)}; nobody can tell "
+                "which of them count"
+            )
+        if not there:
             raise CheckpointError(
                 f"{self.label}: {self.shards.where(name)} has dtype {stored.dtype}, but no scales: "
                 f"{candidates[0]} and {candidates[1]} are missing; the download is incomplete, or nobody can tell what "
                 "its codes stand for"
             )
+        scales = there[0]
         block = self._block(scales, stored.shape)
         found = self.shards.tensors[scales]
         small = found.dtype == FP8.get("F8_E8M0") or (found.dtype == torch.uint8 and self._has_exponents())
@@ -176,7 +189,7 @@ class Fp8Checkpoint(QuantisedCheckpoint):
         return Scaled(name, TensorInfo(stored.file, stored.shape, dtype), tuple(parts), block)
 
     def _has_exponents(self) -> bool:
-        return "F8_E8M0" in FP8 and self.json["quantization_config"].get("scale_fmt") == "ue8m0"
+        return "F8_E8M0" in FP8 and self._described.get("scale_fmt") == "ue8m0"
 
     def _block(self, scales: str, shape: tuple[int, ...]) -> Block:
         """What part of a weight each of its scales is for."""

@@ -30,7 +30,7 @@ from featcal_fast.checkpoints.gguf_file import (
 from featcal_fast.checkpoints.metadata import Metadata
 from featcal_fast.checkpoints.reader import Checkpoint, canonical
 from featcal_fast.checkpoints.shards import TensorInfo, is_finite
-from featcal_fast.errors import CheckpointError, ModelMismatchError, UnsupportedModelError, shown
+from featcal_fast.errors import CheckpointError, ModelMismatchError, UnsupportedModelError, shown, told
 
 EXPERT = re.compile(r"(?P<before>.+\.experts)\.(?P<index>\d+)\.(?P<after>.+)")  # its matrix of a stack in a file
 PREFIXES = ("", "model.", "transformer.")
@@ -38,7 +38,8 @@ SUFFIXES = (".weight", ".bias")
 UNUSED, USER_DEFINED = 5, 4  # types of tokens
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 CLOSE = 1e-5  # relative; a file has numbers of 32 bits
-DERIVED = ("rope_freqs.", "rope_factors_")  # what follows from a config; at the beginning, or after a block's number
+FACTORS, LONG_FACTORS = "rope_freqs.weight", "rope_factors_"  # what rotary angles are divided by
+DERIVED = ("rope_freqs.", LONG_FACTORS)  # what follows from a config; at the beginning, or after a block's number
 UNPACKING = 64 * 2**20  # bytes that a piece takes to be dequantised
 
 Undo = Callable[[str, Tensor, Any], Tensor]
@@ -97,6 +98,9 @@ SAME = {
     "rope.scaling.factor": ("factor",),
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
+    "attention.scale": ("attention_multiplier",),
+    "embedding_scale": ("embedding_multiplier",),
+    "residual_scale": ("residual_multiplier",),
     "expert_count": ("num_local_experts", "num_experts"),
     "expert_used_count": ("num_experts_per_tok",),
 }
@@ -260,11 +264,44 @@ class GgufExpert:
                 continue
             numbers = found if isinstance(found, list) else [found]
             if not all(_is_close(each, expected) for each in numbers):
-                raise ModelMismatchError(
-                    f"{self.label}: {self.path}: {self.architecture}.{key}: found {shown(found)}, expected the "
-                    f"{shown(expected)} of the base model ({self.base.path / 'config.json'}), whose config a GGUF "
-                    "expert is read by; use the same model in safetensors"
-                )
+                raise self._differs(key, found, expected)
+        scaling, expected = self._scaling(), rope.get("rope_type") or "default"
+        if scaling != ("default" if expected == "dynamic" else expected):  # of the latter a file says nothing
+            raise self._differs("rope.scaling.type", scaling, expected)
+        if scaling == "llama3":
+            self._check_factors()
+
+    def _check_factors(self) -> None:
+        """Rotary angles are divided by the same in the file and by the base's config."""
+        try:
+            expected = _llama3_factors(self.base.config)
+        except Exception as error:  # whatever transformers makes of values that are not what they should be
+            raise UnsupportedModelError(
+                f"{self.label}: {self.base.path / 'config.json'} describes no rotary angles: {told(error)}"
+            ) from error
+        place = self.places[FACTORS]
+        if place.shape != expected.shape:
+            raise self._differs(FACTORS, place.shape, tuple(expected.shape))
+        found = read_values(self._files[place.file], place, 0, len(expected), torch.float32, self.label)
+        if not torch.allclose(found, expected, rtol=1e-3):
+            raise self._differs(FACTORS, found.tolist(), expected.tolist())
+
+    def _scaling(self) -> str:
+        """How rotary angles are scaled, in transformers' words: some ways are only told by what the file holds."""
+        if FACTORS in self.places:
+            return "llama3"
+        if any(LONG_FACTORS in name for name in self.places):
+            return "longrope"
+        found, factor = (self.values.get(f"{self.architecture}.rope.scaling.{key}") for key in ("type", "factor"))
+        return "default" if found in (None, "none") or (found == "linear" and factor == 1) else str(found)
+
+    def _differs(self, key: str, found: object, expected: object) -> ModelMismatchError:
+        where = key if key in self.places else f"{self.architecture}.{key}"
+        return ModelMismatchError(
+            f"{self.label}: {self.path}: {where}: found {shown(found)}, expected the {shown(expected)} of the base "
+            f"model ({self.base.path / 'config.json'}), whose config a GGUF expert is read by; use the same model in "
+            "safetensors"
+        )
 
     def _find(self) -> dict[str, Stored]:
         """The file's tensors by the base's names."""
@@ -337,6 +374,16 @@ def _own_name(name: str, known: Any) -> tuple[str | None, int | None]:
         if found is not None and found.endswith(SUFFIXES):
             return found, index
     return None, None
+
+
+def _llama3_factors(config: Any) -> Tensor:
+    """What a config's rotary angles are divided by, `[head width / 2]`, of those that Llama 3.1 scales."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled: Tensor = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]
+    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(len(scaled), dtype=torch.float64) / len(scaled))
+    factors: Tensor = plain / scaled
+    return factors.float()
 
 
 def _is_close(found: object, expected: object) -> bool:

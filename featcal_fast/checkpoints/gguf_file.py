@@ -17,7 +17,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -339,14 +339,12 @@ def _kinds() -> dict[int, tuple[str, tuple[int, int] | None]]:
         import gguf
     found: dict[int, tuple[str, tuple[int, int] | None]] = {}
     for kind, block in gguf.GGML_QUANT_SIZES.items():
-        try:
-            if kind.name in SCALED:
-                raise NotImplementedError
-            if kind.name != FLOAT64:
+        readable = kind.name == FLOAT64
+        if kind.name not in (FLOAT64, *SCALED):
+            with suppress(NotImplementedError):  # what the package says of types that it cannot read
                 gguf.dequantize(numpy.zeros((1, block[1]), numpy.uint8), kind)
-            found[int(kind)] = kind.name, block
-        except NotImplementedError:
-            found[int(kind)] = kind.name, None
+                readable = True
+        found[int(kind)] = kind.name, block if readable else None
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from featcal_fast.checkpoints.config import transformers_config
+from featcal_fast.checkpoints.config import quantisation, transformers_config
 from featcal_fast.checkpoints.documents import read_document, read_errors
 from featcal_fast.checkpoints.metadata import Metadata
 from featcal_fast.checkpoints.nested import module_path
@@ -259,8 +259,8 @@ class Checkpoint:
 
 def quant_method(config: Mapping[str, Any]) -> str | None:
     """How a `config.json` says that the weights are quantised."""
-    quantised = config.get("quantization_config")
-    if not quantised:
+    quantised = quantisation(config)
+    if quantised is None:
         return None
     return named(quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised)
 

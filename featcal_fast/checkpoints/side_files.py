@@ -72,7 +72,7 @@ def find_side_files(shards: Shards) -> SideFiles:
                 f"{label}: {root}: the name {shown(name.as_posix())} holds control characters, or is not UTF-8; rename "
                 "or remove it"
             )
-        if _holds_weights(name) or (inner in name.parents and _holds_weights(name.relative_to(inner))):
+        if _holds_weights(name) or (inner.parts and inner in name.parents and _holds_weights(name.relative_to(inner))):
             found.left_out.append(name.as_posix())
             continue
         with read_errors(label, path):

@@ -15,7 +15,7 @@ from featcal_fast.errors import shown
 # Models whose positions are counted from the number of the padding token on.
 FROM_PADDING = {
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod"),
-    *("longformer", "mpnet", "luke", "ibert"),
+    *("longformer", "mpnet", "luke", "ibert", "lilt", "layoutlmv3", "markuplm"),
 }
 # What may differ between models that compute the same with the same parameters: who made them and with what, how they
 # are trained and read out, and sizes: of what is outside of the blocks, and what the shapes of their parameters tell.
@@ -45,6 +45,11 @@ def max_positions(config: Any) -> int | None:
 def first_position(config: Any) -> int | None:
     """The row of its table of positions that a model's first token has, where the padding token's number decides."""
     return _padding(config) + 1 if getattr(config, "model_type", None) in FROM_PADDING else None
+
+
+def turns_positions(config: Any) -> bool:
+    """Whether a model's positions are rotary angles, which go on behind the number that its config tells."""
+    return bool(getattr(config, "rope_parameters", None))
 
 
 def image_shape(config: Any) -> tuple[int, int, int] | None:

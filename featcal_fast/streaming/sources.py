@@ -265,6 +265,13 @@ class CheckpointSource:
                 f"{where} tensor {self._stored[known]} has shape {found}, expected {tuple(parameter.shape)} from "
                 "config.json"
             )
+        for own in self._stored.tensors(known):
+            dtype = self.checkpoint.tensors[own].dtype
+            if parameter.is_floating_point() and not dtype.is_floating_point:
+                raise UnsupportedModelError(
+                    f"{where} tensor {own} has dtype {dtype}, expected plain floating-point weights; it is quantised "
+                    "in a way that config.json does not tell of"
+                )
 
     def _canonical(self, index: int, name: str) -> str:
         return canonical(f"{self.structure.layers[index].path}.{name}")
