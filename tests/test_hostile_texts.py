@@ -29,8 +29,8 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
     [
         (b"[" * 100_000, r"line 1: found invalid JSON.*nested"),
         (b'{"text": "a", "text": "b"}', r"line 1: found invalid JSON.*twice"),
-        (b'{"text": NaN}', r"line 1: found invalid JSON.*NaN"),
-        (b'{"text": 1e999}', r"line 1: found invalid JSON.*too large"),
+        (b'{"text": NaN}', r"line 1, text: found float; expected a string"),
+        (b'{"text": 1e999}', r"line 1, text: found float; expected a string"),
         (b'{"text": ' + b"9" * 5000 + b"}", r"line 1: found invalid JSON.*digits"),
         (b'{"text": "a\0b"}', r"line 1: found invalid JSON"),
         ('{"text": "a"}'.encode("utf-16"), r"found a text in UTF-16, expected UTF-8"),

@@ -14,6 +14,7 @@ from featcal_fast.data.pictures import as_picture
 from featcal_fast.data.sources import data_files
 from featcal_fast.errors import DataError
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # which Pillow gives of odd files
 SIZE = (5, 3)
 COLOURS = Image.new("RGB", SIZE)
 COLOURS.putdata([(17 * i, 255 - 17 * i, 8 * i) for i in range(15)])
@@ -209,6 +210,8 @@ def test_files_that_are_not_read_are_told_of(tmp_path):
         "h",
         "README.md",
         "LICENSE",
+        "Thumbs.db",
+        "desktop.ini",
         ".hidden.heic",
         "i.p\x1b[2J",
     ):
@@ -216,6 +219,8 @@ def test_files_that_are_not_read_are_told_of(tmp_path):
     found = data_files(folder)
     assert (found.kind, [each.name for each in found.files]) == ("images", ["a.png", "b.gif"])
     (note,) = found.notes
-    assert note.startswith(f"{folder}: 2 images are read; ignored: 2 .heic, ")
+    assert note.startswith(f"{folder}: 2 images are read (ignored: 2 .heic, ")
     for part in ("1 .svg", "1 .avif", "1 .txt", "2 files of other names"):
         assert part in note
+    assert ".db" not in note
+    assert ".ini" not in note

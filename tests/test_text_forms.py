@@ -139,13 +139,16 @@ def test_a_folder_of_texts_is_one_set_of_samples(tmp_path, bare):
     assert not notes
     for name in ("README.md", "LICENSE.txt", "dataset_infos.json"):
         (folder / name).write_text("notes")
-    for name in ("notes.txt", "labels.csv"):
+    (folder / "4.jsonl").symlink_to("nowhere")
+    for name in ("notes.txt", "labels.csv", "load.py"):
         (folder / name).write_text("not read")
     save_image(folder / "logo.png", (0, 0, 0))
     assert_same(load_batches(folder, folders=[bare], samples=4, seed=3, notes=notes), expected)
     (note,) = notes
-    assert "4 files of texts (.jsonl) are read; ignored: logo.png" in note
+    assert "4 files of texts (.jsonl) are read (ignored: logo.png" in note
     assert "notes.txt" in note
+    assert "load.py" in note
+    assert "4.jsonl" in note
     assert "LICENSE" not in note
     (folder / "1.jsonl").write_text('{"messages": []}\n')
     with pytest.raises(DataError, match=r"found (text|messages), expected (text|messages) as in .*give each kind"):
@@ -161,6 +164,10 @@ def test_of_a_folder_of_splits_the_training_one_is_read(tmp_path):
     for name in ("train-0.jsonl", "train-1.jsonl"):
         (tmp_path / name).unlink()
     assert len(data_files(tmp_path).files) == 2
+    for name in ("test", "train"):
+        (tmp_path / "split" / name).mkdir(parents=True)
+        (tmp_path / "split" / name / "0.json").touch()
+    assert data_files(tmp_path / "split").files == [tmp_path / "split" / "train" / "0.json"]
 
 
 def test_texts_beside_more_images_are_notes(tmp_path):
@@ -168,6 +175,44 @@ def test_texts_beside_more_images_are_notes(tmp_path):
     for i in range(2):
         save_image(tmp_path / f"{i}.png", (0, 0, 0))
     assert data_files(tmp_path).kind == "images"
+
+
+def test_captions_of_images_are_no_texts(tmp_path):
+    """However they are called: beside each image, texts that tell about it."""
+    for i in range(2):
+        save_image(tmp_path / f"{i}.jpg", (0, 0, 0))
+        for name in (f"{i}.json", f"{i}.jpg.json", f"{i}.txt"):
+            (tmp_path / name).write_text(json.dumps({"text": "a"}))
+    assert data_files(tmp_path).kind == "images"
+    for i in range(3):
+        (tmp_path / f"part{i}.json").write_text(json.dumps([{"text": "a"}]))
+    data = data_files(tmp_path)
+    assert (data.kind, [each.name for each in data.files]) == ("texts", [f"part{i}.json" for i in range(3)])
+    assert "ignored: 0.jpg, 1.jpg, 0.jpg.json" in data.notes[0]
+
+
+def test_many_texts_beside_a_picture_are_texts(tmp_path):
+    save_image(tmp_path / "cover.png", (0, 0, 0))
+    (tmp_path / "labels.txt").write_text("cat")
+    assert data_files(tmp_path).kind == "images"
+    (tmp_path / "book.txt").write_text("a")
+    assert data_files(tmp_path).kind == "texts"
+
+
+def test_of_an_object_the_list_of_samples_is_read(tmp_path):
+    path, notes = tmp_path / "a.json", []
+    for lists in ({"version": 1, "data": [{"text": "a"}]}, {"test": [], "train": [{"text": "a"}], "val": ["b"]}):
+        path.write_text(json.dumps(lists))
+        assert [each.values for each in read_samples(path, 9, 0, notes=notes)] == [{"text": "a"}]
+    assert notes == [
+        f"{path}: the list 'data' is read (ignored: version)",
+        f"{path}: the list 'train' is read (ignored: test, val)",
+    ]
+    path.write_text(json.dumps({"sentences": ["a"]}))
+    assert found(path) == [{"text": "a"}]
+    for labels in ({"id": 3, "tags": ["a"]}, {"train": ["a"], "more": ["b"]}, {"test": ["a"], "val": ["b"]}):
+        path.write_text(json.dumps(labels))
+        refused(path, f"found the keys {', '.join(labels)}, expected an array of samples")
 
 
 @pytest.mark.parametrize("name", ["a.json", "b.csv", "c.tsv", "d.txt", "e.jsonl.zst", "f.gz", "g.ndjson"])
@@ -191,6 +236,8 @@ def test_names_of_files_are_no_ids_of_the_hub(name):
         ("a.json", b'[{"text": "a", "text": "b"}]', r"item 1: found invalid JSON.*twice"),
         ("a.json", b"[" + b"[" * 10**6 + b"]" * 10**6 + b"]", r"item 1: found invalid JSON.*nested"),
         ("a.json", b"a", r"a.json: found invalid JSON"),
+        ("a.json", b'{"a": [5]}', r"a.json, item 1: found a JSON int; expected a text, or an object with"),
+        ("a.json", b'{"a": [[5]]}', r"a.json, item 1: found a JSON list; expected a text, or an object with"),
         ("a.json", b"5", r"a.json: found a int, expected an array of samples"),
         ("a.json", b'{"a": [{"text": "a"}], "b": [{"text": "b"}]}', r"a.json: found the keys a, b, expected an array"),
         ("a.json", b"", r"a.json: found zero samples"),
@@ -213,6 +260,10 @@ def test_names_of_files_are_no_ids_of_the_hub(name):
         ("a.csv", b"," * 20_000 + b"\n", r"a.csv, line 1: found 20001 columns, expected at most 10000"),
         ("a.jsonl.gz", b'{"text": "a"}\n', r"a.jsonl.gz: cannot be unpacked as .gz"),
         ("a.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\n", r"line 1: .*Git LFS"),
+        ("a.jsonl", gzip.compress(b"{}"), r"a.jsonl: found what is packed as .gz, .*; give it a name that ends so"),
+        ("a.csv", zstandard.compress(b"a"), r"a.csv: found what is packed as .zst"),
+        ("a.txt.gz", gzip.compress(bz2.compress(b"a")), r"a.txt.gz: found what is packed as .bz2"),
+        ("a.json", lzma.compress(b"a"), r"a.json: found what is packed as .xz"),
         ("a.jsonl.gz", b"", r"a.jsonl.gz: cannot be unpacked as .gz .*ends in the middle"),
         ("a.jsonl.gz", gzip.compress(b"") + b"\0" * 2**21, r"cannot be unpacked as .gz .*goes on with zeros"),
         ("a.jsonl.gz", gzip.compress(b"") * 100_000, r"a.jsonl.gz: found zero samples"),
@@ -319,5 +370,5 @@ def test_a_single_table_is_read(tmp_path, bare, datasets):
     datasets.Dataset.from_list([{"text": "a", "id": 1}]).to_parquet(tmp_path / "a.parquet")
     notes = []
     assert rows(load_batches(tmp_path / "a.parquet", folders=[bare], notes=notes)) == [[A]]
-    assert notes == [f"{tmp_path}/a.parquet: read as text; ignored: id"]
+    assert notes == [f"{tmp_path}/a.parquet: read as text (ignored: id)"]
     assert ids("a") == [A]

@@ -27,50 +27,56 @@ def asked(instruction, output, more=""):
     return {"instruction": instruction, "input": more, "output": output}
 
 
-@pytest.mark.parametrize(
-    ("line", "made"),
-    [
-        ({"text": "a"}, {"text": "a"}),
-        ({"content": "a"}, {"text": "a"}),
-        ({"chosen": "a", "rejected": "b"}, {"text": "a"}),
-        ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "completion": "b"}),
-        ({"messages": TURNS}, {"messages": TURNS}),
-        ({"conversations": TURNS}, {"messages": TURNS}),
-        ({"conversation": TURNS}, {"messages": TURNS}),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {"messages": TURNS}),
-        ({"chosen": TURNS, "rejected": TURNS}, {"messages": TURNS}),
-        ({"prompt": [USER], "completion": [ASSISTANT]}, {"messages": TURNS}),
-        ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [ASSISTANT]}, {"messages": TURNS}),
-        ({"prompt": "a", "chosen": TURNS, "rejected": TURNS}, {"messages": TURNS}),
-        ({"prompt": "a", "chosen": [ASSISTANT], "rejected": []}, {"messages": TURNS}),
-        ({"prompt": [USER], "completion": "b"}, {"messages": TURNS}),
-        ({"instruction": "a", "input": "c", "output": "b"}, asked("a", "b", "c")),
-        ({"instruction": "a", "input": "", "output": "b"}, asked("a", "b")),
-        ({"instruction": "a", "input": None, "output": "b"}, asked("a", "b")),
-        ({"instruction": "a", "output": "b"}, asked("a", "b")),
-        ({"instruction": "a", "context": "c", "response": "b"}, asked("a", "b", "c")),
-        ({"question": "a", "answer": "b"}, asked("a", "b")),
-        ({"question": "a", "context": "c", "answer": "b"}, asked("a", "b", "c")),
-        ({"question": "a", "response": "b"}, asked("a", "b")),
-        ({"question": "a", "chosen": "b"}, asked("a", "b")),
-        ({"query": "a", "response": "b"}, asked("a", "b")),
-        ({"problem": "a", "solution": "b"}, asked("a", "b")),
-        ({"prompt": "a", "response": "b"}, asked("a", "b")),
-        ({"input": "a", "output": "b"}, asked("a", "b")),
-    ],
-)
-def test_every_kind_becomes_one_of_a_few_forms(line, made, write, tmp_path, datasets):
-    """And is the same in a column of a data set."""
+LINES = [
+    ({"text": "a"}, {"text": "a"}),
+    ({"content": "a"}, {"text": "a"}),
+    ({"chosen": "a", "rejected": "b"}, {"text": "a"}),
+    ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "completion": "b"}),
+    ({"messages": TURNS}, {"messages": TURNS}),
+    ({"conversations": TURNS}, {"messages": TURNS}),
+    ({"conversation": TURNS}, {"messages": TURNS}),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {"messages": TURNS}),
+    ({"chosen": TURNS, "rejected": TURNS}, {"messages": TURNS}),
+    ({"prompt": [USER], "completion": [ASSISTANT]}, {"messages": TURNS}),
+    ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [ASSISTANT]}, {"messages": TURNS}),
+    ({"prompt": "a", "chosen": TURNS, "rejected": TURNS}, {"messages": TURNS}),
+    ({"prompt": "a", "chosen": [ASSISTANT], "rejected": []}, {"messages": TURNS}),
+    ({"prompt": [USER], "completion": "b"}, {"messages": TURNS}),
+    ({"instruction": "a", "input": "c", "output": "b"}, asked("a", "b", "c")),
+    ({"instruction": "a", "input": "", "output": "b"}, asked("a", "b")),
+    ({"instruction": "a", "input": None, "output": "b"}, asked("a", "b")),
+    ({"instruction": "a", "output": "b"}, asked("a", "b")),
+    ({"instruction": "a", "context": "c", "response": "b"}, asked("a", "b", "c")),
+    ({"question": "a", "answer": "b"}, asked("a", "b")),
+    ({"question": "a", "context": "c", "answer": "b"}, asked("a", "b", "c")),
+    ({"question": "a", "response": "b"}, asked("a", "b")),
+    ({"question": "a", "chosen": "b"}, asked("a", "b")),
+    ({"instruction": "a", "input": "c", "chosen": "b", "rejected": "d"}, asked("a", "b", "c")),
+    ({"query": "a", "chosen": "b"}, asked("a", "b")),
+    ({"input": "a", "chosen": "b"}, asked("a", "b")),
+    ({"query": "a", "response": "b"}, asked("a", "b")),
+    ({"problem": "a", "solution": "b"}, asked("a", "b")),
+    ({"prompt": "a", "response": "b"}, asked("a", "b")),
+    ({"input": "a", "output": "b"}, asked("a", "b")),
+]
+IN_TABLES = {tuple(made): (line, made) for line, made in LINES}  # one of what becomes each form
+
+
+@pytest.mark.parametrize(("line", "made"), LINES)
+def test_every_kind_becomes_one_of_a_few_forms(line, made, write):
     assert only(write(line)) == made
     assert tuple(made) in FORMS
+
+
+@pytest.mark.parametrize(("line", "made"), IN_TABLES.values(), ids=map(str, IN_TABLES))
+def test_columns_are_of_the_same_kinds(line, made, tmp_path, datasets):
     datasets.Dataset.from_list([line]).to_parquet(tmp_path / "data.parquet")
     assert only(tmp_path / "data.parquet") == made
 
 
 def test_all_kinds_are_tried_above():
-    (mark,) = test_every_kind_becomes_one_of_a_few_forms.pytestmark
-    lines = [{*line} for line, _ in mark.args[1]]
+    lines = [{*line} for line, _ in LINES]
     assert all(any({*kind} <= line for line in lines) for kind in TEXT_KINDS)
 
 
@@ -79,11 +85,11 @@ def test_all_kinds_are_tried_above():
 
 def test_other_keys_are_ignored_and_told_once(write, bare):
     notes = []
-    path = write({"text": "a", "id": 1}, {"source": "x", "text": "b", "meta": {"c": [None]}}, {"text": "c"})
+    path = write({"text": "a", "id": 1, "score": float("nan")}, {"source": "x", "text": "b", "meta": {"c": [None]}}, {"text": "c"})
     assert sorted(rows(load_batches(path, folders=[bare], notes=notes))) == [ids("a"), ids("b"), ids("c")]
     (note,) = notes
-    assert note.startswith(f"{path}: read as text; ignored: ")
-    assert {*note.partition("ignored: ")[2].split(", ")} == {"id", "source", "meta"}
+    assert note.startswith(f"{path}: read as text (ignored: ")
+    assert {*note.partition("ignored: ")[2].rstrip(")").split(", ")} == {"id", "score", "source", "meta"}
     load_batches(write({"text": "a"}), folders=[bare], notes=notes)
     assert len(notes) == 1
 
@@ -114,7 +120,8 @@ def test_the_first_kind_that_all_have_counts(lines, form, write):
         ([{"text": ["a"]}], r"line 1, text: found list; expected a string"),
         ([{"prompt": 5, "completion": "a"}], r"line 1, prompt: found int; expected a string"),
         ([{"prompt": "a", "completion": None}], r"line 1, completion: found NoneType; expected a string"),
-        ([{"prompt": "a", "completion": ["b"]}], r"line 1, completion\[0\]: found 'b'; expected an object with role"),
+        ([{"prompt": "a", "completion": ["b"]}], r"line 1, completion: found \['b'\]; expected a text, or a list of"),
+        ([{"txt": "a"}], r"line 1: found the keys txt; expected .*; rename them so$"),
         ([{"instruction": "a", "input": 5, "output": "b"}], r"line 1, input: found int; expected a string"),
         ([{"question": "a", "answer": True}], r"line 1, answer: found bool; expected a string"),
     ],
@@ -133,7 +140,7 @@ def test_ignored_keys_are_a_warning_of_plan_and_report(write, tmp_path):
     path = write({"text": "a b", "id": 1}, {"text": "c d", "id": 2})
     for expert in recipe["experts"].values():
         expert["data"] = str(path)
-    expected = f"parts of the data are ignored: {path}: read as text; ignored: id"
+    expected = f"parts of the data are ignored: {path}: read as text (ignored: id)"
     assert [each for each in ff.plan(recipe, device="cpu").warnings if "ignored" in each] == [expected]
     assert [each for each in ff.calibrate(recipe, device="cpu").warnings if "ignored" in each] == [expected]
 
@@ -175,6 +182,9 @@ def test_an_encoder_decoder_is_asked_and_answers(write, plain, chat):
             tuple(ids("<s> a b </s> <s> c </s>")),
             tuple(ids("<s> d e </s> <s> f </s>")),
         }
+    path = write({"text": "a", "messages": TURNS, "instruction": "b", "output": "c"})  # as Alpaca has it
+    (batch,) = load_batches(path, folders=[plain], targets=True)
+    assert [batch[name].tolist() for name in ("input_ids", "labels")] == [[ids(f"<s> {each} </s>")] for each in "bc"]
     with pytest.raises(DataError, match="line 1: found messages; expected prompt and completion, for the model's dec"):
         load_batches(write({"messages": TURNS}), folders=[chat], targets=True)
 
@@ -215,6 +225,17 @@ def test_other_keys_of_messages_are_for_the_template(write, tmp_path):
     folder = save_tokenizer(tmp_path / "tools", template=template)
     message = {"role": "assistant", "name": "b", "content": None, "tool_calls": [{"id": "c"}, {"id": "d"}]}
     assert rows(load_batches(write({"messages": [message]}), folders=[folder])) == [ids("assistant b c d")]
+
+
+def test_keys_that_are_null_are_none_of_a_message(write, tmp_path, datasets):
+    """A table has every key in all messages; templates ask whether it is there."""
+    template = "{% for m in messages %} {{ m.role }}{% if 'tool_calls' in m %} {{ m.tool_calls[0].id }}{% endif %}"
+    folder = save_tokenizer(tmp_path / "tools", template=template + "{% endfor %}")
+    turns = [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "c"}]}]
+    (tmp_path / "table").mkdir()
+    datasets.Dataset.from_list([{"messages": turns}]).to_parquet(tmp_path / "table" / "a.parquet")
+    for source in (tmp_path / "table", write({"messages": [{**USER, "tool_calls": None}, turns[1]]})):
+        assert rows(load_batches(source, folders=[folder])) == [ids("user assistant c")]
 
 
 def test_messages_may_be_json_texts_or_lists_of_roles_and_contents(write):

@@ -25,6 +25,7 @@ from featcal_fast.reporting.warnings import (
     about_ignored,
     about_left_out,
     about_merged,
+    about_not_merged,
     about_run,
     about_same_model,
     about_samples,
@@ -143,9 +144,10 @@ def test_the_page_explains_each_kind() -> None:
         about_same_model(["a"]),
         about_base(True),
         about_dequantised("merged model", 1, 2),
-        about_ignored(["data: read as text; ignored: id"]),
+        about_ignored(["data: read as text (ignored: id)"]),
         about_left_out({"a": ({"of other tokens": 1}, 2)}),
         about_merged(True, (9, 8)),
+        about_not_merged({"a": ["lm_head.weight"]}),
     ]
     sentences = [sentence for each in told for sentence in each]
     for sentence in sentences:

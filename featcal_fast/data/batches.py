@@ -67,7 +67,7 @@ def load_batches(
             the samples are to be left out.
     """
     with os_errors(source):
-        found = read_samples(source, samples, seed, limits.max_positions, notes)
+        found = read_samples(source, samples, seed, limits.max_positions, notes, targets)
         reader = Reader([*map(Path, folders)], max_length, targets, tokenizer, left_out)
         prepared, padding = _prepared(source, found, reader, limits.max_positions)
         checked = (limits.checked(sample) for sample in prepared)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from featcal_fast import files
 from featcal_fast.data.packed import pieces
 from featcal_fast.errors import DataError
 
-ESCAPED = re.compile(rb"\\.", re.DOTALL)
 QUOTE, COMMA = b'",'
 STEPS = np.zeros(256, np.int64)  # how much deeper what follows a byte lies
 STEPS[[*b"[{"]], STEPS[[*b"]}"]] = 1, -1
@@ -63,7 +61,7 @@ def _cut(path: Path) -> Iterator[tuple[bytes, npt.NDArray[np.int64]]]:
     depth, inside, held, ended, number, length = 0, 0, b"", False, 0, 0
     for piece in pieces(path):
         block = held + piece
-        plain = ESCAPED.sub(b"__", block)
+        plain = block.replace(rb"\\", b"__").replace(rb"\"", b"__")  # far faster than a pattern
         held = b"\\" if plain.endswith(b"\\") else b""  # which says of the next byte what it is
         block, data = block[: len(block) - len(held)], np.frombuffer(plain, np.uint8)[: len(plain) - len(held)]
         quotes = np.cumsum(data == QUOTE, dtype=np.int64) + inside

@@ -7,7 +7,7 @@ from typing import Any
 
 from featcal_fast.data.messages import as_messages
 from featcal_fast.data.samples import Sample, listed
-from featcal_fast.errors import DataError
+from featcal_fast.errors import DataError, shown
 
 # By a kind's keys, in the order in which they count, what its samples become, one of the forms below.
 TEXT_KINDS: dict[tuple[str, ...], str] = {
@@ -26,9 +26,13 @@ TEXT_KINDS: dict[tuple[str, ...], str] = {
     ("input", "output"): "asked",
     ("prompt", "chosen"): "joined",
     ("question", "chosen"): "asked",
+    ("instruction", "chosen"): "asked",
+    ("query", "chosen"): "asked",
+    ("input", "chosen"): "asked",
     ("chosen",): "text",
     ("content",): "text",
 }
+ANSWERED = ("joined", "asked")
 PLAIN = list(TEXT_KINDS)[:3]  # which count before images and tokens, where a data set has these too
 CONTEXTS = ("input", "context")  # what what is asked may come with
 TEXT_KEYS = "; ".join(", ".join(kind) for kind in TEXT_KINDS)
@@ -43,26 +47,29 @@ def has_kind(keys: Iterable[str]) -> bool:
     return any(found.issuperset(kind) for kind in TEXT_KINDS)
 
 
-def as_texts(samples: Sequence[Sample], source: object, notes: list[str], ignored: Sequence[str] = ()) -> list[Sample]:
+def as_texts(
+    samples: Sequence[Sample], source: object, notes: list[str], targets: bool = False, ignored: Sequence[str] = ()
+) -> list[Sample]:
     """Samples in one of the `FORMS`, by the first kind that all of them are of.
 
     Args:
         samples: at least one, with all keys that were found.
         source: where they are from.
         notes: is told which keys are ignored.
+        targets: whether kinds that ask and answer count before the others, for an encoder-decoder.
         ignored: those that were not even read.
 
     Raises:
         DataError: one is of no kind, or of another than the others; a value is not what its key says.
     """
-    kind = _kind(samples)
+    kind = _kind(samples, targets)
     asked = TEXT_KINDS[kind] == "asked"
     context = [key for key in CONTEXTS if asked and key not in kind]
     used = [*kind, *context]
     others = dict.fromkeys(key for sample in samples for key in sample.values if key not in used)
     others |= dict.fromkeys(ignored)
     if others:
-        notes.append(f"{source}: read as {', '.join(kind)}; ignored: {listed(map(_name, others), MOST)}")
+        notes.append(f"{source}: read as {', '.join(kind)} (ignored: {listed(map(_name, others), MOST)})")
     made = [Sample(sample.where, _made(sample, kind, context)) for sample in samples]
     for sample in made:
         if sample.values.keys() != made[0].values.keys():
@@ -77,10 +84,11 @@ def _name(key: str) -> str:
     return key or "a column without a name"
 
 
-def _kind(samples: Sequence[Sample]) -> tuple[str, ...]:
+def _kind(samples: Sequence[Sample], targets: bool) -> tuple[str, ...]:
     """The first that all samples are of; a key whose value is null counts only where no other kind will do."""
+    kinds = sorted(TEXT_KINDS, key=lambda kind: targets and TEXT_KINDS[kind] not in ANSWERED)
     for nulls in (False, True):
-        for kind in TEXT_KINDS:
+        for kind in kinds:
             if all(key in each and (nulls or each[key] is not None) for _, each in samples for key in kind):
                 return kind
     first = _own(samples[0])
@@ -97,7 +105,7 @@ def _own(sample: Sample) -> tuple[str, ...]:
         if sample.values.keys() >= {*kind}:
             return kind
     found = listed(sample.values)
-    raise DataError(f"{sample.where}: found the keys {found}; expected those of one kind: {TEXT_KEYS}")
+    raise DataError(f"{sample.where}: found the keys {found}; expected those of one kind: {TEXT_KEYS}; rename them so")
 
 
 def _made(sample: Sample, kind: tuple[str, ...], context: Sequence[str]) -> dict[str, Any]:
@@ -123,6 +131,8 @@ def _conversation(sample: Sample, kind: tuple[str, ...]) -> list[dict[str, Any]]
         value = sample.values[key]
         if isinstance(value, str):
             new = [{"role": role, "content": value}]
+        elif isinstance(value, list) and not any(isinstance(each, dict) for each in value):
+            raise DataError(f"{sample.where}, {key}: found {shown(value)}; expected a text, or a list of messages")
         else:
             new = as_messages(value, f"{sample.where}, {key}")
         # Data of preferences may have the whole conversation in each answer.

@@ -18,7 +18,7 @@ TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of parts that 
 
 
 def as_messages(value: Any, where: str) -> list[dict[str, Any]]:
-    """Messages with a `role` and a `content` that is a text; their other keys are kept, for the template.
+    """Messages with a `role` and a `content` that is a text; others that are not null are kept, for the template.
 
     Args:
         value: a list of objects with `role` and `content`, or `from` and `value`; or that as a JSON text, as a table of
@@ -56,7 +56,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         role = ROLES[role]
     calls = message.get("tool_calls") or message.get("function_call")
     text = "" if content is None and calls else _content(content, f"{where}.{keys[1]}")
-    return {**{key: each for key, each in message.items() if key not in keys}, "role": role, "content": text}
+    # Tables have all keys in every message, where they are null if it has none of the kind; templates ask for keys.
+    others = {key: each for key, each in message.items() if key not in keys and each is not None}
+    return {**others, "role": role, "content": text}
 
 
 def _has(message: Any, key: str) -> bool:

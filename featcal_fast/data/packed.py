@@ -31,6 +31,8 @@ OTHER_TEXTS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 POINTER = b"version https://git-lfs"
+# How packed files begin, whatever they are called.
+MAGIC = {b"\x1f\x8b": ".gz", b"BZh91AY&SY": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 
 
 def is_packed(path: Path) -> bool:
@@ -43,7 +45,7 @@ def pieces(path: Path) -> Iterator[bytes]:
 
     Raises:
         DataError: it cannot be unpacked, unpacks to more than a hundred times its size and 64 MiB, is a text in
-            another encoding than UTF-8, or a pointer that Git LFS left in its place.
+            another encoding than UTF-8, packed (again), or a pointer that Git LFS left in its place.
     """
     with closing(files.open_to_read(path)) as file:
         read = _unpacked(file, path) if is_packed(path) else _plain(file)
@@ -51,6 +53,11 @@ def pieces(path: Path) -> Iterator[bytes]:
         for piece in read:
             if first:
                 _check_beginning(piece, path)
+                if packing := next((name for magic, name in MAGIC.items() if piece.startswith(magic)), None):
+                    raise DataError(
+                        f"{path}: found what is packed as {packing}, expected a text in UTF-8; give it a name "
+                        "that ends so"
+                    )
             first = False
             yield piece
 

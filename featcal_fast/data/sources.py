@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -14,16 +14,17 @@ from featcal_fast.data.packed import PACKINGS
 from featcal_fast.data.ready import read_tensors
 from featcal_fast.data.samples import IMAGE_SUFFIXES, SUPPORTED, TABLE_SUFFIXES, Sample, draw, listed
 from featcal_fast.data.tables import read_dataset
-from featcal_fast.data.text_files import TEXT_FORMS, read_texts, text_form
+from featcal_fast.data.text_files import OTHER_SPLITS, TEXT_FORMS, TRAIN, read_texts, text_form
 from featcal_fast.errors import DataError
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.-]+))?")
 # Names of files that tell about data.
 NOTES = re.compile(
-    r"(readme|licen[cs]e|requirements)\b.*|(dataset_infos?|dataset_dict|state|config)\.json", re.IGNORECASE
+    r"(readme|licen[cs]e|requirements)\b.*|(dataset_infos?|dataset_dict|state|config)\.json|thumbs\.db|desktop\.ini",
+    re.IGNORECASE,
 )
+CAPTIONS = (".json", ".txt")  # forms of what may tell about a single image
 SUFFIX = re.compile(r"\.[a-z0-9]{1,10}")
-OTHER_SPLITS = {"test", "dev", "val", "valid", "validation", "eval"}
 ENTRIES = 2_000_000  # of a folder and those in it: more than ImageNet has
 
 
@@ -44,7 +45,12 @@ def check_exists(source: str | Path) -> None:
 
 
 def read_samples(
-    source: str | Path, samples: int, seed: int, longest: int | None = None, notes: list[str] | None = None
+    source: str | Path,
+    samples: int,
+    seed: int,
+    longest: int | None = None,
+    notes: list[str] | None = None,
+    targets: bool = False,
 ) -> Iterator[Sample]:
     """The drawn samples of any source; what exists on disk wins over a hub id.
 
@@ -60,6 +66,7 @@ def read_samples(
         seed: of the draw.
         longest: tokens of ready inputs, if the model has a limit.
         notes: a list for what the user should know of it, in sentences: keys, columns and files that are ignored.
+        targets: see `kinds.as_texts`.
     """
     check_exists(source)
     path, notes = Path(source), [] if notes is None else notes
@@ -68,22 +75,22 @@ def read_samples(
         found = data_files(path)
         notes += found.notes
         if found.kind == "tables":
-            yield from read_dataset(path, "train", samples, seed, found.files, notes)
+            yield from read_dataset(path, "train", samples, seed, found.files, notes, targets)
         elif found.kind == "texts":
-            yield from read_texts(found.files, samples, seed, path, notes)
+            yield from read_texts(found.files, samples, seed, path, notes, targets)
         else:
             for i in draw(len(found.files), samples, seed, path):
                 yield Sample(str(found.files[i]), {"image": found.files[i]})
     elif not path.exists():
         hub = HUB_ID.fullmatch(str(source))
         assert hub is not None
-        yield from read_dataset(hub[1], hub[2] or "train", samples, seed, (), notes)
+        yield from read_dataset(hub[1], hub[2] or "train", samples, seed, (), notes, targets)
     elif text_form(path):
-        yield from read_texts([path], samples, seed, path, notes)
+        yield from read_texts([path], samples, seed, path, notes, targets)
     elif suffix == ".safetensors":
         yield from read_tensors(path, samples, seed, longest)
     elif suffix in TABLE_SUFFIXES:
-        yield from read_dataset(path, "train", samples, seed, [path], notes)
+        yield from read_dataset(path, "train", samples, seed, [path], notes, targets)
     else:
         raise DataError(f"{path}: found the unknown file type {suffix!r}; expected {SUPPORTED}")
 
@@ -115,40 +122,58 @@ def data_files(folder: Path) -> DataFiles:
     tables: list[Path] = []
     images: list[Path] = []
     texts: dict[str, list[Path]] = {}
-    others: Counter[str] = Counter()  # than images and notes, by suffix
+    others: list[Path] = []
     for path in files_below(folder):
-        suffix, form = path.suffix.lower(), "" if NOTES.fullmatch(path.name) else text_form(path)
-        if suffix not in IMAGE_SUFFIXES and not NOTES.fullmatch(path.name):
-            others[suffix if SUFFIX.fullmatch(suffix) else "files of other names"] += 1
-        if (form or suffix in TABLE_SUFFIXES | IMAGE_SUFFIXES) and path.exists():
+        note = NOTES.fullmatch(path.name) is not None
+        suffix, form = path.suffix.lower(), "" if note else text_form(path)
+        if not form and suffix not in TABLE_SUFFIXES | IMAGE_SUFFIXES:
+            others += [] if note else [path]
+        elif path.exists():
             if not path.is_file():  # but a pipe or a device, which may keep its reader waiting forever
                 raise DataError(f"{path}: it is not a regular file; expected a table, an image or texts, or remove it")
             if form:
                 texts.setdefault(form, []).append(path)
             else:
                 (tables if suffix in TABLE_SUFFIXES else images).append(path)
+        else:  # a link to nowhere
+            others.append(path)
     # Tables first: the clone of a hub dataset may hold a picture for its card. Notes may lie beside images.
     if tables:
         return DataFiles("tables", tables)
-    form = next((each for each in TEXT_FORMS if each in texts), "")
-    if images and (form == ".txt" or len(images) > len(texts.get(form, []))):
-        names = listed((f"{count:,} {kind}" for kind, count in others.most_common()), 5)
+    alone = _without_captions(texts, images)
+    form = next((each for each in TEXT_FORMS if alone[each]), "")
+    if images and len(images) + (form == ".txt") > len(alone.get(form, ())):  # a single .txt is rather a note
+        counts = Counter(_ending(each) for each in chain(others, *texts.values()))
+        names = listed((f"{count:,} {ending}" for ending, count in counts.most_common()), 5)
         return DataFiles(
-            "images", images, [f"{folder}: {len(images):,} images are read; ignored: {names}"] if others else []
+            "images", images, [f"{folder}: {len(images):,} images are read (ignored: {names})"] if counts else []
         )
     if not form:
         raise DataError(f"{folder}: found no images, parquet or arrow files, nor texts; expected {SUPPORTED}")
-    found = _of_training(texts[form])
+    found = _of_training(alone[form], folder)
     read = set(found)
-    rest = [each.name for each in chain(images, *texts.values()) if each not in read]
-    note = f"{folder}: {len(found):,} files of texts ({form}) are read; ignored: {listed(rest, 5)}"
-    return DataFiles("texts", found, [note] if rest else [])
+    rest = [each.name for each in chain(images, *texts.values(), others) if each not in read]
+    told = f"{folder}: {len(found):,} files of texts ({form}) are read (ignored: {listed(rest, 5)})"
+    return DataFiles("texts", found, [told] if rest else [])
 
 
-def _of_training(found: list[Path]) -> list[Path]:
-    """Files that are named for the training split, if others are named for other ones."""
-    splits = [{*re.split(r"[^a-z]+", each.name.lower())} for each in found]
-    train = [each for each, words in zip(found, splits, strict=True) if "train" in words]
+def _without_captions(texts: Mapping[str, list[Path]], images: Sequence[Path]) -> dict[str, list[Path]]:
+    """Files of texts but those that are called as an image beside them, and tell about it."""
+    told = {*images, *(each.with_suffix("") for each in images)} if {*CAPTIONS} & texts.keys() else set()
+    return {
+        form: [each for each in texts.get(form, ()) if form not in CAPTIONS or each.with_suffix("") not in told]
+        for form in TEXT_FORMS
+    }
+
+
+def _ending(path: Path) -> str:
+    return ending if SUFFIX.fullmatch(ending := path.suffix.lower()) else "files of other names"
+
+
+def _of_training(found: list[Path], folder: Path) -> list[Path]:
+    """Files that are named for the training split, or in a folder that is, if others are for other ones."""
+    splits = [{*re.split(r"[^a-z]+", str(each.relative_to(folder)).lower())} for each in found]
+    train = [each for each, words in zip(found, splits, strict=True) if TRAIN in words]
     return train if train and any(words & OTHER_SPLITS for words in splits) else found
 
 

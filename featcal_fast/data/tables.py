@@ -38,11 +38,17 @@ CARD_HEADER = re.compile(r"^\s*---[\r\n]+([\S\s]*?)[\r\n]+---([\r\n]|$)")  # as 
 
 
 def read_dataset(
-    source: Path | str, split: str, samples: int, seed: int, tables: Sequence[Path], notes: list[str]
+    source: Path | str,
+    split: str,
+    samples: int,
+    seed: int,
+    tables: Sequence[Path],
+    notes: list[str],
+    targets: bool = False,
 ) -> list[Sample]:
     """The drawn rows of a table, of a folder, whose tables are given, or of a data set of the hub.
 
-    `notes` is told which columns are ignored.
+    `notes` is told which columns are ignored; for `targets` see `kinds.as_texts`.
     """
     datasets = import_optional("datasets", "datasets", source)
     saved = any((Path(source) / name).is_file() for name in (STATE, SPLITS))
@@ -76,7 +82,7 @@ def read_dataset(
         return [Sample(each.where, {"image": _image(each, places)}) for each in found]
     if "input_ids" in found[0].values:
         return [as_tokens(each) for each in found]
-    return as_texts(found, source, notes, [name for name in columns if name not in found[0].values])
+    return as_texts(found, source, notes, targets, [name for name in columns if name not in found[0].values])
 
 
 def _needed(dataset: Any, datasets: Any, source: object) -> Any:

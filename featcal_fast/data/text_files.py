@@ -15,11 +15,12 @@ from featcal_fast.data.lines import Lines
 from featcal_fast.data.packed import BOM, is_packed, pieces
 from featcal_fast.data.samples import Sample, draw, listed
 from featcal_fast.data.separated import SEPARATORS, Rows
-from featcal_fast.errors import DataError
+from featcal_fast.errors import DataError, shown
 from featcal_fast.untrusted.documents import DocumentError, parse_json
 
 TEXT_FORMS = (".jsonl", ".json", ".csv", ".tsv", ".txt")  # of several in one folder the first is its data
 LINES = (".jsonl", ".ndjson")
+TRAIN, OTHER_SPLITS = "train", {"test", "dev", "val", "valid", "validation", "eval"}
 TOGETHER = 2**28  # bytes of all samples that are drawn
 LARGEST_OBJECT = 2**26  # bytes of a JSON document that is not an array
 
@@ -48,7 +49,9 @@ def text_form(path: Path) -> str:
     return suffix if suffix in TEXT_FORMS else ""
 
 
-def read_texts(paths: Sequence[Path], samples: int, seed: int, source: object, notes: list[str]) -> list[Sample]:
+def read_texts(
+    paths: Sequence[Path], samples: int, seed: int, source: object, notes: list[str], targets: bool = False
+) -> list[Sample]:
     """The drawn samples of files, one after the other. All are counted before, without holding them.
 
     Args:
@@ -57,6 +60,7 @@ def read_texts(paths: Sequence[Path], samples: int, seed: int, source: object, n
         seed: of the draw.
         source: what they are together, for errors.
         notes: is told what of them is ignored.
+        targets: see `kinds.as_texts`.
 
     Returns:
         Samples in one of the `kinds.FORMS`.
@@ -66,12 +70,12 @@ def read_texts(paths: Sequence[Path], samples: int, seed: int, source: object, n
         OSError: a file cannot be read.
     """
     before = [_state(path) for path in paths]
-    sources = [_opened(path) for path in paths]
+    sources = [_opened(path, notes) for path in paths]
     drawn = draw(sum(each.records.count for each in sources), samples, seed, source)
     found = _picked(sources, sorted(drawn), source)
     if len(found) < len(drawn) or before != [_state(path) for path in paths]:
         raise DataError(f"{source}: it changed while it was being read; try again when it is complete")
-    return as_texts([_sample(*found[i]) for i in drawn], source, notes)
+    return as_texts([_sample(*found[i]) for i in drawn], source, notes, targets)
 
 
 def _picked(sources: Sequence[Source], drawn: list[int], source: object) -> dict[int, tuple[Source, int, Any]]:
@@ -83,7 +87,7 @@ def _picked(sources: Sequence[Source], drawn: list[int], source: object) -> dict
         inside = [i - first for i in drawn[bisect_left(drawn, first) : bisect_left(drawn, after)]]
         for i, number, raw in each.records.pick(inside) if inside else ():
             found[first + i] = each, number, raw
-            together += sum(map(len, raw)) if isinstance(raw, list) else len(raw)
+            together += _length(raw)
             if together > TOGETHER:
                 raise DataError(
                     f"{source}: the samples that were drawn have more than {TOGETHER // 2**20} MiB together; shorten "
@@ -91,6 +95,13 @@ def _picked(sources: Sequence[Source], drawn: list[int], source: object) -> dict
                 )
         first = after
     return found
+
+
+def _length(raw: Any) -> int:
+    """Of a line, an item or a row; items that were parsed already are bounded together with their file."""
+    if isinstance(raw, list):
+        return sum(len(each) for each in raw if isinstance(each, str))
+    return len(raw) if isinstance(raw, bytes) else 0
 
 
 def _sample(source: Source, number: int, raw: Any) -> Sample:
@@ -103,17 +114,17 @@ def _state(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _opened(path: Path) -> Source:
+def _opened(path: Path, notes: list[str]) -> Source:
     form = text_form(path)
     if form == ".json":
-        return _json(path)
+        return _json(path, notes)
     if form in SEPARATORS:
         rows = Rows(path, form, has_kind)
         return Source(path, rows, "line", lambda raw, where: _cells(rows.header, raw, where))
     return Source(path, Lines(path), "line", _plain if form == ".txt" else _object)
 
 
-def _json(path: Path) -> Source:
+def _json(path: Path, notes: list[str]) -> Source:
     """An array; or lines, which many call so; or one object with the samples in it."""
     beginning = b""
     for piece in pieces(path):
@@ -131,7 +142,7 @@ def _json(path: Path) -> Source:
         first = b""
     if not beginning or _is_object(first):
         return Source(path, lines, "line", _object)
-    return Source(path, _Listed(_inside(path)), "item", _item)
+    return Source(path, _Listed(_inside(path, notes)), "item", _item)
 
 
 def _is_object(line: bytes) -> bool:
@@ -144,7 +155,7 @@ def _is_sample(line: bytes) -> bool:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return parse_json(line)
+        return parse_json(line, finite=False)
     except DocumentError:
         return None
 
@@ -159,37 +170,52 @@ class _Listed:
         return ((i, i + 1, self._items[i]) for i in drawn)
 
 
-def _inside(path: Path) -> list[Any]:
-    """The samples in a JSON object: itself, or the one list that it holds."""
-    found = bytearray()
+def _inside(path: Path, notes: list[str]) -> list[Any]:
+    """The samples in a JSON object: itself, or the one list that it holds, or, of lists of splits, the training one."""
+    data = bytearray()
     for piece in pieces(path):
-        found += piece
-        if len(found) > LARGEST_OBJECT:
+        data += piece
+        if len(data) > LARGEST_OBJECT:
             raise DataError(
                 f"{path}: found a JSON object of more than {LARGEST_OBJECT // 2**20} MiB, expected an array of "
                 "samples, which may be larger, or an object a line (.jsonl); save it so"
             )
     try:
-        values = parse_json(bytes(found.removeprefix(BOM)))
+        values = parse_json(bytes(data.removeprefix(BOM)), finite=False)
     except DocumentError as error:
         raise DataError(
             f"{path}: found invalid JSON; expected an array of samples, or an object a line, in UTF-8 ({error})"
         ) from error
     if isinstance(values, dict) and has_kind(values):
         return [values]
-    lists = [each for each in values.values() if isinstance(each, list)] if isinstance(values, dict) else []
-    if len(lists) != 1:
+    if (key := _list_of_samples(values)) is None:
         keys = f"the keys {listed(values)}" if isinstance(values, dict) else f"a {type(values).__name__}"
         raise DataError(
             f"{path}: found {keys}, expected an array of samples, or an object with one under one key; save them as "
             "an array, or as an object a line (.jsonl)"
         )
-    return lists[0]
+    if rest := [each for each in values if each != key]:
+        notes.append(f"{path}: the list {shown(key)} is read (ignored: {listed(rest, 5)})")
+    found: list[Any] = values[key]
+    return found
+
+
+def _list_of_samples(values: Any) -> str | None:
+    """Under which key an object has its samples; None where nothing tells."""
+    if not isinstance(values, dict):
+        return None
+    lists: list[str] = [key for key, each in values.items() if isinstance(each, list)]
+    if TRAIN in lists and OTHER_SPLITS.issuperset(each for each in lists if each != TRAIN):
+        return TRAIN
+    # Texts beside other keys are something of the one sample that the object is: labels, or tags.
+    if len(lists) == 1 and (len(values) == 1 or all(isinstance(each, dict) for each in values[lists[0]])):
+        return lists[0]
+    return None
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        values = parse_json(line.decode())
+        values = parse_json(line.decode(), finite=False)  # of numbers, which are no texts
     except (DocumentError, UnicodeDecodeError) as error:
         words = line.strip()
         array = words.startswith((b"[", b"]")) or words.endswith(b",")
@@ -202,7 +228,7 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
 
 def _item(item: Any, where: str) -> dict[str, Any]:
     try:
-        values = parse_json(item.decode()) if isinstance(item, bytes) else item
+        values = parse_json(item.decode(), finite=False) if isinstance(item, bytes) else item
     except (DocumentError, UnicodeDecodeError) as error:
         raise DataError(
             f"{where}: found invalid JSON; expected objects in UTF-8, parted by commas ({error})"

@@ -20,7 +20,7 @@ from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.recipe import MAX_LENGTH, Recipe
 from featcal_fast.inputs.task_data import TaskData, chunk_tokens, describe, is_ready, local_data
 from featcal_fast.inputs.tokens import merged_tokenizer, own_folders
-from featcal_fast.models.configs import first_position, max_positions
+from featcal_fast.models.configs import max_positions, turns_positions
 from featcal_fast.streaming.malloc import trim_malloc
 
 Batches = list[dict[str, Tensor]]
@@ -144,7 +144,7 @@ def _limits(models: RecipeModels, task: str) -> Limits:
         "token_type_ids": _least("type_vocab_size", config, own.config) or size,  # GPT-2 has one table for both
     }
     positions = max_positions(config)
-    if positions is not None and first_position(own.config) is not None:  # which is each model's own
+    if positions is not None and not turns_positions(own.config):  # but looks them up in a table of its own
         positions = min(positions, max_positions(own.config) or positions)
     return Limits(positions, size, {name: count for name, count in choices.items() if count}, owner, advice)
 

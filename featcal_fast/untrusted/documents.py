@@ -27,8 +27,12 @@ class DocumentError(ValueError):
     """A document is not one, or asks too much of its reader; says where, not in which file."""
 
 
-def parse_json(data: bytes | str) -> Any:
+def parse_json(data: bytes | str, *, finite: bool = True) -> Any:
     """What a JSON document holds.
+
+    Args:
+        data: the document.
+        finite: whether NaN and infinities are refused, which JSON has not, but Python writes.
 
     Raises:
         DocumentError: it is not JSON, nested too deeply, holds a key twice in one object, NaN or an infinity, an
@@ -42,9 +46,9 @@ def parse_json(data: bytes | str) -> Any:
             value = json.loads(
                 data,
                 object_pairs_hook=_object,
-                parse_constant=_constant,
+                parse_constant=_constant if finite else float,
                 parse_int=_integer,
-                parse_float=_float,
+                parse_float=_float if finite else float,
             )
     except DocumentError:
         raise
