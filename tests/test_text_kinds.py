@@ -85,7 +85,11 @@ def test_all_kinds_are_tried_above():
 
 def test_other_keys_are_ignored_and_told_once(write, bare):
     notes = []
-    path = write({"text": "a", "id": 1, "score": float("nan")}, {"source": "x", "text": "b", "meta": {"c": [None]}}, {"text": "c"})
+    path = write(
+        {"text": "a", "id": 1, "score": float("nan")},
+        {"source": "x", "text": "b", "meta": {"c": [None]}},
+        {"text": "c"},
+    )
     assert sorted(rows(load_batches(path, folders=[bare], notes=notes))) == [ids("a"), ids("b"), ids("c")]
     (note,) = notes
     assert note.startswith(f"{path}: read as text (ignored: ")

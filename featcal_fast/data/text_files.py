@@ -215,7 +215,7 @@ def _list_of_samples(values: Any) -> str | None:
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        values = parse_json(line.decode(), finite=False)  # of numbers, which are no texts
+        values = parse_json(line.decode(), finite=False)
     except (DocumentError, UnicodeDecodeError) as error:
         words = line.strip()
         array = words.startswith((b"[", b"]")) or words.endswith(b",")
