@@ -155,7 +155,10 @@ print(json.dumps({method: [rise(method, name) for name in ("small", "large")][1]
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel does not reset a process's peak")
 def test_no_tensor_is_there_but_the_result(llama: dict[str, Any], tmp_path: Path) -> None:
-    """Beside the merged tensor, which has 8 MiB, there is room for parts alone: not for another one."""
+    """Beside the merged tensor, which has 8 MiB, there is room for parts alone: not for another one.
+
+    Of the tensor itself some may find room in memory that was freed before.
+    """
     base = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).bfloat16()
     for name, change in (("base", 0.0), ("math", 0.1), ("code", 0.2)):
         (tmp_path / name).mkdir()
@@ -168,7 +171,7 @@ def test_no_tensor_is_there_but_the_result(llama: dict[str, Any], tmp_path: Path
     done = subprocess.run([sys.executable, "-c", PEAK, recipe, *methods], capture_output=True, check=True, text=True)
     found = json.loads(done.stdout)
     assert [*found] == methods
-    assert all(base.nbytes - 2**20 <= peak <= 1.5 * base.nbytes for peak in found.values()), found
+    assert all(0.5 * base.nbytes <= peak <= 1.5 * base.nbytes for peak in found.values()), found
 
 
 def test_what_is_dropped_depends_on_nothing_else() -> None:
