@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import os
@@ -183,6 +184,12 @@ def test_programs_that_are_ended(program: Callable[[], object], message: str, ca
     with pytest.raises(LimitError, match=message):
         limited(program, 1, 2**26)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_program_does_not_pay_for_this_process() -> None:
+    """Where Python searches for garbage, which it may at any time, it need not go through all that is held here."""
+    held_here = len(gc.get_objects())
+    assert limited(lambda: len(gc.get_objects()), 1) < 0.1 * held_here
 
 
 def test_what_a_program_raises_is_told() -> None:

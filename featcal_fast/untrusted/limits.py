@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import resource
@@ -90,6 +91,7 @@ def _answer(program: Callable[[], Any], sending: Any, nbytes: int, seconds: int)
             signal.signal(number, signal.SIG_DFL)
         files.silence()
         faulthandler.disable()  # which has a standard error of its own
+        gc.freeze()  # a search through all that this process has would take the program's time
         taken = int(files.read_text(Path("/proc/self/statm")).split()[0]) * resource.getpagesize()
         _limit(resource.RLIMIT_AS, taken + nbytes)
         _limit(resource.RLIMIT_CPU, seconds)
