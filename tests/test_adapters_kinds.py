@@ -293,7 +293,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a bias that is missing": (
         "dora",
         lambda root: _config(root, lora_bias=True),
-        "its factor lora_B.bias is missing; the download is incomplete",
+        "its factor lora_B.bias is missing, though adapter_config.json sets lora_bias; the download is incomplete",
     ),
     "fewer tokens": (
         "tokens",

@@ -311,9 +311,10 @@ class LoraExpert:
         for key in (*keys, *(key for key, switch in variants.items() if self.values.get(switch))):
             if key not in factors:
                 missing = "B.bias" if key == "bias" else key
+                told = f", though {ADAPTER_CONFIG} sets {variants[key]}" if key in variants else ""
                 raise CheckpointError(
-                    f"{self.label}: {self.shards.where(some)} is there, but its factor lora_{missing} is missing; the "
-                    "download is incomplete"
+                    f"{self.label}: {self.shards.where(some)} is there, but its factor lora_{missing} is missing{told}"
+                    "; the download is incomplete"
                 )
         for key, switch in variants.items():
             if key in factors and not self.values.get(switch):
