@@ -42,6 +42,7 @@ ALWAYS = (
         "templates/programs-a-long-text",
     ),
     *("tokenizers/patterns-split-catastrophic", "ready_inputs/unknown-*", "ready_inputs/ids-complex"),
+    "ready_inputs/targets-deeper",
     *("ready_inputs/sizes-*", "ready_inputs/encoder-inputs-*", "ready_inputs/pixels-no-width"),
     *("images/files-postscript", "images/folders-*", "processors/values-crop-size-height-*", "changing/*"),
     *("processors/documents-ff-*", "cards/*"),

@@ -172,7 +172,7 @@ def _record_stage(
         if number == 0:
             if not isinstance(hidden, Tensor) or hidden.ndim != 3:
                 found = f"{structure.paths[stage]}.0 is given {described(hidden)}, expected [batch, tokens, width]"
-                usual = "input_ids" in batch and batch["input_ids"].ndim == 2
+                usual = "input_ids" in batch and all(value.ndim == 2 for value in batch.values())
                 raise not_supported(structure.model, label, found) if usual else Refused(found)
             first.append(hidden)
             if relays:

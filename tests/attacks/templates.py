@@ -108,7 +108,7 @@ def contents() -> Iterator[Variant]:
     """What the template is given, and cannot make a text of."""
     needle: Needle = ("messages", "template", "tokens", "tokenize")
     template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
-    for value in (None, 5, [], ["a"], {}, {"a": "b"}):
+    for value in (None, 5, [], [5], {}, {"a": "b"}):
 
         def damage(job: Job, value: Any = value) -> None:
             job.write(TEMPLATE, template)
