@@ -10,14 +10,12 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 
 from featcal_fast import files
 from featcal_fast.errors import FeatCalError, OutputError, printable, shown
 from featcal_fast.job.interrupts import ENDING
-from featcal_fast.job.throughput import known_rate, remember_rate
 from featcal_fast.streaming.malloc import configure_process
 from featcal_fast.terminal import BarProgress, Terminal, complain
 from featcal_fast.version import __version__
@@ -50,7 +48,6 @@ A folder that mergekit wrote says itself what it was made of:
 No data at hand? `featcal-fast demo` makes four small experts from real scans of digits and repairs their merge.
 """
 
-LONG_ENOUGH = 20  # seconds of a run whose rate says something
 FAULT = 70  # exit code for what is nobody's fault but ours, as sysexits.h has it
 DEBUG = "--debug"
 OUTPUT_FAILED = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EFBIG}
@@ -181,8 +178,6 @@ def calibrate(
         delta=delta,
         delta_rank=delta_rank or RANK,
     )
-    if report.seconds > LONG_ENOUGH:
-        remember_rate(torch.device(report.device), report.rate)
     console.print(report.table())
     console.say(report.summary() + (f"\nWrote {delta}: {read_summary(delta)}" if delta else ""))
     console.next_steps(Path(report.out or ""))
@@ -206,7 +201,7 @@ def plan(
     debug: Debug = False,
     rate: Annotated[
         float | None,
-        typer.Option(help="TFLOP/s, for a rough estimate of the time. Default: the last run's here."),
+        typer.Option(help="TFLOP/s, to estimate the time by. Default: what runs took here."),
     ] = None,
 ) -> None:
     """Say what RECIPE.yaml will need (memory, disk, bytes read, arithmetic) and which weights will change.
@@ -219,6 +214,7 @@ def plan(
     """
     from featcal_fast.inputs.recipe import with_out
     from featcal_fast.job.resume import left_behind
+    from featcal_fast.job.throughput import expected
     from featcal_fast.planning.planner import plan as make
 
     if rate is not None and not 0 < rate < math.inf:
@@ -240,8 +236,7 @@ def plan(
     progress.close()
     for table in found.tables():
         console.print(table)
-    known = known_rate(torch.device(found.device)) if rate is None else rate * 1e12
-    console.say(found.summary(known))
+    console.say(found.summary(rate * 1e12) if rate else found.summary(duration=expected(found)))
     if console.stdout.failed:
         raise OutputError("standard output cannot be written: the plan is not shown")
     if job.folder and (left := left_behind(job.folder)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import numpy
 import pico
 import pytest
 import torch
+import transformers
 from data_files import WORDS, save_tokenizer
 from forms import expert_at
 from safetensors.torch import load_file, save_file
@@ -243,6 +245,20 @@ def test_only_experts_may_be_gguf_files(role: str, recipe: dict, tmp_path: Path)
     path.unlink()
     with pytest.raises(ff.FeatCalError, match=r"task0: .*task0.gguf: there is no such file; expected a GGUF file"):
         ff.plan({**recipe, **expert_at(recipe, "task0", path)})
+
+
+def test_what_is_said_makes_a_base_of_a_folder_with_one_and_of_the_same_bits(recipe: dict, tmp_path: Path) -> None:
+    (tmp_path / "only").mkdir()
+    path = as_gguf(tmp_path, kind="Q8_0").rename(tmp_path / "only" / "base.gguf")
+    with pytest.raises(ff.FeatCalError, match=rf"{re.escape(str(path))} is a GGUF file, ") as error:
+        ff.plan({**recipe, "base_model": str(tmp_path / "only")})
+    said = re.search(r"AutoModelForCausalLM\.from_pretrained\(.*\)\.save_pretrained\(a new folder\)", str(error.value))
+    assert said is not None
+    code = said[0].replace("a new folder", repr(str(tmp_path / "new")))
+    exec(code, {name: getattr(transformers, name, None) for name in ("AutoModelForCausalLM", "GgufConfig")})
+    base = find_checkpoint("new", tmp_path, "base")
+    assert_same(base.read(base.tensors), find_expert(str(path), tmp_path, "expert", base).read(base.tensors))
+    assert ff.plan({**recipe, "base_model": str(tmp_path / "new")}, device="cpu").fits
 
 
 def test_the_package_is_asked_for_where_it_is_missing(

@@ -10,42 +10,10 @@ import pytest
 import torch
 
 import featcal_fast as ff
-from featcal_fast.job.throughput import known_rate, remember_rate
 from featcal_fast.streaming import machine
 from featcal_fast.streaming.machine import find_device
 
 CPU = torch.device("cpu")
-
-
-def test_a_rate_is_remembered_by_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert known_rate(CPU) is None
-    remember_rate(CPU, 2e11)
-    remember_rate(torch.device("meta"), 1.0)
-    assert known_rate(CPU) == 2e11
-    remember_rate(CPU, 3e11)
-    assert known_rate(CPU) == 3e11
-    assert known_rate(torch.device("meta")) == 1.0
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to ask")
-def test_a_device_that_is_not_there_has_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    remember_rate(CPU, 2e11)
-    assert known_rate(torch.device("cuda")) is None
-
-
-def test_a_broken_or_unwritable_cache_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / "featcal_fast").mkdir()
-    (tmp_path / "featcal_fast" / "rates.json").write_text("[1, 2")
-    assert known_rate(CPU) is None
-    remember_rate(CPU, 2e11)
-    assert known_rate(CPU) == 2e11
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    remember_rate(CPU, 2e11)
-    assert known_rate(CPU) is None
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "mps", "gpu"])

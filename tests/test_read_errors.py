@@ -11,7 +11,6 @@ from typing import Any
 
 import pico
 import pytest
-import torch
 from data_files import save_image, save_tokenizer
 from forms import factors, write_adapter
 from safetensors.torch import load_file
@@ -21,7 +20,6 @@ from featcal_fast import files
 from featcal_fast.checkpoints import find_checkpoint, find_expert
 from featcal_fast.data.batches import load_batches
 from featcal_fast.inputs.recipe import Recipe
-from featcal_fast.job.throughput import known_rate, remember_rate
 
 READS = ("open_to_read", "read_into", "read_bytes", "read_text", "list_folder", "stat")
 ADVICE = ("check", "download")
@@ -216,30 +214,3 @@ def test_an_index_that_is_a_link_out_of_the_folder_is_refused(root: Path) -> Non
     index.symlink_to("../index.json")
     with pytest.raises(ff.FeatCalError, match=r"index.json is a link to .*, outside of the model folder"):
         _read("sharded", root)
-
-
-def test_a_rate_is_kept_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever operation is refused."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    device, names = torch.device("cpu"), ("make_folder", "create", "write_at", "sync", "rename", "sync_folder")
-    remember_rate(device, known := 1e11)
-    for rate, name in enumerate(names, 2):
-        with monkeypatch.context() as patch:
-            patch.setattr(files, name, _raise(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
-            remember_rate(device, float(rate))
-        assert known_rate(device) in (known, float(rate))
-        known = known_rate(device)
-        assert [path.name for path in (tmp_path / "cache" / "featcal_fast").iterdir()] == ["rates.json"]
-    for text in (
-        '{"cpu": 0}',
-        '{"cpu": NaN}',
-        '{"cpu": -1.5}',
-        '{"cpu": "1"}',
-        "[" * 10**6,
-        "[1]",
-        f'{{"cpu": {"9" * 400}}}',
-    ):
-        (tmp_path / "cache" / "featcal_fast" / "rates.json").write_text(text)
-        assert known_rate(device) is None
-        remember_rate(device, 2.0)
-        assert known_rate(device) == 2.0

@@ -12,6 +12,7 @@ from featcal_fast.checkpoints.bnb import BitsAndBytesCheckpoint
 from featcal_fast.checkpoints.documents import read_errors
 from featcal_fast.checkpoints.fp8 import Fp8Checkpoint
 from featcal_fast.checkpoints.gguf import GgufExpert
+from featcal_fast.checkpoints.gguf_file import find_files
 from featcal_fast.checkpoints.nested import model_folder
 from featcal_fast.checkpoints.quantised import FOREIGN
 from featcal_fast.checkpoints.reader import ADAPTER_CONFIG, Checkpoint, TensorSource, quant_method, read_json
@@ -87,11 +88,7 @@ def open_checkpoint(path: Path, label: str) -> Checkpoint:
         UnsupportedModelError: as `Checkpoint`, or another quantisation.
     """
     if _is_gguf(path, label):
-        raise UnsupportedModelError(
-            f"{label}: {path} is a GGUF file, which has no config and no tokenizer that others can read; expected a "
-            "full checkpoint: only experts may be GGUF files; convert it first (transformers: from_pretrained with "
-            "gguf_file, save_pretrained)"
-        )
+        raise UnsupportedModelError(f"{label}: {_no_full_checkpoint(find_files(path, label)[0])}")
     folder = model_folder(path, label)
     method = quant_method(read_json(folder, "config.json", label))
     with read_errors(label, path):
@@ -198,6 +195,22 @@ def _is_gguf(path: Path, label: str) -> bool:
         if not path.is_dir() or any((path / name).is_file() for name in (SINGLE, INDEX)):
             return False
         return any(each.suffix == GGUF for each in files.list_folder(path))
+
+
+def _no_full_checkpoint(file: Path) -> str:
+    """What to do with a GGUF file that is to be a full checkpoint, in the words of the transformers that is here."""
+    import transformers
+
+    where = f'"{file.parent}", gguf_file="{file.name}"'
+    # Newer ones leave weights packed unless told otherwise, and then cannot save them.
+    packed = hasattr(transformers, "GgufConfig")
+    unpack = ", quantization_config=GgufConfig(dequantize=True)" if packed else ""
+    return (
+        f"{file} is a GGUF file, which has no config and no tokenizer that others can read; expected a full "
+        "checkpoint: only experts may be GGUF files; convert it first, with transformers' "
+        f"AutoModelForCausalLM.from_pretrained({where}{unpack}).save_pretrained(a new folder) and "
+        f"AutoTokenizer.from_pretrained({where}).save_pretrained(the same), and name that folder here"
+    )
 
 
 def _is_adapter(path: Path, label: str) -> bool:

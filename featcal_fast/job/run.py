@@ -32,6 +32,7 @@ from featcal_fast.job.resume import (
     read_past,
     telling_what_is_kept,
 )
+from featcal_fast.job.throughput import remember
 from featcal_fast.merging.merged import MergedCheckpoint
 from featcal_fast.planning.plan import memory_bytes
 from featcal_fast.planning.planner import choose_offload
@@ -191,6 +192,7 @@ class _Job:
         _check_loads(work, models)
         with finish_first():
             work.finish({"fingerprint": facts})
+        remember(plan, past.layers, sum(clock.seconds.values()))
         return report
 
     def _calibrate(

@@ -187,9 +187,13 @@ def _moment_flops(moments: TaskMoments, tokens: Tokens) -> float:
         if isinstance(each, GroupMoments):
             seen = tokens.memory if each.group.memory and tokens.memory is not None else tokens
             size = each.group.in_features
-            triangle = sum((size - start) * min(BLOCK, size - start) for start in range(0, size, BLOCK))
-            total += 2.0 * seen.count * (triangle + each.t.numel())
+            total += 2.0 * seen.count * (triangle(size) + each.t.numel())
     return total
+
+
+def triangle(size: int) -> int:
+    """Of a sum `[size, size]`, the entries that are computed: those above its diagonal, by blocks of rows."""
+    return sum((size - start) * min(BLOCK, size - start) for start in range(0, size, BLOCK))
 
 
 def _solve_flops(group: InputGroup, counts: TokenCounts) -> float:

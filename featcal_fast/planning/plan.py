@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from featcal_fast.errors import MemoryBudgetError, one_line, shown
 from featcal_fast.layer.layout import Layout
+from featcal_fast.planning.duration import Duration
 
 if TYPE_CHECKING:  # only terminals need it, and bench.gpu runs without
     from rich.table import Table
@@ -67,6 +68,7 @@ class Plan:
         problems: why it will not fit, each with the key that would make it fit; empty when it does.
         warnings: what should be known beforehand, a sentence each: settings that do not go together, missing samples.
         merges: whether models are merged on the fly, whose arithmetic is not counted.
+        dtype: of most of what layers' forwards multiply, as torch calls it.
     """
 
     device: str
@@ -85,6 +87,7 @@ class Plan:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     merges: bool = False
+    dtype: str = "float32"
 
     @property
     def host_bytes(self) -> int:
@@ -114,8 +117,15 @@ class Plan:
             total.update(layer.flops)
         return dict(total)
 
+    @property
+    def largest_matrix(self) -> tuple[int, int]:
+        """Inputs and outputs of the largest of what shares an input: what is multiplied by most."""
+        groups = (group for layer in self.layers for group in layer.layout.groups)
+        sizes = ((group.in_features, sum(group.out_features)) for group in groups)
+        return max(sizes, key=math.prod, default=(1, 1))
+
     def seconds(self, rate: float) -> float:
-        """Seconds for the arithmetic alone, at a measured `rate` of so many operations a second."""
+        """Seconds for the arithmetic alone, at a `rate` of so many operations a second."""
         return sum(self.flops.values()) / rate
 
     @property
@@ -167,11 +177,12 @@ class Plan:
             needs.add_row(f"written: {name}", format_bytes(size))
         return [layers, *([kept] if self.kept else []), needs]
 
-    def summary(self, rate: float | None = None) -> str:
-        """A few lines: peaks, arithmetic, the time it takes where a rate is known, warnings, and whether it fits.
+    def summary(self, rate: float | None = None, duration: Duration | None = None) -> str:
+        """A few lines: peaks, arithmetic, the time it takes where that is known, warnings, and whether it fits.
 
         Args:
-            rate: floating-point operations a second, as measured; None where that is not known.
+            rate: floating-point operations a second, to tell the time by.
+            duration: the time to tell where there is no rate, as `job.throughput.expected` knows it.
 
         Returns:
             The lines, as one text.
@@ -187,8 +198,10 @@ class Plan:
             f"arithmetic: {sum(self.flops.values()) / 1e12:.3g} TFLOP ({parts})",
         ]
         if rate is not None:
+            duration = Duration(self.seconds(rate), self.seconds(rate), f"at {rate / 1e12:g} TFLOP/s")
+        if duration is not None:
             others = "reading and merging keep" if self.merges else "reading keeps"
-            lines.append(f"time: {self.seconds(rate):,.0f} s at {rate / 1e12:g} TFLOP/s, if {others} up")
+            lines.append(f"time: {duration}, {duration.source}, if {others} up")
         lines += [f"warning: {each}" for each in self.warnings]
         needs = [("host memory", self.host_bytes, self.host_budget)]
         if self.device_items:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -219,10 +220,21 @@ class Planner:
         plan.kept = folded(self.models.kept(plan.layers))
         plan.bytes_read = self.models.bytes_read(plan.layers)
         plan.merges = self.recipe.merge is not None
+        plan.dtype = self._dtype()
         plan.bytes_written = {"calibrated model": self.models.models.nbytes}
         plan.disk = {"calibrated model": self.models.models.nbytes}
         count_memory(plan, self.models, data, stages, self.device, self.offload, self.resumable)
         return plan
+
+    def _dtype(self) -> str:
+        """What most of the student's weights in layers are multiplied as."""
+        if self.recipe.settings.forward_dtype != "auto":
+            return self.recipe.settings.forward_dtype
+        sizes: Counter[torch.dtype] = Counter()
+        for block in self.models.student.structure.blocks:
+            for value in block.state_dict().values():
+                sizes[value.dtype] += value.numel()
+        return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
 
     def _layer(
         self,
