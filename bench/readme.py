@@ -19,10 +19,15 @@ from bench.harness import tables
 from bench.harness.results import RESULTS, ROOT
 from bench.harness.runs import command_line
 from bench.language import study
+from bench.real import sources, summary
+from bench.real.units import ARITHMETIC, BASE, EXPERTS
 from featcal_fast.models import families_table
 
 PAGES = ("README.md", "bench/README.md", "docs/families.md")
 OURS = "featcal_fast"
+REAL = ("lm", "encoder")
+# Columns of the README's table of real models, and their rows.
+REAL_ROWS = {"base": BASE, "experts": EXPERTS, "task arithmetic": ARITHMETIC, "FeatCal 128": "FeatCal 128, chosen"}
 # The comparisons that the README shows, and what it calls them and what is compared.
 COMPARED = {
     "clip-b32-64": "CLIP ViT-B/32, 8 tasks of 64 images",
@@ -219,6 +224,47 @@ def digits() -> str:
     return _table(lines)
 
 
+def real() -> str:
+    """Of each study on real models, the merge that was tuned, the repairs of it, and how sure the difference is."""
+    lines = []
+    for name in REAL:
+        results = _read(f"real-{name}")
+        form, (digits, scale) = next(iter(results["forms"])), (results["digits"], results["scale"])
+        rows = results["forms"][form]["rows"]
+        line = {results["measure"]: results["study"]}
+        for title, key in REAL_ROWS.items():
+            line[title] = f"{scale * rows[key]['mean']:.{digits}f}"
+        lead = summary.lead(rows[REAL_ROWS["FeatCal 128"]]["differences"][ARITHMETIC], digits, scale)
+        lines.append(line | {"FeatCal's difference": lead})
+    return _table(lines)
+
+
+def real_rows(name: str, form: str) -> str:
+    """Every row of a study, for one form of its experts."""
+    results = _read(f"real-{name}")
+    return _table(summary.lines(results, form, results["measure"]))
+
+
+def real_cost() -> str:
+    """What FeatCal took on the real models beside what its plan said: means over seeds, the largest memory."""
+    lines = []
+    for name in REAL:
+        results = _read(f"real-{name}")
+        for form, found in results["forms"].items():
+            for key, row in found["rows"].items():
+                if took := row.get("took"):
+                    lines.append(
+                        {
+                            "calibration": f"{results['study']}, {form}: {key}",
+                            "seconds": _seconds(took["seconds"]),
+                            "peak memory": f"{took['peak_gib']:.2f} GiB",
+                            "planned": f"{took['planned_gib']:.2f} GiB",
+                            "TFLOP": f"{took['tflop']:.2f}",
+                        }
+                    )
+    return _table(lines)
+
+
 def families() -> str:
     """What can be calibrated, from the registry."""
     return families_table().strip()
@@ -235,6 +281,12 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "llama": lambda: _table(study.lines(_read("accuracy-llama"), "bits per byte", 3)),
     "merging": merging,
     "parity": parity,
+    "real": real,
+    "real cost": real_cost,
+    "real encoder": lambda: real_rows("encoder", "full"),
+    "real lm full": lambda: real_rows("lm", "full"),
+    "real lm lora": lambda: real_rows("lm", "lora"),
+    "real sources": lambda: _table(sources.table(), "--r--"),
     "t5": lambda: _table(study.lines(_read("accuracy-t5"), "token accuracy, %", 1)),
 }
 

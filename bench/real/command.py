@@ -1,0 +1,104 @@
+"""Run the studies: units by processes side by side, then what all of them found."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import real
+from bench.harness import process
+from bench.harness.results import RESULTS, Results, code_hash, environment, machine, write_whole
+from bench.harness.runs import command_line
+from bench.real import encoder, lm, sources, summary
+from bench.real.plots import draw
+from bench.real.units import SECTION, Rows, Unit
+
+STUDIES: dict[str, Any] = {study.NAME: study for study in (lm, encoder)}
+PROCESSES = 2  # of one thread each
+MEASURES = tuple(  # what rows depend on, beside what all benchmarks do
+    f"bench/{name}.py" for name in ("surgery", *(f"real/{part}" for part in ("sources", "texts", "tasks", "units")))
+)
+
+
+def main() -> None:
+    parser = command_line(real.__doc__, "--folder", "--fresh")
+    parser.add_argument("study", nargs="?", choices=STUDIES, help="both, if it is left out")
+    parser.add_argument("--quick", action="store_true", help="one seed and fewer rows, in ten minutes")
+    parser.add_argument("--choose", action="store_true", help="compare settings on the validation part instead")
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    archives = sources.fetch(args.folder / "sources")
+    studies = {name: study for name, study in STUDIES.items() if args.study in (None, name)}
+    if args.choose:
+        for name, study in studies.items():
+            path = RESULTS / f"settings-real-{name}.json"
+            write_whole(path, study.choose(archives, args.folder, args.quick) | {"machine": machine(1)})
+            print(f"Wrote {path}")
+        return
+    for study in studies.values():
+        study.prepare(archives, args.folder)
+    work = {unit: args for study in studies.values() for unit in study.units(args.quick)}
+    os.environ[process.PARENT] = str(os.getpid())
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(PROCESSES, spawn, process.end_with_parent, max_tasks_per_child=1) as pool:
+        finished = dict(zip(work, pool.map(run, work, work.values()), strict=True))
+    seconds = time.perf_counter() - began
+    for name, study in studies.items():
+        own = {unit: rows for unit, rows in finished.items() if unit.study == name}
+        results = found(study, own, args.quick) | {"wall_seconds": seconds}
+        path = (args.folder if args.quick else RESULTS) / f"real-{name}.json"
+        write_whole(path, results)
+        print(f"{summary.show(results)}\nWrote {path}")
+    if not args.quick and len(studies) == len(STUDIES):
+        draw(RESULTS / "real.png")
+    print(f"{seconds / 60:.0f} minutes")
+
+
+def run(unit: Unit, args: argparse.Namespace) -> dict[str, Any]:
+    """A unit's rows, measured in this process or before."""
+    torch.set_num_threads(1)
+    study = STUDIES[unit.study]
+    archives = sources.fetch(args.folder / "sources", say=lambda _: None)
+    kept = Results(path_of(unit, args), conditions(study, archives, args.quick), args.fresh)
+    study.run(unit, archives, args.folder, Rows(kept), args.quick)
+    return kept.of(SECTION)
+
+
+def path_of(unit: Unit, args: argparse.Namespace) -> Path:
+    return args.folder / ("quick" if args.quick else "rows") / f"{unit.name}.json"
+
+
+def conditions(study: Any, archives: dict[str, Path], quick: bool) -> dict[str, Any]:
+    """What rows must agree in to stand in one file."""
+    own = tuple(f"bench/real/{name}.py" for name in study.FILES)
+    return environment(
+        torch.device("cpu"),
+        machine=machine(1),
+        measures=code_hash((*MEASURES, *own)),
+        texts=study.fingerprint(archives),
+        studied=study.describe(quick),
+    )
+
+
+def found(study: Any, units: dict[Unit, dict[str, Any]], quick: bool) -> dict[str, Any]:
+    rows = [row for each in units.values() for row in each.values()]
+    return {
+        "study": study.TITLE,
+        "measure": study.MEASURE,
+        "digits": study.DIGITS,
+        "scale": study.SCALE,
+        **study.describe(quick),
+        "seeds": sorted({unit.seed for unit in units}),
+        "machine": machine(1),
+        "thread_seconds": sum(row["row_seconds"] for row in rows),
+        "forms": summary.summary(units, study.LOWER_IS_BETTER),
+    }
