@@ -34,7 +34,7 @@ TITLE, MEASURE, DIGITS, SCALE = "SmolLM2-135M-Instruct", "bits a byte of test te
 OTHER, KL = "other text", "KL"  # what is measured apart from the domains
 SEEDS = (0, 1, 2)
 COUNTS = {  # samples a domain: with the preset's settings, and with the chosen ones
-    "lora": ((32, 128), (8, 32, 128, 256)),
+    "lora": ((32,), (8, 32, 128, 256)),
     "full": ((32,), (32,)),
 }
 SCALINGS = (0.2, 0.3, 0.45, 0.6, 0.8, 1.0)  # of task arithmetic, compared on validation
