@@ -31,7 +31,6 @@ REAL_ROWS = {"base": BASE, "experts": EXPERTS, "task arithmetic": ARITHMETIC, "F
 # The comparisons that the README shows, and what it calls them and what is compared.
 COMPARED = {
     "clip-b32-64": "CLIP ViT-B/32, 8 tasks of 64 images",
-    "clip-b32-256": "CLIP ViT-B/32, 8 tasks of 256 images",
     "llama-1b-4": "Llama 3.2 1B, 3 tasks of 4 texts, bfloat16",
     "flan-t5-base-16-2-tasks": "FLAN-T5-base, 2 tasks of 16 texts, LoRA",
 }
@@ -231,7 +230,7 @@ def real() -> str:
         results = _read(f"real-{name}")
         form, (digits, scale) = next(iter(results["forms"])), (results["digits"], results["scale"])
         rows = results["forms"][form]["rows"]
-        line = {results["measure"]: results["study"]}
+        line = {"": f"{results['study']}: {results['measure']}"}
         for title, key in REAL_ROWS.items():
             line[title] = f"{scale * rows[key]['mean']:.{digits}f}"
         lead = summary.lead(rows[REAL_ROWS["FeatCal 128"]]["differences"][ARITHMETIC], digits, scale)

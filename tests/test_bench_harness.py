@@ -170,6 +170,21 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"a": "±"}
 
 
+def test_two_processes_may_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, sync = tmp_path / "found.json", results.os.fsync
+
+    def meanwhile(file: int) -> None:
+        """What another process does before this one has moved its file."""
+        monkeypatch.setattr(results.os, "fsync", sync)
+        monkeypatch.setattr(results.os, "getpid", lambda: 1)
+        write_whole(path, {"another": 1})
+
+    monkeypatch.setattr(results.os, "fsync", meanwhile)
+    write_whole(path, {"this": 1})
+    assert json.loads(path.read_text()) == {"this": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_table() -> None:
     rows = [{"way": "ours", "ms": 1.234567, "error": 2e-7}, {"way": "theirs", "ms": 1234.5, "n": 3}]
     assert table("Times", rows, ["A note."]).splitlines() == [

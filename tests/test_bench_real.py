@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -13,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from bench.harness.results import Results
+from bench import readme
+from bench.harness.results import ROOT, SOURCES, Results
 from bench.real import command, plots, summary
 from bench.real.paired import HeldOut, difference
+from bench.real.sources import SourceError
 from bench.real.units import ARITHMETIC, BASE, EXPERTS, ITEMS, SECTION, Rows, Unit
 
 
@@ -148,6 +151,9 @@ def study(name: str, measured: list[str]) -> SimpleNamespace:
         for key, row in rows_of(unit.seed).items():
             rows.measure(key, lambda key=key, row=row: measured.append(f"{unit.name} {key}") or row)  # type: ignore
 
+    def choose(archives: dict[str, Path], folder: Path, rows: Rows, quick: bool) -> dict[str, Any]:
+        return rows.measure("lambda 1", lambda: measured.append(name) or {"mean": 1})  # type: ignore
+
     return SimpleNamespace(
         NAME=name,
         TITLE="SmolLM2",
@@ -161,7 +167,7 @@ def study(name: str, measured: list[str]) -> SimpleNamespace:
         run=run,
         describe=lambda quick: {"counts": [8, 32]},
         fingerprint=lambda archives: "0",
-        choose=lambda archives, folder, quick: {"grid": {}},
+        choose=choose,
     )
 
 
@@ -216,10 +222,71 @@ def test_a_quick_run_keeps_nothing_in_the_results(
     assert (tmp_path / "work" / "real-lm.json").exists()
 
 
-def test_settings_are_compared_apart(measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_compared_apart_and_finished_ones_kept(
+    measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(monkeypatch, tmp_path / "work", "--choose", "encoder")
-    assert measured == []
+    run(monkeypatch, tmp_path / "work", "--choose", "encoder")
+    assert measured == ["encoder"]
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["settings-real-encoder.json"]
+    monkeypatch.setattr(command.STUDIES["encoder"], "fingerprint", lambda archives: "other texts")
+    run(monkeypatch, tmp_path / "work", "--choose", "encoder")
+    run(monkeypatch, tmp_path / "work", "--choose", "encoder", "--quick")
+    assert measured == ["encoder"] * 3
+    assert (tmp_path / "work" / "settings-real-encoder.json").exists()
+    assert len(list((tmp_path / "results").iterdir())) == 1
+
+
+@pytest.mark.parametrize("option", ["--quick", "--choose"])
+def test_a_study_whose_base_cannot_be_had_is_left_out(
+    option: str,
+    measured: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def prepare(archives: dict[str, Path], folder: Path) -> None:
+        raise SourceError("it could not be fetched")
+
+    monkeypatch.setattr(command.STUDIES["lm"], "prepare", prepare)
+    run(monkeypatch, tmp_path / "work", option)
+    assert "lm is left out: it could not be fetched" in capsys.readouterr().out
+    assert measured
+    assert all(each.startswith("encoder") for each in measured)
+    with pytest.raises(SystemExit, match="Nothing was measured"):
+        run(monkeypatch, tmp_path / "work", option, "lm")
+
+
+def test_sources_are_fetched_once_a_run(measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched = []
+    monkeypatch.setattr(command.sources, "fetch", lambda folder, say=print: fetched.append(folder) or {})
+    run(monkeypatch, tmp_path / "work", "--quick")
+    assert fetched == [tmp_path / "work" / "sources"]
+
+
+def test_rows_depend_on_all_code_that_measures_them() -> None:
+    """What the studies import of bench is theirs, common to all benchmarks, or in `MEASURES`."""
+    for study in command.STUDIES.values():
+        files = {f"bench/real/{name}.py" for name in study.FILES}
+        known = {*files, *command.MEASURES, *SOURCES}
+        for file in sorted(files | set(command.MEASURES)):
+            names = re.findall(r"^from (bench[\w.]*) import ([^\n]+)", (ROOT / file).read_text(), re.MULTILINE)
+            modules = {f"{package}.{name}" for package, found in names for name in found.split(", ")}
+            paths = {module.replace(".", "/") + ".py" for module in modules | {package for package, _ in names}}
+            used = {path for path in paths if (ROOT / path).is_file()}
+            assert not {path for path in used if not path.startswith(tuple(known))}, file
+
+
+def test_the_readme_shows_both_studies_in_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = results()
+    rows = kept["forms"]["lora"]["rows"]
+    rows["FeatCal 128, chosen"] = rows["FeatCal 8"]
+    for name in readme.REAL:
+        (tmp_path / f"real-{name}.json").write_text(json.dumps(kept | {"measure": f"measure of {name}"}))
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    head, _, *lines = readme.real().splitlines()
+    assert head == "|  | base | experts | task arithmetic | FeatCal 128 | FeatCal's difference |"
+    assert [line.split(" | ")[0] for line in lines] == [f"| SmolLM2: measure of {name}" for name in readme.REAL]
 
 
 def test_points_of_a_plot_are_told_apart_by_their_settings() -> None:

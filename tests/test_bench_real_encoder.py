@@ -15,7 +15,7 @@ from data_files import save_tokenizer
 from transformers import BertConfig, BertModel
 
 from bench.harness.results import Results
-from bench.real import encoder, models_encoder
+from bench.real import encoder, finetune_encoder, models_encoder
 from bench.real.finetune_encoder import Batches, Labelled, Training, expert, features, fit, head
 from bench.real.tasks import Task
 from bench.real.units import ANCHORS, ARITHMETIC, BASE, EXPERTS, ITEMS, SECTION, TIES, Rows, Unit
@@ -168,14 +168,33 @@ def test_settings_are_compared_on_the_validation_part(
     study: list[tuple[int, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoder, "GRID", encoder.GRID[:2])
-    found = encoder.choose({}, tmp_path, quick=True)
+    found = encoder.choose({}, tmp_path, Rows(Results(None, {})), quick=True)
     assert found["best"] in found["grid"]
     assert len(found["means"]) == 2
     assert found["means"][found["best"]] == max(found["means"].values())
     json.dumps(found)
 
 
+def test_what_is_made_depends_on_who_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [finetune_encoder._hash("a")]
+    monkeypatch.setattr(finetune_encoder, "versions", lambda: {"torch": "another"})
+    found.append(finetune_encoder._hash("a"))
+    monkeypatch.setattr(finetune_encoder, "code_hash", lambda files: "other")
+    found.append(finetune_encoder._hash("a"))
+    assert len(set(found)) == 3
+
+
+def test_rows_depend_on_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for word in (0, 2):
+        monkeypatch.setattr(encoder, "tasks", lambda _, word=word: {"a": made_up("a", word)})
+        found.append(encoder.fingerprint({}))
+    assert found[0] != found[1]
+
+
 def test_a_unit_a_seed() -> None:
     assert encoder.units(quick=True) == [Unit("encoder", "full", 0)]
     assert [unit.seed for unit in encoder.units(quick=False)] == [0, 1, 2]
-    json.dumps(encoder.describe(quick=True))
+    for quick in (False, True):
+        found = encoder.describe(quick)
+        assert json.loads(json.dumps(found)) == found  # or finished rows would never be taken

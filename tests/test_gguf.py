@@ -257,6 +257,7 @@ def test_what_is_said_makes_a_base_of_a_folder_with_one_and_of_the_same_bits(rec
     code = said[0].replace("a new folder", repr(str(tmp_path / "new")))
     exec(code, {name: getattr(transformers, name, None) for name in ("AutoModelForCausalLM", "GgufConfig")})
     base = find_checkpoint("new", tmp_path, "base")
+    assert {value.dtype for value in base.read(base.tensors).values()} == {torch.bfloat16}
     assert_same(base.read(base.tensors), find_expert(str(path), tmp_path, "expert", base).read(base.tensors))
     assert ff.plan({**recipe, "base_model": str(tmp_path / "new")}, device="cpu").fits
 

@@ -51,7 +51,7 @@ def test_a_job_merges_where_it_computes(method: str, tmp_path: Path, monkeypatch
     recipe: dict[str, Any] = pico.save(pico.job("llama", 3), tmp_path)
     del recipe["merged_model"]
     recipe |= {"merge": {"method": method}, "settings": {"compile_blocks": False}}
-    merged = load_file(ff.merge(recipe, out=tmp_path / "merged", device="cuda") / "model.safetensors")
+    merged = load_file(ff.merge(recipe, out=tmp_path / "plain", device="cuda") / "model.safetensors")
     found = []
     for name in ("first", "second"):
         report = ff.calibrate(recipe, out=tmp_path / name, device="cuda", delta=tmp_path / f"{name}-delta")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from test_bench_gpu_parts import fake_gpu
 
 from bench import readme
+from featcal_fast import demo
 
 README_WORDS = 1200
 SECTIONS = {name: {"rows": rows} for name, rows in (fake_gpu() | {"peak": {"product": {"TFLOP/s": 800.0}}}).items()}
@@ -34,6 +37,14 @@ def test_the_readme_is_a_page(found: list, monkeypatch: pytest.MonkeyPatch) -> N
     text = readme.filled(page("README.md"))
     assert ("| NVIDIA H200 | found | goal | met |" in text) == bool(found)
     assert len(text.split()) <= README_WORDS
+
+
+def test_the_demo_says_what_real_models_showed() -> None:
+    shares = []
+    for name in readme.REAL:
+        rows = next(iter(readme._read(f"real-{name}")["forms"].values()))["rows"]
+        shares += [f"{rows[readme.REAL_ROWS[title]]['closed']:.0%}" for title in ("task arithmetic", "FeatCal 128")]
+    assert re.findall(r"\d+%", demo.REAL_MODELS) == shares
 
 
 def test_a_stale_table_is_made_anew() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 from runs import Stop
+from torch.overrides import TorchFunctionMode
 
 import featcal_fast as ff
 from featcal_fast import files
@@ -118,6 +120,14 @@ def test_only_runs_in_the_same_dtype_of_like_width_on_as_many_threads_are_like_i
     assert told(made())[2] == measured
 
 
+def test_runs_of_processes_that_are_not_set_up_say_nothing_of_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    remember(made(), 0, 2 * ALONE)
+    monkeypatch.setattr(throughput, "is_configured", lambda: True)
+    assert told(made())[2] == "by products measured just now"
+    remember(made(), 0, ALONE)
+    assert told(made()) == (*around(ALONE), "as a run like it took here")
+
+
 def test_of_a_run_that_went_on_with_another_its_own_work_counts_if_it_did_most() -> None:
     remember(made(), 1, 2 * ALONE * 3 / 4)
     assert told(made()) == (*around(2 * ALONE), "as a run like it took here")
@@ -128,7 +138,12 @@ def test_of_a_run_that_went_on_with_another_its_own_work_counts_if_it_did_most()
 
 def test_a_run_says_what_it_did_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, said = pico.save(pico.job("llama", 1), tmp_path), list[tuple[Plan, int, float]]()
-    monkeypatch.setattr(job, "remember", lambda *arguments: said.append(arguments))
+
+    def note(*arguments: Any) -> None:
+        assert (tmp_path / "out" / "report.json").exists(), "whatever goes wrong now, the model is there"
+        said.append(arguments)
+
+    monkeypatch.setattr(job, "remember", note)
     with pytest.raises(KeyboardInterrupt):
         ff.calibrate(recipe, out=tmp_path / "out", device="cpu", checkpoint_every=1, progress=Stop(2))
     assert not said
@@ -145,8 +160,37 @@ def test_a_gpu_that_is_not_here_has_no_time() -> None:
     assert expected(plan) is None
 
 
-def test_the_newest_runs_are_kept_of_each_kind(rates: Path) -> None:
-    remember(made("float32"), 0, 2 * ALONE)
+def on_gpu(times: float = 1.0) -> Plan:
+    plan = made(times=times)
+    plan.device = "cuda"
+    return plan
+
+
+def test_on_a_gpu_runs_of_a_minute_or_of_half_the_work_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert expected(on_gpu()) is None
+    remember(on_gpu(1 / 100), 0, 30)  # most of which was not its operations
+    assert expected(on_gpu()) is None
+    assert told(on_gpu(1 / 100))[:2] == around(30)
+    remember(on_gpu(1 / 2), 0, 40)
+    assert told(on_gpu()) == (*around(80), "as a run like it took here")
+    remember(on_gpu(1 / 10), 0, 60)
+    assert told(on_gpu())[2] == "as 2 runs like it took here"
+
+
+def test_numbers_of_no_run_are_no_error(rates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    remember(on_gpu(), 0, 100)
+    [kept] = json.loads(rates.read_text())["runs"]
+    for tiny in ({"flops": {"forward": 5e-324}, "seconds": 1e29}, {"width": 5e-324}):
+        rates.write_text(json.dumps({"runs": [{**kept, **tiny}]}))
+        assert expected(on_gpu()) is None
+    rates.write_text(json.dumps({"runs": [{**kept, "flops": {"forward": 1.0}, "seconds": 9e29}]}))
+    assert str(expected(on_gpu())).endswith(" days")
+
+
+def test_the_newest_runs_are_kept_of_each_kind_and_width(rates: Path) -> None:
+    remember(made(width=400), 0, 2 * ALONE)
     for number in range(EACH + 5):
         remember(made(), 0, 100 + number)
     kept = json.loads(rates.read_text())["runs"]
@@ -185,7 +229,8 @@ def _refuse(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-RUN = {"device": "x", "threads": 1, "dtype": "float32", "width": 64, "flops": {"forward": 1e12}, "seconds": 100}
+KIND = {"device": "x", "threads": 1, "program": False, "dtype": "float32", "width": 64}
+RUN = {**KIND, "flops": {"forward": 1e13}, "seconds": 200}
 WRONG = [
     *('{"cpu": 2e11}', "[1, 2", "[" * 10**6, "[1]", "7", '{"runs": 5}', '{"runs": [1, null, "run", {}]}'),
     *(
@@ -205,6 +250,8 @@ def test_garbage_and_the_form_of_before_are_no_runs(text: str, rates: Path, monk
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(throughput, "processor", lambda: "x")
     rates.parent.mkdir(parents=True)
+    rates.write_text(json.dumps({"runs": [RUN]}))
+    assert told(plan)[2] == "as a run like it took here"
     rates.write_text(text)
     assert told(plan)[2] == "by products measured just now"
     remember(plan, 0, 2 * ALONE)
@@ -222,9 +269,24 @@ def test_where_nothing_can_be_kept_products_still_tell(tmp_path: Path, monkeypat
     assert told(made())[2] == "by products measured just now"
 
 
+class Linears(TorchFunctionMode):
+    """What is multiplied as linear modules do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes = set[torch.dtype]()
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function is torch.nn.functional.linear:
+            self.dtypes.add(arguments[0].dtype)
+        return function(*arguments, **(options or {}))
+
+
 def test_products_are_of_the_plans_kinds_and_widths() -> None:
     for dtype in ("float32", "bfloat16", "float16"):
-        best, now = measure_products(made(dtype, 48))
+        with Linears() as seen:
+            best, now = measure_products(made(dtype, 48))
+        assert dtype in str(seen.dtypes), "the forward is what modules call: another product's speed may be another"
         assert best.by_kind.keys() == now.by_kind.keys() == FLOPS.keys()
         assert all(0 < now.by_kind[kind] <= best.by_kind[kind] * (1 + 1e-9) for kind in FLOPS)
     assert best.seconds({"another": 1.0}) == 1 / min(best.by_kind.values())
@@ -244,6 +306,7 @@ def test_products_are_of_the_plans_kinds_and_widths() -> None:
         (396, 396, "400 s"),
         (4, 50, "4.0 to 50 s"),
         (0.9, 50, "under 50 s"),
+        (math.inf, math.inf, "inf days"),
     ],
 )
 def test_a_time_has_two_digits_and_both_ends_hold(low: float, high: float, text: str) -> None:

@@ -84,9 +84,9 @@ class Results:
 
 
 def write_whole(path: Path, found: Any) -> None:
-    """As JSON, whole or not at all; on disk when this returns."""
+    """As JSON, whole or not at all, whoever else writes it; on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")
     with part.open("w") as file:
         file.write(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         file.flush()
@@ -136,9 +136,10 @@ def machine(threads: int | None = None) -> dict[str, Any]:
     return found | {"featcal_fast": featcal_fast.__version__, **versions()}
 
 
-def versions() -> dict[str, str | None]:
+def versions(*more: str) -> dict[str, str | None]:
+    """Of Python and of packages, None where one is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("torch", "triton", "transformers"):
+    for package in ("torch", "triton", "transformers", *more):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

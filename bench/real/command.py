@@ -9,6 +9,8 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,22 @@ import torch
 
 from bench import real
 from bench.harness import process
-from bench.harness.results import RESULTS, Results, code_hash, environment, machine, write_whole
+from bench.harness.results import RESULTS, Results, code_hash, environment, machine, versions, write_whole
 from bench.harness.runs import command_line
 from bench.real import encoder, lm, sources, summary
 from bench.real.plots import draw
+from bench.real.texts import built
 from bench.real.units import SECTION, Rows, Unit
 
 STUDIES: dict[str, Any] = {study.NAME: study for study in (lm, encoder)}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as glibc's malloc.h has them
 PROCESSES = 2  # of one thread each
 MEASURES = tuple(  # what rows depend on, beside what all benchmarks do
-    f"bench/{name}.py" for name in ("surgery", *(f"real/{part}" for part in ("sources", "texts", "tasks", "units")))
+    f"bench/{name}.py"
+    for name in (
+        *("surgery", "mergers", "language/study", "language/llama"),
+        *(f"real/{part}" for part in ("sources", "texts", "tasks", "units", "repairs")),
+    )
 )
 
 
@@ -41,24 +48,28 @@ def main() -> None:
     began = time.perf_counter()
     archives = sources.fetch(args.folder / "sources")
     studies = {name: study for name, study in STUDIES.items() if args.study in (None, name)}
+    ready = built({name: partial(study.prepare, archives, args.folder) for name, study in studies.items()})
+    studies = {name: studies[name] for name in ready}
+    if not studies:
+        raise SystemExit("Nothing was measured.")
+    results_folder = args.folder if args.quick else RESULTS
     if args.choose:
         for name, study in studies.items():
-            path = RESULTS / f"settings-real-{name}.json"
-            write_whole(path, study.choose(archives, args.folder, args.quick) | {"machine": machine(1)})
+            path = results_folder / f"settings-real-{name}.json"
+            rows = Rows(kept_rows(f"choose-{name}", study, args, archives))
+            write_whole(path, study.choose(archives, args.folder, rows, args.quick) | {"machine": machine(1)})
             print(f"Wrote {path}")
         return
-    for study in studies.values():
-        study.prepare(archives, args.folder)
-    work = {unit: args for study in studies.values() for unit in study.units(args.quick)}
+    work = [unit for study in studies.values() for unit in study.units(args.quick)]
     os.environ[process.PARENT] = str(os.getpid())
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, spawn, process.end_with_parent, max_tasks_per_child=1) as pool:
-        finished = dict(zip(work, pool.map(run, work, work.values()), strict=True))
+        finished = dict(zip(work, pool.map(run, work, repeat(args), repeat(archives)), strict=True))
     seconds = time.perf_counter() - began
     for name, study in studies.items():
         own = {unit: rows for unit, rows in finished.items() if unit.study == name}
         results = found(study, own, args.quick) | {"wall_seconds": seconds}
-        path = (args.folder if args.quick else RESULTS) / f"real-{name}.json"
+        path = results_folder / f"real-{name}.json"
         write_whole(path, results)
         print(f"{summary.show(results)}\nWrote {path}")
     if not args.quick and len(studies) == len(STUDIES):
@@ -66,13 +77,12 @@ def main() -> None:
     print(f"{seconds / 60:.0f} minutes")
 
 
-def run(unit: Unit, args: argparse.Namespace) -> dict[str, Any]:
+def run(unit: Unit, args: argparse.Namespace, archives: dict[str, Path]) -> dict[str, Any]:
     """A unit's rows, measured in this process or before."""
     torch.set_num_threads(1)
     _keep_freed_blocks()
     study = STUDIES[unit.study]
-    archives = sources.fetch(args.folder / "sources", say=lambda _: None)
-    kept = Results(path_of(unit, args), conditions(study, archives, args.quick), args.fresh)
+    kept = kept_rows(unit.name, study, args, archives)
     study.run(unit, archives, args.folder, Rows(kept), args.quick)
     return kept.of(SECTION)
 
@@ -85,8 +95,10 @@ def _keep_freed_blocks() -> None:
         library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def path_of(unit: Unit, args: argparse.Namespace) -> Path:
-    return args.folder / ("quick" if args.quick else "rows") / f"{unit.name}.json"
+def kept_rows(name: str, study: Any, args: argparse.Namespace, archives: dict[str, Path]) -> Results:
+    """The file of finished rows of a unit, or of a study's settings."""
+    path = args.folder / ("quick" if args.quick else "rows") / f"{name}.json"
+    return Results(path, conditions(study, archives, args.quick), args.fresh)
 
 
 def conditions(study: Any, archives: dict[str, Path], quick: bool) -> dict[str, Any]:
@@ -96,6 +108,7 @@ def conditions(study: Any, archives: dict[str, Path], quick: bool) -> dict[str, 
         torch.device("cpu"),
         machine=machine(1),
         measures=code_hash((*MEASURES, *own)),
+        packages=versions("peft", "gguf", "tokenizers", "safetensors"),
         texts=study.fingerprint(archives),
         studied=study.describe(quick),
     )

@@ -14,18 +14,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import featcal_fast as ff
 from bench import surgery
-from bench.harness.results import Results, environment, machine
 from bench.language.study import CHOSEN_SEED
 from bench.mergers import Pool, Ties, task_arithmetic, ties
+from bench.real import texts
 from bench.real.finetune_encoder import Training, features
 from bench.real.models_encoder import Given, Line, Operations, calibrated, calibrated_here, given, mean, pool_of
-from bench.real.models_lm import Repair
+from bench.real.repairs import Repair, compare
 from bench.real.sources import SOURCES, base_encoder
+from bench.real.tasks import tasks
 from bench.real.units import ANCHORS, ARITHMETIC, BASE, EXPERTS, ITEMS, TIES, Rows, Unit
 
 NAME, FILES, LOWER_IS_BETTER = "encoder", ("encoder", "models_encoder", "finetune_encoder", "finetune_lm"), False
@@ -80,8 +80,9 @@ def describe(quick: bool) -> dict[str, Any]:
 
 
 def fingerprint(archives: Mapping[str, Path]) -> dict[str, str]:
-    """Of what base and texts are from."""
-    return {name: SOURCES[name].sha256 for name in sorted(archives)}
+    """Of what base and texts are from; the standard library's differ by Python's version."""
+    found = {name: SOURCES[name].sha256 for name in sorted(archives)}
+    return found | {"texts": texts.fingerprint(tasks(archives))}
 
 
 def prepare(archives: Mapping[str, Path], folder: Path) -> None:
@@ -145,11 +146,10 @@ def _calibrated(by: Given, repair: Repair, count: int) -> dict[str, Any]:
     return {"items": by.measured(model, "test"), "took": took}
 
 
-def choose(archives: dict[str, Path], folder: Path, quick: bool) -> dict[str, Any]:
-    """Repairs compared on the validation part, with a seed of their own; finished ones are kept."""
+def choose(archives: dict[str, Path], folder: Path, rows: Rows, quick: bool) -> dict[str, Any]:
+    """Repairs compared on the validation part, with a seed of their own."""
     by = _given(archives, folder, CHOSEN_SEED, quick)
-    facts = environment(torch.device("cpu"), machine=machine(1), studied=describe(quick) | {"chosen": None})
-    rows, pool = Rows(Results(by.folder / "choose-encoder.json", facts)), pool_of(by)
+    pool = pool_of(by)
     added = Line(pool.base, task_arithmetic(pool, 1.0))
 
     def score(model: nn.Module) -> dict[str, Any]:
@@ -158,34 +158,16 @@ def choose(archives: dict[str, Path], folder: Path, quick: bool) -> dict[str, An
 
     plain = {f"task arithmetic {s:g}": rows.measure(f"{s:g}", lambda s=s: score(added.at(s))) for s in (0.0, *SCALINGS)}  # type: ignore[misc]
     counts = (8,) if quick else CHOSEN_WITH
-    compared = {
-        f"{_name(repair)}, {n}": rows.measure(
-            f"{_name(repair)}, {n}",
-            lambda r=repair, n=n: score(calibrated_here(by, pool, added, r, n)),  # type: ignore[misc]
-        )
-        for repair in GRID
-        for n in counts
-    }
-    means = {
-        _name(repair): statistics.fmean(compared[f"{_name(repair)}, {n}"]["mean"] for n in counts) for repair in GRID
-    }
+    found = compare(GRID, counts, rows, lambda repair, n: score(calibrated_here(by, pool, added, repair, n)), max)
     return {
         "study": TITLE,
         "measure": "accuracy on validation texts",
         "form": FORM,
         "seed": by.seed,
-        "samples": list(counts),
         **describe(quick),
-        "grid": {_name(repair): asdict(repair) for repair in GRID},
-        "scores": plain | compared,
-        "means": means,
-        "best": max(means, key=lambda name: means[name]),
+        **found,
+        "scores": plain | found["scores"],
     }
-
-
-def _name(repair: Repair) -> str:
-    s = repair.settings
-    return f"scaling {repair.scaling:g}, lambda {s.ridge_lambda:g}, rho {s.anchor_rho:g}, alpha {s.teacher_alpha:g}"
 
 
 def _given(archives: Mapping[str, Path], folder: Path, seed: int, quick: bool) -> Given:

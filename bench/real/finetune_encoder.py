@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bench.harness.results import code_hash, versions
 from bench.language.study import stream, train
-from bench.real.finetune_lm import padded
+from bench.real.finetune_lm import CODE, padded
 from bench.workers.common import load_model
 
 BATCH = 64  # texts that are measured at once
@@ -146,7 +147,7 @@ def expert(
         texts: to draw from.
         task_head: frozen.
         key: what this expert is, beside its training: task and seed.
-        folder: where experts are kept, each under the hash of all of these.
+        folder: where experts are kept, each under the hash of all of these, of the code and of versions.
     """
     texts = texts.first(training.texts)
     digest = sha256(b"".join(value.numpy().tobytes() for value in task_head.values())).hexdigest()
@@ -195,4 +196,6 @@ class Batches:
 
 
 def _hash(*facts: Any) -> str:
-    return sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    """Of what something is made from, and of the code and the versions that make it."""
+    made_by = [code_hash((*CODE, "bench/real/finetune_encoder.py", "bench/workers/common.py")), versions()]
+    return sha256(json.dumps([facts, made_by]).encode()).hexdigest()[:16]

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.harness.results import code_hash, versions
 from bench.language.study import stream
 
 FORMS = ("lora", "full")
+CODE = ("bench/real/finetune_lm.py", "bench/language/study.py")  # that experts are made by
 Ids = Sequence[int]
 
 
@@ -46,9 +48,11 @@ def expert(base: Path, texts: Sequence[Ids], form: str, training: Training, key:
         base: the folder that it starts from.
         texts: tokens of each, to draw from.
         key: what this expert is, beside its training: domain, seed, base.
-        folder: where experts are kept, each under the hash of all of these.
+        folder: where experts are kept, each under the hash of all of these, of the code and of versions.
     """
-    facts = [form, asdict(training), key, sha256(json.dumps([list(ids) for ids in texts]).encode()).hexdigest()]
+    digest = sha256(json.dumps([list(ids) for ids in texts]).encode()).hexdigest()
+    made_by = [code_hash(CODE), versions("peft"), str(base.resolve())]  # an adapter names its base's folder
+    facts = [form, asdict(training), key, digest, made_by]
     path = folder / f"{form}-{sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
     if path.exists():
         return path

@@ -15,16 +15,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 import featcal_fast as ff
-from bench.harness.results import Results, environment, machine, write_whole
-from bench.language.study import CHOSEN_SEED, CHOSEN_WITH
+from bench.harness.results import code_hash, machine, write_whole
+from bench.language.study import CHOSEN_SEED
 from bench.real import texts
 from bench.real.finetune_lm import FORMS, Training, load
 from bench.real.measure_lm import Sample, bits, divergences
-from bench.real.models_lm import Given, Repair, Sizes, calibrated, digest, merged
+from bench.real.models_lm import Given, Sizes, calibrated, digest, merged
+from bench.real.repairs import Repair, compare
 from bench.real.sources import SOURCES, base_lm
 from bench.real.texts import domains, other
 from bench.real.units import ANCHORS, ARITHMETIC, BASE, EXPERTS, ITEMS, TIES, Rows, Unit
@@ -37,6 +37,7 @@ COUNTS = {  # samples a domain: with the preset's settings, and with the chosen 
     "lora": ((32,), (8, 32, 128, 256)),
     "full": ((32,), (32,)),
 }
+CHOSEN_WITH = (32,)  # samples a domain, when settings are compared
 SCALINGS = (0.2, 0.3, 0.45, 0.6, 0.8, 1.0)  # of task arithmetic, compared on validation
 TIES_SCALINGS = (0.5, 1.0, 1.5, 2.0)
 TRAININGS = {"lora": Training(24, 1e-3, rank=16, alpha=32), "full": Training(24, 1e-4)}
@@ -118,12 +119,13 @@ def run(unit: Unit, archives: dict[str, Path], folder: Path, rows: Rows, quick: 
 
 def _items(by: Given) -> dict[str, Any]:
     """What the rows are measured on."""
-    samples = {domain: parts["test"] for domain, parts in by.samples.items()} | {OTHER: by.apart, KL: by.said}
+    apart = {name: found for name, found in ((OTHER, by.apart), (KL, by.said)) if found}
+    samples = {domain: parts["test"] for domain, parts in by.samples.items()} | apart
     return {
         "items": {},
         "sizes": {name: [sample.size for sample in found] for name, found in samples.items()},
         "files": {name: _numbers([sample.file for sample in found]) for name, found in samples.items()},
-        "apart": [OTHER, KL],
+        "apart": list(apart),
     }
 
 
@@ -145,7 +147,9 @@ def anchor_row(by: Given, repair: Repair) -> dict[str, Any]:
 
 def base_row(by: Given) -> dict[str, Any]:
     """The same for all forms and seeds, and measured once."""
-    path = by.folder / f"base-{digest([_items(by), by.base_digest, machine(1)])}.json"
+    ids = [[sample.ids for sample in found] for found in (*(p["test"] for p in by.samples.values()), by.apart, by.said)]
+    code = code_hash(tuple(f"bench/real/{name}.py" for name in FILES))
+    path = by.folder / f"base-{digest([ids, by.base_digest, machine(1), code])}.json"
     if not path.exists():
         write_whole(path, row(by, by.base_model))
     return json.loads(path.read_text())
@@ -171,45 +175,28 @@ def validated(by: Given, model: Any) -> dict[str, float]:
 # Settings
 
 
-def choose(archives: dict[str, Path], folder: Path, quick: bool) -> dict[str, Any]:
-    """Repairs compared on the validation part, of LoRA experts with a seed of their own; finished ones are kept."""
+def choose(archives: dict[str, Path], folder: Path, rows: Rows, quick: bool) -> dict[str, Any]:
+    """Repairs compared on the validation part, of LoRA experts with a seed of their own."""
     by = given(archives, folder, FORMS[0], CHOSEN_SEED, quick)
-    facts = environment(torch.device("cpu"), machine=machine(1), studied=describe(quick) | {"chosen": None})
-    rows = Rows(Results(by.folder / "choose.json", facts))
-    counts = (8,) if quick else CHOSEN_WITH
     models = {BASE: lambda: by.base_model, EXPERTS: lambda: {d: load(path) for d, path in by.experts.items()}}
     for method, scalings in (("task_arithmetic", SCALINGS), ("ties", TIES_SCALINGS)):
         models |= {f"{method} {s:g}": lambda m=method, s=s: merged(by, m, s) for s in scalings}
     scores = {key: rows.measure(key, lambda m=make: validated(by, m())) for key, make in models.items()}  # type: ignore[misc]
-    grid = {_name(repair): repair for repair in GRID}
-    compared = {
-        f"{name}, {count}": rows.measure(f"{name}, {count}", lambda r=repair, c=count: _tried(by, r, c))  # type: ignore[misc]
-        for count in counts
-        for name, repair in grid.items()
-    }
-    means = {name: statistics.fmean(compared[f"{name}, {count}"]["mean"] for count in counts) for name in grid}
+    found = compare(GRID, (8,) if quick else CHOSEN_WITH, rows, lambda repair, n: _tried(by, repair, n), min)
     return {
         "study": TITLE,
         "measure": "bits a byte of validation texts",
         "form": by.form,
         "seed": by.seed,
-        "samples": list(counts),
         **describe(quick),
-        "grid": {name: asdict(repair) for name, repair in grid.items()},
-        "scores": scores | compared,
-        "means": means,
-        "best": min(means, key=lambda name: means[name]),
+        **found,
+        "scores": scores | found["scores"],
     }
 
 
 def _tried(by: Given, repair: Repair, count: int) -> dict[str, Any]:
     model, found = calibrated(by, repair, count)
     return {**validated(by, model), **found}
-
-
-def _name(repair: Repair) -> str:
-    s = repair.settings
-    return f"scaling {repair.scaling:g}, lambda {s.ridge_lambda:g}, rho {s.anchor_rho:g}, alpha {s.teacher_alpha:g}"
 
 
 def _training(form: str, quick: bool) -> Training:

@@ -24,7 +24,7 @@ from bench.language.study import stream
 from bench.mergers import Pool, State, state, with_state
 from bench.real.finetune_encoder import Labelled, Training, expert, features, head, labelled
 from bench.real.finetune_lm import padded
-from bench.real.models_lm import Repair
+from bench.real.repairs import Repair
 from bench.real.sources import base_encoder
 from bench.real.tasks import Task, tasks
 from bench.workers.common import load_model

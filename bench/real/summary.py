@@ -35,9 +35,8 @@ def summary(units: Mapping[Unit, Rows], lower_is_better: bool) -> dict[str, Any]
 
 
 def _rows(runs: Sequence[Rows], better: float) -> dict[str, Any]:
-    tests = [HeldOut(rows[ITEMS]["sizes"], rows[ITEMS]["files"]) for rows in runs]
-    test = tests[0]
-    apart = runs[0][ITEMS]["apart"]
+    measured = runs[0][ITEMS]  # the same of all seeds
+    test, apart = HeldOut(measured["sizes"], measured["files"]), measured["apart"]
     tasks = HeldOut({task: size for task, size in test.sizes.items() if task not in apart}, test.files)
     found: dict[str, Any] = {}
     for key in runs[0]:

@@ -205,10 +205,11 @@ def _no_full_checkpoint(file: Path) -> str:
     # Newer ones leave weights packed unless told otherwise, and then cannot save them.
     packed = hasattr(transformers, "GgufConfig")
     unpack = ", quantization_config=GgufConfig(dequantize=True)" if packed else ""
+    rounded = ', dtype="bfloat16"'  # as models are; they make float32 of it by themselves
     return (
         f"{file} is a GGUF file, which has no config and no tokenizer that others can read; expected a full "
         "checkpoint: only experts may be GGUF files; convert it first, with transformers' "
-        f"AutoModelForCausalLM.from_pretrained({where}{unpack}).save_pretrained(a new folder) and "
+        f"AutoModelForCausalLM.from_pretrained({where}{rounded}{unpack}).save_pretrained(a new folder) and "
         f"AutoTokenizer.from_pretrained({where}).save_pretrained(the same), and name that folder here"
     )
 

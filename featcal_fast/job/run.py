@@ -34,7 +34,7 @@ from featcal_fast.job.resume import (
 )
 from featcal_fast.job.throughput import remember
 from featcal_fast.merging.merged import MergedCheckpoint
-from featcal_fast.planning.plan import memory_bytes
+from featcal_fast.planning.plan import Plan, memory_bytes
 from featcal_fast.planning.planner import choose_offload
 from featcal_fast.reporting.clock import Clock
 from featcal_fast.reporting.progress import Progress
@@ -135,20 +135,22 @@ class _Job:
         self, facts: Facts, device_memory: int | None, host_memory: int | None, scratch: str | Path | None
     ) -> Report:
         """From what is there already to the output under its name."""
-        work = self.work
+        work, plan = self.work, None
         with telling_what_is_kept(work, self.progress):
             if work.finished:
                 report = finished_report(work)
             else:
                 with _scratch_locked(work, scratch):
-                    report = self._run(facts, device_memory, host_memory, scratch)
+                    report, plan = self._run(facts, device_memory, host_memory, scratch)
             with finish_first():
                 work.publish()
+            if plan is not None:
+                remember(plan, self.past.layers, sum(self.clock.seconds.values()))
         return report
 
     def _run(
         self, facts: Facts, device_memory: int | None, host_memory: int | None, scratch: str | Path | None
-    ) -> Report:
+    ) -> tuple[Report, Plan]:
         """All but the output's name."""
         recipe, models, work, past, clock = self.recipe, self.models, self.work, self.past, self.clock
         with clock("data"):
@@ -192,8 +194,7 @@ class _Job:
         _check_loads(work, models)
         with finish_first():
             work.finish({"fingerprint": facts})
-        remember(plan, past.layers, sum(clock.seconds.values()))
-        return report
+        return report, plan
 
     def _calibrate(
         self, writer: CheckpointWriter, batches: Mapping[str, Digested], offload: Offload, chunk: int

@@ -1,8 +1,8 @@
 """How long runs took on this machine, kept in the user's cache folder, and what that says of one to come.
 
 `rates.json` holds the newest runs, a line's worth each. A job is compared with those on the same device, with as many
-threads, in the same dtype and of like widths, by the operations of each kind of work: a CPU multiplies bfloat16 many
-times faster than it solves, and how much of a job is which depends on its samples.
+threads, in a process set up alike, in the same dtype and of like widths, by the operations of each kind of work: a CPU
+multiplies bfloat16 many times faster than it solves, and how much of a job is which depends on its samples.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -25,10 +24,11 @@ from featcal_fast.planning.duration import Duration
 from featcal_fast.planning.plan import Plan
 from featcal_fast.reporting.forms import FormError, build
 from featcal_fast.streaming.machine import processor
+from featcal_fast.streaming.malloc import is_configured
 from featcal_fast.untrusted.documents import parse_json
 
 SHORTEST, LONG_ENOUGH = 20, 60  # seconds of a run that says something, and of one that says enough
-EACH, MOST = 16, 256  # runs that are kept of one kind, and in all
+EACH, MOST = 16, 256  # runs that are kept of those that are alike, and in all
 ALIKE = 2  # factor by which widths may differ
 # Times that a run may take longer than the median, or less: data is uneven, and machines are busy. One run says less
 # than several do.
@@ -46,24 +46,24 @@ class Run:
     Attributes:
         device: the name of the processor or of the GPU.
         threads: of the processor; 0 on a GPU.
+        program: whether the process was set up for it, as the command's is: on a CPU, others take longer.
         dtype: of the products in models' layers.
         width: of the largest matrix, the geometric mean of its sides.
         flops: floating-point operations by kind of work.
         seconds: wall clock.
-        when: seconds since 1970.
     """
 
     device: str
     threads: int
+    program: bool
     dtype: str
     width: float
     flops: dict[str, float]
     seconds: float = 0.0
-    when: float = 0.0
 
     @property
-    def kind(self) -> tuple[str, int, str]:
-        return self.device, self.threads, self.dtype
+    def kind(self) -> tuple[str, int, bool, str]:
+        return self.device, self.threads, self.program, self.dtype
 
     def is_like(self, other: Run) -> bool:
         return self.kind == other.kind and 1 / ALIKE <= self.width / other.width <= ALIKE
@@ -72,14 +72,14 @@ class Run:
     def is_sound(self) -> bool:
         """Whether a run's numbers may be these."""
         numbers = [self.width, self.seconds, sum(self.flops.values())]
-        return all(0 < each < LARGEST for each in numbers) and min(self.flops.values()) >= 0
+        return all(1 <= each < LARGEST for each in numbers) and min(self.flops.values()) >= 0
 
 
 def expected(plan: Plan) -> Duration | None:
     """How long a job will take, by the median of like runs here; on a CPU without any, by products measured now.
 
     On a CPU runs count whose products alone would take half a minute, or half of what the job's would: others are of
-    what there is besides. On a GPU, those of at least a minute, or all if there are none.
+    what there is besides. On a GPU, those of at least a minute, or of half of the job's operations.
 
     Args:
         plan: of the job.
@@ -99,9 +99,10 @@ def expected(plan: Plan) -> Duration | None:
             busy = max(now.seconds(job.flops), 1e-9) / max(alone, 1e-9)
             most = (MOST_TIMES * alone + BESIDE + moved / BYTES) * busy
             return Duration(LEAST_TIMES * alone, most, "by products measured just now")
-        if runs := [run for run in like if run.seconds >= LONG_ENOUGH] or like:
-            alike = Speeds({"any": 1.0})  # each kind of work runs on the same units
-            return _as_runs(runs, alike, alike.seconds(job.flops))
+        alike = Speeds({"any": 1.0})  # each kind of work runs on the same units
+        alone = alike.seconds(job.flops)
+        if runs := [run for run in like if run.seconds >= LONG_ENOUGH or alike.seconds(run.flops) >= alone / 2]:
+            return _as_runs(runs, alike, alone)
     return None
 
 
@@ -119,9 +120,9 @@ def remember(plan: Plan, first: int, seconds: float) -> None:
     if seconds < SHORTEST or sum(done.values()) < sum(plan.flops.values()) / 2:
         return  # what there is beside the layers weighs too much
     with suppress(OSError, RuntimeError, AssertionError):
-        run = replace(_described(plan, dict(done)), seconds=round(seconds, 2), when=round(time.time()))
+        run = replace(_described(plan, dict(done)), seconds=round(seconds, 2))
         path, others = _path(), _known()
-        same = [each for each in others if each.kind == run.kind]
+        same = [each for each in others if each.is_like(run)]
         kept = [each for each in others if each not in same[: 1 - EACH]]
         if not path.parent.is_dir():
             files.make_folder(path.parent)
@@ -132,8 +133,8 @@ def remember(plan: Plan, first: int, seconds: float) -> None:
 def _described(plan: Plan, flops: dict[str, float]) -> Run:
     device = torch.device(plan.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    threads = 0 if device.type == "cuda" else torch.get_num_threads()
-    return Run(name, threads, plan.dtype, round(math.sqrt(math.prod(plan.largest_matrix))), flops)
+    threads, program = (0, False) if device.type == "cuda" else (torch.get_num_threads(), is_configured())
+    return Run(name, threads, program, plan.dtype, round(math.sqrt(math.prod(plan.largest_matrix))), flops)
 
 
 def _as_runs(runs: list[Run], speeds: Speeds, alone: float) -> Duration:

@@ -39,6 +39,8 @@ class Duration:
 
 def _two_digits(number: float, to_whole: Callable[[float], int]) -> str:
     """A number's first two digits: `1.5`, `15`, `150`, `1,500`."""
+    if math.isinf(number):
+        return "inf"
     step: float = 10.0 ** max(-1, math.floor(math.log10(number)) - 1) if number > 0 else 0.1
     rounded = to_whole(round(number / step, 6)) * step
     return f"{rounded:,.0f}" if step >= 1 else f"{rounded:.1f}"

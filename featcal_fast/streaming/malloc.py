@@ -28,6 +28,11 @@ def configure_process() -> None:
     gc.freeze()  # what is imported by now stays: to look for garbage in it takes a fifth of a second each time
 
 
+def is_configured() -> bool:
+    """Whether `configure_process` has set this process up."""
+    return _configured
+
+
 @contextmanager
 def caching_malloc() -> Iterator[Callable[[], None]]:
     """Within the context, the C library (glibc) keeps blocks that are freed for those that are asked for next.
