@@ -32,7 +32,6 @@ REAL_ROWS = {"base": BASE, "experts": EXPERTS, "task arithmetic": ARITHMETIC, "F
 COMPARED = {
     "clip-b32-64": "CLIP ViT-B/32, 8 tasks of 64 images",
     "llama-1b-4": "Llama 3.2 1B, 3 tasks of 4 texts, bfloat16",
-    "flan-t5-base-16-2-tasks": "FLAN-T5-base, 2 tasks of 16 texts, LoRA",
 }
 IMPLEMENTATIONS = {
     OURS: OURS,
