@@ -37,13 +37,11 @@ IMPLEMENTATIONS = {
     OURS: OURS,
     "official": "the official code",
     "fusioneval": "FusionEval's schedule",
-    "reference": "plain torch",
 }
 JUDGES = {
     OURS: "ours",
     "official": "the official code",
     "official in float64": "the official code in float64",
-    "float64 reference": "float64",
 }
 
 

@@ -44,7 +44,8 @@ TRAININGS = {"lora": Training(24, 1e-3, rank=16, alpha=32), "full": Training(24,
 SIZES, QUICK = Sizes(), Sizes(test=60, validation=24, other=32, said=16)
 QUICK_STEPS = 16
 PRESET = Repair(0.3, ff.Settings.from_dict({"preset": "llm"}))
-CHOSEN = Repair(0.3, ff.Settings(ridge_lambda=1e-3, anchor_rho=1.5, teacher_alpha=0.3))  # by `choose`
+# By `choose`; a rho of 2 is better by 0.0002 bits, so that the preset's stays.
+CHOSEN = Repair(0.3, ff.Settings.from_dict({"preset": "llm-small"}))
 GRID = [  # compared on the validation part
     PRESET,
     *(
