@@ -56,8 +56,8 @@ MANIFEST = "demo.json"  # marks a folder as the demo's; holds the models' Config
 
 # As `bench/results/real-*.json` have it, which a test sees to.
 REAL_MODELS = (
-    "Real models, of the way from the base up to the experts: SmolLM2-135M 75% merged and 94% calibrated, "
-    "MiniLM 36% and 62% (bench/README.md)."
+    "Real models (bench/README.md), of the way from the base up to the experts:\n"
+    "SmolLM2-135M 75% merged, 94% calibrated; MiniLM 36% and 62%."
 )
 
 # How the settings were chosen: the best of ridge_lambda 0.0003 and 0.001, anchor_rho 2 and 2.5, teacher_alpha 0.2, 0.3
