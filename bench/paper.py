@@ -229,6 +229,7 @@ def write_recipe(folder: Path, experts: Mapping[str, Path], samples: int) -> Pat
         "samples": samples,
         "batch_size": BATCH_SIZE,
         "seed": SEED,
+        "held_out": 0,
         "out": "merged",
     }
     path = folder / "recipe.yaml"

@@ -58,7 +58,7 @@ def clocked(device: torch.device) -> Iterator[Callable[[], dict[str, float]]]:
         "forward_student": STUDENT,
         "TaskMoments.add": MOMENTS,
         "LayerSystem.fold": "fold",
-        "solve_layer": "solve",
+        "choose": "solve",
         "Streams.advance_student": "advance",
         "Streams.save": "keeping hidden states",
     }

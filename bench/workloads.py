@@ -75,6 +75,7 @@ LLAMA_TOY |= {"head_dim": 16, "num_key_value_heads": 2, "vocab_size": 1000}
 
 QUERIES_AND_VALUES = ("q", "v", "q_proj", "v_proj", "query", "value")  # T5's names, Llama's and CLIP's, BERT's
 
+HELD_OUT = 0  # as all that it is compared with fit to every sample
 SHARDS = "2GB"
 NUMBERS = ("samples", "tasks", "layers")  # that a command line may change
 VISION, TEXT, T5 = "CLIPVisionModel", "LlamaForCausalLM", "T5ForConditionalGeneration"
@@ -126,7 +127,7 @@ def write(work: Workload, folder: Path, linked: torch.device | None = None) -> d
         The recipe.
     """
     path, made_of = folder / "recipe.json", folder / "workload.json"
-    described = json.dumps({**asdict(work), "linked": linked is not None})
+    described = json.dumps({**asdict(work), "linked": linked is not None, "held_out": HELD_OUT})
     if path.exists() and made_of.exists() and made_of.read_text() == described:
         return json.loads(path.read_text())
     shutil.rmtree(folder, ignore_errors=True)
@@ -160,6 +161,7 @@ def write(work: Workload, folder: Path, linked: torch.device | None = None) -> d
         "experts": experts,
         "settings": {"preset": work.preset},
         "samples": work.samples,
+        "held_out": HELD_OUT,
     }
     path.write_text(json.dumps(recipe))
     return recipe

@@ -11,9 +11,11 @@ from featcal_fast.inputs.mergekit import from_mergekit
 from featcal_fast.inputs.recipe import ExpertRecipe, Recipe
 from featcal_fast.job.check import Check, check
 from featcal_fast.job.delta import Delta, delta
+from featcal_fast.job.drift import drift
 from featcal_fast.job.run import calibrate, merge
 from featcal_fast.planning.plan import Plan
 from featcal_fast.planning.planner import plan
+from featcal_fast.reporting.drift_report import DriftReport
 from featcal_fast.reporting.report import Report
 from featcal_fast.settings import PRESETS, Settings
 from featcal_fast.version import __version__
@@ -22,6 +24,7 @@ __all__ = [
     "PRESETS",
     "Check",
     "Delta",
+    "DriftReport",
     "ExpertRecipe",
     "FeatCalError",
     "MergeRecipe",
@@ -34,6 +37,7 @@ __all__ = [
     "calibrate_model",
     "check",
     "delta",
+    "drift",
     "from_mergekit",
     "merge",
     "plan",

@@ -9,13 +9,17 @@ for each layer:
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from featcal_fast.errors import DataError
 from featcal_fast.forward.hooks import Activations
+from featcal_fast.layer.choice import choose
+from featcal_fast.layer.judge import Judge
 from featcal_fast.layer.layout import find_layout
 from featcal_fast.layer.moments import TaskMoments
 from featcal_fast.layer.selection import check_settings
@@ -24,19 +28,22 @@ from featcal_fast.layer.solve import (
     Update,
     check_finite,
     load_update,
+    loaded,
     max_condition,
     relative_changes,
-    solve_layer,
 )
 from featcal_fast.layer.systems import Anchor, LayerSystem
-from featcal_fast.models.structure import Layer
+from featcal_fast.models.structure import Layer, Structure
 from featcal_fast.reporting.clock import Clock
+from featcal_fast.reporting.outcome import LAYER_WORSE, MODEL_WORSE
 from featcal_fast.reporting.progress import Progress
-from featcal_fast.reporting.report import GroupReport, LayerReport, Peaks, Report
+from featcal_fast.reporting.report import GroupReport, LayerReport, Peaks, Report, TaskDrift
 from featcal_fast.reporting.warnings import about_run, about_settings
 from featcal_fast.settings import Settings
 from featcal_fast.streaming.chunks import Chunk
 from featcal_fast.streaming.culprit import Culprits
+from featcal_fast.streaming.gate import Gate
+from featcal_fast.streaming.held_out import with_held_out
 from featcal_fast.streaming.hidden_states import HOST, HiddenStates, Offload
 from featcal_fast.streaming.machine import find_device, forget_device_peak, peak_device_bytes, peak_resident_bytes
 from featcal_fast.streaming.scratch import Snapshots
@@ -52,6 +59,7 @@ class Output:
 
     Args:
         write: takes the number of a layer and its new parameters.
+        put_back: gives every layer its merged weights again, which are better than all that was written.
 
     Attributes:
         first: the first layer that is not done yet.
@@ -61,8 +69,8 @@ class Output:
     first = 0
     snapshots: Snapshots | None = None
 
-    def __init__(self, write: Write) -> None:
-        self.write = write
+    def __init__(self, write: Write, put_back: Callable[[], None]) -> None:
+        self.write, self.put_back = write, put_back
 
     def restore(self, layer: Layer, report: Report, streams: Streams) -> None:
         """A layer that is done: what happened, and its hidden states where they are needed again."""
@@ -77,6 +85,7 @@ def calibrate_model(
     base: nn.Module,
     experts: Mapping[str, nn.Module],
     batches: Mapping[str, Iterable[Mapping[str, Tensor]]],
+    held_out: Mapping[str, Iterable[Mapping[str, Tensor]]] | None = None,
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     device: torch.device | str | None = None,
     progress: Progress | None = None,
@@ -89,6 +98,7 @@ def calibrate_model(
         experts: by task. Never changed.
         batches: by task, dicts of the models' keyword arguments (`pixel_values`, or `input_ids` and
             `attention_mask`, ...): tensors `[samples, ...]`, of the models' dtype or integers. Read once.
+        held_out: others `[samples, ...]` of the same dtypes, for some tasks or all: nothing is fitted to them, they judge.
         settings: the method's constants.
         device: where to compute; by default where `merged` is.
         progress: told how the run goes.
@@ -97,7 +107,8 @@ def calibrate_model(
         What happened, layer by layer.
 
     Raises:
-        DataError: a task without batches, or batches without a task, or a batch that a model cannot take.
+        DataError: a task without batches, or batches without a task; a batch that a model cannot take; nothing is held
+            out for settings that choose themselves.
         DeviceError: there is no such device.
         ModelMismatchError: the models differ in architecture.
         UnsupportedModelError: no family fits, or a layer's forward fails, draws random numbers, or does not give each
@@ -108,29 +119,39 @@ def calibrate_model(
     clock = Clock()
     device = find_device(device) if device is not None else next(merged.parameters()).device
     student = ModuleSource(merged, "merged model", device)
-    sources = {task: ModuleSource(model, f"expert {task}", device) for task, model in experts.items()}
-    updates: list[dict[str, Tensor]] = []
+    updates: dict[int, dict[str, Tensor]] = {}
     report = calibrate_source(
         student,
         ModuleSource(base, "base model", device),
-        sources,
-        batches,
+        {task: ModuleSource(model, f"expert {task}", device) for task, model in experts.items()},
+        with_held_out(batches, held_out or {}),
         settings,
         device,
-        Output(lambda _index, parameters: updates.append(parameters)),
+        Output(updates.__setitem__, updates.clear),
         progress or Progress(),
         clock,
     )
-    condition = max_condition(settings, len(experts))
-    report.warnings = [*about_settings(settings, condition, MAX_CONDITION_FLOAT32), *about_run(report)]
-    with torch.no_grad(), clock("finishing"):
-        for block, parameters in zip(student.structure.blocks, updates, strict=True):
-            own = dict(block.named_parameters())
-            for name, value in parameters.items():
-                own[name].copy_(value)
+    about = about_settings(settings, _condition(settings, merged, len(experts)), MAX_CONDITION_FLOAT32)
+    report.warnings = [*about, *about_run(report)]
+    with clock("finishing"):
+        _change(student.structure, updates)
     report.phases = clock.seconds
     report.seconds = sum(report.phases.values())
     return report
+
+
+@torch.no_grad()
+def _change(structure: Structure, updates: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """Give a model's blocks new parameters."""
+    for index, parameters in updates.items():
+        own = dict(structure.blocks[index].named_parameters())
+        for name, value in parameters.items():
+            own[name].copy_(value)
+
+
+def _condition(settings: Settings, model: nn.Module, tasks: int) -> float:
+    """Of the worst system that there may be."""
+    return max_condition(settings, tasks, max(value.shape[-1] for value in model.parameters() if value.ndim))
 
 
 @torch.no_grad()
@@ -168,6 +189,9 @@ def calibrate_source(
         for layer in structure.layers:
             for task, count in streams.enter(layer).items():
                 report.tokens[task] += count
+            report.held_out = dict(streams.drift.held_out)
+            if settings.auto and not streams.drift.judges:
+                raise DataError("settings.auto: found no samples of any task held out, expected some to choose by")
             if layer.index < output.first:
                 with clock("entering"):
                     output.restore(layer, report, streams)
@@ -177,11 +201,30 @@ def calibrate_source(
             report.layers.append(done)
             report.kept |= kept
             progress.layer(done)
+            if layer is structure.layers[-1]:
+                with clock("judging"):
+                    report.outcome = streams.drift.outcome(settings.forward_dtype)
             with clock("keeping"):
                 output.keep(layer, report, streams)
+        if settings.keep_better and report.outcome is not None:
+            keep_better(report, structure, output)
     report.bytes_read, report.bytes_written = streams.traffic
     report.peaks = Peaks(peak_resident_bytes(), peak_device_bytes(device))
     return report
+
+
+def keep_better(report: Report, structure: Structure, output: Output) -> None:
+    """Where the calibrated model is worse than the merged one on held-out samples, the latter is what there is."""
+    assert report.outcome is not None
+    report.outcome.kept = "merged" if report.outcome.worse else "calibrated"
+    if report.outcome.worse:
+        output.put_back()
+        for layer, done in zip(structure.layers, report.layers, strict=True):
+            names = (name for group in done.groups for name in group.modules)
+            report.kept |= {f"{layer.path}.{name}": MODEL_WORSE for name in names}
+            done.groups, done.norms, done.drift_after = [], [], done.drift_before
+            for task in done.tasks.values():
+                task.after = task.before
 
 
 def calibrate_layer(
@@ -203,60 +246,110 @@ def calibrate_layer(
     anchor = Anchor(student, streams.next_block(), settings.anchor_rho)
     layout, made = find_layout(student, layer, *streams.drift.sample(), settings)
     streams.drift.begin(layer, student, made)
-    system = LayerSystem(layout, anchor, settings, streams.device, streams.counts)
-    moments = TaskMoments(layout, student, streams.counts, settings, streams.device)
+    counts = streams.counts if not settings.auto else streams.counts.at_least(streams.drift.counts)
+    system = LayerSystem(layout, anchor, settings, streams.device, counts)
+    judge = Judge(layout, anchor, settings, streams.device, counts) if settings.auto else None
+    moments = TaskMoments(layout, student, counts, settings, streams.device)
 
-    for task, expert in streams.experts(layer):
-        moments.reset(task)
-        for chunk in streams.chunks(task):
-            with chunk:
-                states = streams.expert_states[task], streams.student_states[task]
-                accumulate(chunk, layer, (expert, student), states, moments)
-        moments.check_complete(*streams.counted(task))
-        system.fold(moments, expert)
-        streams.drift.advance_expert(layer, task, expert)
-        del expert  # before the next but one is read
-
+    fold_tasks(layer, streams, student, moments, system, judge)
     with Culprits(streams, layer, layout), clock("solving"):
-        update = solve_layer(system, moments, streams.counts.tasks)
+        update, chosen = choose(system, moments, counts.tasks, judge)
         streams.drift.advance_merged(layer, student)
+        with clock("judging"):
+            gate = Gate(streams, layer, layout, student) if settings.keep_better and streams.drift.judges else None
         changes = relative_changes(layout, update, student)
-        parameters = streams.to_host(load_update(student, update))
+        load_update(student, update)
+        with clock("judging"):
+            judged = None if gate is None else gate.keep_better(update)
+        parameters = streams.to_host(loaded(student, update))
         streams.drift.advance_calibrated(layer, student)
-        # Besides the solve, the one time that the host waits for the device within a layer.
-        (before, after), changed, sums, repeats = read_scalars(
-            streams.drift.distances(), changes, update.sums, streams.drift.repeats()
+        # Besides the solve and the gate, the one time that the host waits for the device within a layer.
+        before, after, changed, sums, repeats = read_scalars(
+            *streams.drift.distances(), changes, update.sums, streams.drift.repeats()
         )
         streams.drift.check_repeats(layer, repeats)
-        check_finite(system.systems, sums, [before, after, *changed])
+        check_finite(system.systems, sums, [*before, *after, *changed])
     streams.advance_student(layer, student)
     with clock("writing"):
         write(layer.index, parameters.synchronize())  # while a GPU advances
 
+    kept = set() if judged is None else set(judged.kept)
     groups = _group_reports(system, moments, update, changed)
-    seconds = time.perf_counter() - began
-    return LayerReport(layer.index, before, after, seconds, groups, list(moments.norms)), layout.kept
+    report = LayerReport(
+        layer.index,
+        drift_before=statistics.fmean(before),
+        drift_after=statistics.fmean(after),
+        seconds=time.perf_counter() - began,
+        groups=[group for group in groups if not kept & {*group.modules}],
+        norms=[name for name in moments.norms if name not in kept],
+        tasks=dict(zip(streams.tasks, map(TaskDrift, before, after), strict=True)),
+        chosen=chosen,
+        gate=judged,
+    )
+    reasons = {f"{layer.path}.{name}": LAYER_WORSE for group in groups for name in kept & {*group.modules}}
+    return report, layout.kept | reasons
+
+
+def fold_tasks(
+    layer: Layer, streams: Streams, student: nn.Module, moments: TaskMoments, system: LayerSystem, judge: Judge | None
+) -> None:
+    """Every task's samples pass the layer of its expert and of the student, and are folded into the layer's sums.
+
+    Args:
+        layer, streams: as in `calibrate_layer`.
+        student: the merged model's block.
+        moments: scratch of one task after the other.
+        system: what fitted samples add up to.
+        judge: what those that are held out do, where settings choose themselves.
+    """
+    for task, expert in streams.experts(layer):
+        moments.reset(task)
+        states = streams.expert_states[task], streams.student_states[task]
+        accumulate(streams.chunks(task), layer, (expert, student), states, moments)
+        moments.check_complete(*streams.counted(task))
+        system.fold(moments, expert)
+        streams.drift.check_expert(layer, task, expert)
+        if judge is None or not streams.drift.held_out[task]:
+            streams.drift.advance_expert(layer, task, expert)
+        else:  # likewise, with those that are held out
+            moments.reset(task)
+            accumulate(streams.drift.chunks(task), layer, (expert, student), streams.drift.states(task), moments)
+            moments.check_complete(*streams.drift.counted(task))
+            judge.fold(moments, expert)
+        del expert  # before the next but one is read
 
 
 def accumulate(
+    chunks: Iterable[Chunk],
+    layer: Layer,
+    blocks: tuple[nn.Module, nn.Module],
+    states: tuple[HiddenStates, HiddenStates],
+    moments: TaskMoments,
+) -> None:
+    """Run a task's samples through a layer of the expert and of the student; moments grow.
+
+    Nothing is lost when memory runs out in the middle of a chunk: the expert's hidden states advance last.
+
+    Args:
+        chunks: the samples.
+        layer: where the blocks are in their models.
+        blocks: the expert's and the student's.
+        states: the expert's hidden states and the student's.
+        moments: of the task.
+    """
+    for chunk in chunks:
+        with chunk:
+            accumulate_chunk(chunk, layer, blocks, states, moments)
+
+
+def accumulate_chunk(
     chunk: Chunk,
     layer: Layer,
     blocks: tuple[nn.Module, nn.Module],
     states: tuple[HiddenStates, HiddenStates],
     moments: TaskMoments,
 ) -> None:
-    """Run a chunk through a layer of the expert and of the student; moments grow.
-
-    Nothing is lost when memory runs out in the middle: the expert's hidden states advance last. A function of its own,
-    so that no activations are left when the next chunk comes.
-
-    Args:
-        chunk: some samples of a batch.
-        layer: where the blocks are in their models.
-        blocks: the expert's and the student's.
-        states: the expert's hidden states and the student's.
-        moments: of the task.
-    """
+    """The same for one chunk: a function of its own, so that no activations are left when the next one comes."""
     activations, hidden = forward_expert(chunk, layer, blocks[0], states[0], moments)
     forward_student(chunk, layer, blocks[1], states[1], moments, activations)
     states[0].keep(chunk, hidden)

@@ -1,4 +1,4 @@
-"""The command line: `featcal-fast calibrate | plan | merge | delta | check | demo`."""
+"""The command line: `featcal-fast calibrate | plan | merge | delta | drift | check | demo`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,6 +49,7 @@ A folder that mergekit wrote says itself what it was made of:
 No data at hand? `featcal-fast demo` makes four small experts from real scans of digits and repairs their merge.
 """
 
+NOT_BETTER = 3  # exit code where it was required
 FAULT = 70  # exit code for what is nobody's fault but ours, as sysexits.h has it
 DEBUG = "--debug"
 OUTPUT_FAILED = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EFBIG}
@@ -106,6 +108,17 @@ NoCheckpoint = Annotated[
 Scan = Annotated[
     bool, typer.Option("--scan", help="Read all weights of all models first, and see that they are finite.")
 ]
+KeepBetter = Annotated[
+    bool | None,
+    typer.Option(
+        "--keep-better/--no-keep-better",
+        help="Whether layers that get worse on held-out samples keep merged weights. Default: the recipe's, yes.",
+    ),
+]
+RequireBetter = Annotated[
+    bool,
+    typer.Option("--require-better", help="Exit code 3 if the model is worse than the merge on held-out samples."),
+]
 DeltaFolder = Annotated[
     Path | None, typer.Option(help="Folder to write, too: the calibration as a LoRA adapter of the merged model.")
 ]
@@ -141,6 +154,8 @@ def calibrate(
     checkpoint_every: CheckpointEvery = None,
     no_checkpoint: NoCheckpoint = False,
     scan: Scan = False,
+    keep_better: KeepBetter = None,
+    require_better: RequireBetter = False,
     delta: DeltaFolder = None,
     delta_rank: Rank = None,
     debug: Debug = False,
@@ -152,6 +167,7 @@ def calibrate(
         featcal-fast calibrate recipe.yaml --out models/calibrated --device cuda
         featcal-fast calibrate --mergekit merged --data math=math.jsonl --data code=code.jsonl --out calibrated
     """
+    from featcal_fast.inputs.recipe import with_out
     from featcal_fast.job.delta import RANK, read_summary
     from featcal_fast.job.run import calibrate as run
 
@@ -162,9 +178,13 @@ def calibrate(
     if delta_rank and delta is None:
         raise typer.BadParameter("found no --delta, which it belongs to", param_hint="--delta-rank")
     configure_process()
-    console = Terminal()
+    console, job = Terminal(), with_out(_job(recipe, mergekit, data, skip, base, recipe_out, out), out)
+    if keep_better is not None:
+        job = replace(job, settings=replace(job.settings, keep_better=keep_better))
+    if require_better and not job.held_out:
+        raise typer.BadParameter("found held_out: 0, expected samples to judge by", param_hint="--require-better")
     report = run(
-        _job(recipe, mergekit, data, skip, base, recipe_out, out),
+        job,
         out=out,
         device=device,
         progress=BarProgress(console),
@@ -179,8 +199,12 @@ def calibrate(
         delta_rank=delta_rank or RANK,
     )
     console.print(report.table())
+    if report.outcome is not None:
+        console.print(report.outcome.table())
     console.say(report.summary() + (f"\nWrote {delta}: {read_summary(delta)}" if delta else ""))
     console.next_steps(Path(report.out or ""))
+    if require_better and not report.better:
+        raise typer.Exit(NOT_BETTER)
 
 
 @app.command()
@@ -203,14 +227,20 @@ def plan(
         float | None,
         typer.Option(help="TFLOP/s, to estimate the time by. Default: what runs took here."),
     ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(min=3, help="Samples of each task to pass through all models, to see whether it will help."),
+    ] = None,
 ) -> None:
     """Say what RECIPE.yaml will need (memory, disk, bytes read, arithmetic) and which weights will change.
 
-    Nothing is run. It takes what `calibrate` takes. Exit code 1 when the recipe cannot work or will not fit.
+    Nothing is run, unless by --sample. It takes what `calibrate` takes. Exit code 1 when the recipe cannot work or will
+    not fit.
 
     \b
     Example:
         featcal-fast plan recipe.yaml --device-memory 22GiB --rate 150
+        featcal-fast plan recipe.yaml --sample 8
     """
     from featcal_fast.inputs.recipe import with_out
     from featcal_fast.job.resume import left_behind
@@ -231,6 +261,7 @@ def plan(
         scratch=scratch,
         checkpoint_every=0 if no_checkpoint else None,
         scan=scan,
+        sample=sample,
         progress=(progress := BarProgress(console)),
     )
     progress.close()
@@ -288,6 +319,40 @@ def delta(
     with console.status("comparing"):
         made = run(model, out=out, rank=rank or RANK, device=device)
     console.say(f"Wrote {out}: {made.summary()}")
+
+
+@app.command()
+def drift(
+    recipe: RecipePath,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Model to compare with the merged one: a folder that `calibrate` wrote, or any other like it."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write: drift.json, drift.html to look at, drift.png.")
+    ] = None,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Measure how far the merged model of RECIPE.yaml is from its experts, layer by layer, and why.
+
+    On samples that the recipe holds out, or all where it holds out none.
+
+    \b
+    Example:
+        featcal-fast drift recipe.yaml --model models/calibrated --out drift
+    """
+    from featcal_fast.job.drift import PAGE
+    from featcal_fast.job.drift import drift as run
+
+    configure_process()
+    console = Terminal()
+    found = run(recipe, model=model, out=out, device=device, progress=BarProgress(console))
+    for table in found.tables():
+        console.print(table)
+    console.say(found.summary() + ("" if out is None else f"\nWrote {out}; look at {out / PAGE}"))
 
 
 @app.command()

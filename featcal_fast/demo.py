@@ -88,6 +88,7 @@ settings:
   teacher_alpha: 0.2    # the target is 0.2 * the expert's features + 0.8 * the model's own
 
 samples: 256            # images a task
+held_out: 0             # all are fitted to; by default a fifth is not, for the result to be judged on
 batch_size: 64          # images a forward pass
 out: calibrated         # the folder to write
 """

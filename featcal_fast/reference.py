@@ -85,16 +85,19 @@ def solve_weight(
     Returns:
         The calibrated weight, `[out, in]`.
     """
-    anchor = settings.anchor_rho * merged + (1 - settings.anchor_rho) * base
-    left = (settings.ridge_lambda + settings.covariance_eps) * torch.eye(len(stats[0].s), dtype=stats[0].s.dtype)
-    left = left.to(stats[0].s.device)
-    right = settings.ridge_lambda * anchor.mT
+    anchor, ridge = settings.anchor_rho * merged + (1 - settings.anchor_rho) * base, ridge_of(stats, settings)
+    left = (ridge + settings.covariance_eps) * torch.eye(len(stats[0].s)).to(stats[0].s)
+    right = ridge * anchor.mT
     for task, weight in zip(stats, experts, strict=True):
         w = task_weight(task.s, settings)
         left = left + w * task.s
         right = right + w * task.c @ weight.mT
-    solved: Tensor = torch.linalg.solve(left, right)
-    return solved.mT
+    solved: Tensor = torch.linalg.solve(left, right).mT
+    if settings.max_change is not None:
+        distance = torch.stack([(weight - anchor).norm() for weight in experts]).mean()
+        share = (settings.max_change * distance / (solved - anchor).norm()).clamp(max=1)
+        solved = anchor + share * (solved - anchor)
+    return solved
 
 
 def solve_bias(
@@ -122,7 +125,8 @@ def solve_bias(
         The calibrated bias, `[out]`.
     """
     anchor = settings.anchor_rho * merged + (1 - settings.anchor_rho) * base
-    right, left = settings.ridge_lambda * anchor, torch.as_tensor(settings.ridge_lambda, dtype=anchor.dtype)
+    left = torch.as_tensor(ridge_of(stats, settings), dtype=anchor.dtype)
+    right = left * anchor
     for task, weight, bias in zip(stats, weights, biases, strict=True):
         w = task_weight(task.s, settings)
         right = right + w * (bias + weight @ task.mean_target - solved @ task.mean_student)
@@ -161,6 +165,21 @@ def solve_layernorm(
         r1, r2 = r1 + task.energy * gamma + task.mean * beta, r2 + task.mean * gamma + beta
     det = (a11 * a22 - a12 * a12).clamp_min(settings.covariance_eps)
     return (a22 * r1 - a12 * r2) / det, (a11 * r2 - a12 * r1) / det
+
+
+def ridge_of(stats: Sequence[LinearStats], settings: Settings) -> float | Tensor:
+    """What `ridge_lambda` of eq. 12 amounts to: itself, or relative to the mean diagonal of `sum_t w_t S_t`.
+
+    Args:
+        stats: one a task.
+        settings: for `lambda`, `ridge_scale` and `eps`.
+
+    Returns:
+        A number, or a scalar of the dtype of the statistics.
+    """
+    if settings.ridge_scale == "absolute":
+        return settings.ridge_lambda
+    return settings.ridge_lambda * sum(task_weight(task.s, settings) * task.s.diagonal().mean() for task in stats)
 
 
 def task_weight(s: Tensor, settings: Settings) -> Tensor:

@@ -14,14 +14,22 @@ from featcal_fast.untrusted.patterns import PatternError, full_matches
 FORWARD_DTYPES = ("auto", "bfloat16")
 MOMENT_DTYPES = ("auto", "float32", "bfloat16")
 SOLVE_DTYPES = ("auto", "float32", "float64")
-CHOICES = {"forward_dtype": FORWARD_DTYPES, "moment_dtype": MOMENT_DTYPES, "solve_dtype": SOLVE_DTYPES}
+RIDGE_SCALES = ("absolute", "trace")
+CHOICES = {
+    "ridge_scale": RIDGE_SCALES,
+    "forward_dtype": FORWARD_DTYPES,
+    "moment_dtype": MOMENT_DTYPES,
+    "solve_dtype": SOLVE_DTYPES,
+}
 # Beyond these float32 overflows or divides by nothing, or a value means something else than its writer thought.
 RANGES: dict[str, tuple[float, float]] = {
     "ridge_lambda": (0, 10**6),
     "anchor_rho": (-100, 100),
     "teacher_alpha": (0, 1),
     "covariance_eps": (1e-12, 1),
+    "max_change": (0, 10**6),
 }
+OPTIONAL = ("max_change",)  # of these, that may be None
 MOST_SUFFIXES = 1000  # in a list of patterns
 MOST_DIGITS = 40  # of a number that is a text
 Patterns = str | tuple[str, ...]
@@ -83,6 +91,10 @@ class Settings:
             past the merge.
         teacher_alpha: the target feature is `alpha * expert + (1 - alpha) * student` (eq. 10), 0 to 1.
         covariance_eps: added to the diagonal (eq. 17), and the floor of the task weights' denominators; 1e-12 to 1.
+        ridge_scale: what `ridge_lambda` is relative to: `absolute`, the paper's; `trace`, the mean diagonal of the sum
+            over tasks, so that it means the same for every linear module, model and number of tasks.
+        max_change: how far a new weight may be from the anchor, `||W' - W_a||_F`, as a multiple of the mean distance of
+            the experts' from it; what is farther is drawn back to there. 0 to 1e6; None for as far as it goes.
         calibrate_bias: also update the biases of linear modules (appendix G).
         calibrate_layernorm: also update LayerNorm's weight and bias (appendix G; RMSNorm keeps its merged value).
         forward_dtype: `auto` runs the models' layers as they are; `bfloat16` rounds what enters their products,
@@ -95,6 +107,10 @@ class Settings:
             number, `(tasks + lambda) / lambda`, allows it, and float64 beyond.
         compile_blocks: whether layers' forwards go through torch.compile; None for on a GPU only. What they make is the
             same within the rounding of its dtype.
+        auto: choose `ridge_lambda` for each linear module, by what it makes of held-out samples, beginning with the one
+            that is given.
+        keep_better: where samples are held out, a layer that its new weights make worse on them keeps merged ones, of
+            as many modules as that takes; and so does the whole model.
         include: calibrate only the modules of these names: a string is a regular expression that the full name
             must match, a list holds suffixes (`q_proj`, `mlp.down_proj`), 1,000 at most, as in PEFT's `target_modules`.
         exclude: leave out the modules of these names, likewise.
@@ -107,19 +123,24 @@ class Settings:
     anchor_rho: float = 2.0
     teacher_alpha: float = 0.3
     covariance_eps: float = 1e-8
+    ridge_scale: str = "absolute"
+    max_change: float | None = None
     calibrate_bias: bool = True
     calibrate_layernorm: bool = True
     forward_dtype: str = "auto"
     moment_dtype: str = "auto"
     solve_dtype: str = "auto"
     compile_blocks: bool | None = None
+    auto: bool = False
+    keep_better: bool = True
     include: Patterns | None = None
     exclude: Patterns | None = None
 
     def __post_init__(self) -> None:
         for name, (least, most) in RANGES.items():
-            object.__setattr__(self, name, number(f"settings.{name}", getattr(self, name), least, most))
-        for name in ("calibrate_bias", "calibrate_layernorm"):
+            if (value := getattr(self, name)) is not None or name not in OPTIONAL:
+                object.__setattr__(self, name, number(f"settings.{name}", value, least, most))
+        for name in ("calibrate_bias", "calibrate_layernorm", "auto", "keep_better"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"settings.{name}: found {shown(getattr(self, name))}, expected true or false")
         if self.compile_blocks is not None and not isinstance(self.compile_blocks, bool):
@@ -136,17 +157,17 @@ class Settings:
         """Settings from a recipe's mapping.
 
         Args:
-            values: an optional `preset`, and single values on top of it.
+            values: an optional `preset`, and single values on top of it; or the name of a preset alone.
 
         Returns:
             The settings.
 
         Raises:
-            RecipeError: no mapping, an unknown preset or key, or a value out of range.
+            RecipeError: neither, an unknown preset or key, or a value out of range.
         """
-        if not isinstance(values, Mapping):
-            raise RecipeError(f"settings: found {shown(values)}, expected a mapping")
-        values = dict(values)
+        if not isinstance(values, (Mapping, str)):
+            raise RecipeError(f"settings: found {shown(values)}, expected a mapping, or the name of a preset")
+        values = {"preset": values} if isinstance(values, str) else dict(values)
         preset = values.pop("preset", "default")
         if not isinstance(preset, str) or preset not in PRESETS:
             raise RecipeError(f"settings.preset: found {shown(preset)}, expected one of {', '.join(PRESETS)}")
@@ -166,4 +187,5 @@ PRESETS = {
     "flan-t5": Settings(ridge_lambda=1e-5, anchor_rho=2.0, teacher_alpha=0.6),
     "llm": Settings(ridge_lambda=0.1, anchor_rho=1.5, teacher_alpha=0.1),
     "llm-small": Settings(ridge_lambda=0.001, anchor_rho=1.5, teacher_alpha=0.3),
+    "auto": Settings(auto=True),
 }

@@ -18,6 +18,7 @@ from featcal_fast import files
 from featcal_fast.checkpoints.nested import model_folder
 from featcal_fast.errors import printable
 from featcal_fast.planning.plan import format_bytes
+from featcal_fast.reporting.outcome import WORSE
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import LayerReport, drift_text
 from featcal_fast.reporting.usage import shell_quoted, usage
@@ -95,6 +96,9 @@ class BarProgress(Progress):
         self._bar.start()
 
 
+STYLES = {"warning: ": "yellow", WORSE: "red"}  # by what a line begins with
+
+
 class Stdout(io.TextIOBase):
     """The standard output, which may be closed or full: what cannot be shown is no reason to end a job."""
 
@@ -132,9 +136,10 @@ class Terminal(Console):
         super().__init__(file=cast(TextIO, self.stdout), markup=False, emoji=False, highlight=False)
 
     def say(self, text: str) -> None:
-        """Lines of text; warnings in yellow."""
+        """Lines of text; warnings in yellow, a calibration that made things worse in red."""
         for line in text.split("\n"):
-            self.print(printable(line), style="yellow" if line.startswith("warning: ") else None, soft_wrap=True)
+            style = next((style for start, style in STYLES.items() if line.startswith(start)), None)
+            self.print(printable(line), style=style, soft_wrap=True)
 
     def next_steps(self, out: Path) -> None:
         """Where a calibrated model is, and what to do with it, as snippets to copy."""

@@ -232,6 +232,7 @@ def save(pico: Job, folder: Path) -> dict[str, object]:
         "merged_model": str(folder / "merged"),
         "experts": experts,
         "batch_size": len(next(iter(pico.batches.values()))[0][next(iter(next(iter(pico.batches.values()))[0]))]),
+        "held_out": 0,  # few samples as they are
         "out": str(folder / "out"),
     }
 

@@ -321,3 +321,38 @@ def test_what_the_process_allows_float32_products_changes_nothing() -> None:
         torch.set_float32_matmul_precision(before)
     for name, parameter in exact.named_parameters():
         assert torch.equal(parameter, found.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("samples", [24, 1])  # one sample a task is solved from the token side
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ff.Settings(ridge_scale="trace", ridge_lambda=0.3),
+        ff.Settings(max_change=0.1, ridge_lambda=1e-2),
+        ff.Settings(ridge_scale="trace", ridge_lambda=0.1, max_change=0.2),
+    ],
+    ids=["trace", "capped", "both"],
+)
+def test_ridges_relative_to_the_features_and_capped_changes_are_the_references(
+    settings: ff.Settings, samples: int
+) -> None:
+    job = pico.job("clip", 2)
+    job.batches = {task: pico.images(samples, seed=len(task)) for task in job.batches}
+    judge = calibrated(reference.calibrate_model, job.double(), settings)
+    plain = calibrated(ff.calibrate_model, job, ff.Settings(ridge_lambda=settings.ridge_lambda))
+    ours = calibrated(ff.calibrate_model, job, settings)
+    for name, (error, rounding) in update_errors(ours, judge, job.merged).items():
+        if "norm" not in name and name.endswith("weight"):
+            assert error <= 5e-5 + 2 * rounding, f"{name}: {error:.1e}"
+    name = next(name for name, _ in ours.named_parameters() if name.endswith("layers.0.mlp.fc1.weight"))
+    assert not torch.allclose(ours.get_parameter(name), plain.get_parameter(name), rtol=1e-3)
+
+
+def test_a_capped_change_is_as_long_as_it_may_be() -> None:
+    job, settings = pico.job("llama", 2), ff.Settings(max_change=0.1, ridge_lambda=1e-3)
+    ours = calibrated(ff.calibrate_model, job, settings)
+    for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.2.self_attn.q_proj.weight"):
+        base, merged, new = (each.get_parameter(name).double() for each in (job.base, job.merged, ours))
+        anchor = 2 * merged - base
+        distances = [(expert.get_parameter(name).double() - anchor).norm() for expert in job.experts.values()]
+        assert (new - anchor).norm().item() == pytest.approx(0.1 * sum(distances).item() / 2, rel=1e-4)

@@ -111,6 +111,7 @@ def test_the_clip_recipe_is_the_one_that_bench_paper_writes() -> None:
     assert recipe.merge == ff.MergeRecipe("task_arithmetic", paper.SCALING)
     assert recipe.settings == ff.PRESETS[paper.PRESET]
     assert (recipe.samples, recipe.batch_size, recipe.seed) == (paper.SAMPLES, paper.BATCH_SIZE, paper.SEED)
+    assert recipe.held_out == 0
 
 
 def test_the_script_brings_the_average_nearer_to_its_experts(tmp_path: Path) -> None:

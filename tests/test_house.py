@@ -24,7 +24,7 @@ FLOORS = [
     ["inputs"],
     ["data"],
     ["merging"],
-    ["calibrate", "reference"],
+    ["calibrate", "measure", "reference"],
     ["streaming"],
     ["layer"],
     ["forward"],

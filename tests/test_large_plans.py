@@ -56,7 +56,7 @@ def test_five_experts_with_256_samples_of_512_tokens_fit(
     started = time.perf_counter()
     plan = ff.plan(recipe, device="cuda", device_memory=limit * GIB, host_memory=64 * GIB, scratch=tmp_path)
     assert plan.problems == []
-    assert plan.tokens == dict.fromkeys("abcde", 256 * 512)
+    assert plan.tokens == dict.fromkeys("abcde", 205 * 512), "a fifth is held out"
     assert limit / 2 * GIB < plan.device_bytes < limit * GIB
     assert plan.calibrated == 7 * SIZES[size]["num_hidden_layers"]
     assert time.perf_counter() - started < 120  # seconds, whatever else the machine does

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import featcal_fast as ff
 from featcal_fast.inputs.task_data import TaskData
 from featcal_fast.planning.plan import format_bytes, parse_bytes
+from featcal_fast.streaming.held_out import HeldOut
 
 WIDTH, INNER, KEYS, LAYERS, VOCABULARY = 64, 160, 32, 3, 100  # of the pico Llama
 ROWS, TOKENS, BATCH = 20, 20, 4
@@ -51,7 +52,9 @@ def test_a_pico_llama_by_hand(recipe: dict) -> None:
     parameters = 2 * WIDTH * WIDTH + 2 * WIDTH * KEYS + 3 * WIDTH * INNER
     block = 4 * (parameters + 2 * WIDTH)
     assert plan.host["blocks: student, base, expert"] == 3 * block
-    assert plan.host["hidden states"] == 2 * 2 * ROWS * TOKENS * WIDTH * 4
+    # A task: all samples twice (student and expert), and the four that drift is told by in three models.
+    waiting = 2 * (2 * ROWS + 3 * 4) * TOKENS * WIDTH * 4
+    assert plan.host["hidden states"] == waiting
     assert plan.host["calibration data"] == 2 * 2 * ROWS * TOKENS * 8
 
     embedding = 4 * VOCABULARY * WIDTH
@@ -64,9 +67,8 @@ def test_a_pico_llama_by_hand(recipe: dict) -> None:
         "expert task1": embedding + LAYERS * block,
     }
     assert plan.bytes_written == {"calibrated model": model}
-    # Two generations, of all samples twice (student and expert) and of the four that three models' drift is told by.
-    kept = 2 * 2 * (2 * ROWS + 3 * 4) * TOKENS * WIDTH * 4
-    assert plan.disk == {"calibrated model": model, "hidden states, to resume from": kept}
+    # Two generations.
+    assert plan.disk == {"calibrated model": model, "hidden states, to resume from": 2 * waiting}
     assert ff.plan(recipe, device="cpu", checkpoint_every=0).disk == {"calibrated model": model}
 
 
@@ -94,6 +96,25 @@ def test_arithmetic_by_hand(recipe: dict) -> None:
     assert flops["solve"] == pytest.approx(LAYERS * sum(n**3 / 3 + 2 * n * n * out for n, out in sizes))
 
 
+def test_held_out_samples_by_hand(recipe: dict) -> None:
+    held, fitted = ROWS // 5, ROWS - ROWS // 5
+    whole, plan, ungated = (
+        ff.plan({**recipe, "held_out": share, "settings": {"keep_better": keep}}, device="cpu", host_memory=GIB * 64)
+        for share, keep in ((0, True), (0.2, True), (0.2, False))
+    )
+    assert plan.tokens == {"task0": fitted * TOKENS, "task1": fitted * TOKENS}
+    assert plan.host["hidden states"] == 2 * (2 * fitted + 3 * held) * TOKENS * WIDTH * 4
+    assert plan.host["calibration data"] == whole.host["calibration data"]
+    assert plan.flops["moments"] == pytest.approx(whole.flops["moments"] * fitted / ROWS)
+    assert (plan.flops["fold"], plan.flops["solve"]) == (whole.flops["fold"], whole.flops["solve"])
+    # A block's products alone: what attention takes depends on padding.
+    block = 2 * (2 * WIDTH * WIDTH + 2 * WIDTH * KEYS + 3 * WIDTH * INNER)
+    passes = (plan.flops["forward"] - ungated.flops["forward"]) / (2 * held * TOKENS * LAYERS)
+    assert 2 * block < passes < 2.2 * block, "the gate's: calibrated hidden states pass the block with both weights"
+    fewer = whole.flops["forward"] * fitted / ROWS
+    assert ungated.flops["forward"] - fewer == pytest.approx(1.5 * (plan.flops["forward"] - ungated.flops["forward"]))
+
+
 @pytest.mark.parametrize("storage", ["disk", "host", "host-nf4"])
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "clip", "t5"])
@@ -109,6 +130,30 @@ def test_a_run_reads_and_changes_what_was_planned(kind: str, merge: bool, storag
     assert plan.bytes_written == report.bytes_written
     assert plan.calibrated == report.calibrated
     assert all(plan.tokens[task] >= count for task, count in report.tokens.items())
+
+
+@pytest.mark.parametrize("kind", ["llama tied", "t5", "bert classifier", "vit classifier"])
+def test_what_heads_of_models_read_is_planned_too(kind: str, tmp_path: Path) -> None:
+    """Where samples are held out, of which models give outputs in the end; a classifier's own head reads all three."""
+    recipe = {**pico.save(pico.job(kind, 2), tmp_path), "held_out": 0.2, "settings": {"keep_better": False}}
+    plan, report = ff.plan(recipe), ff.calibrate(recipe)
+    assert plan.bytes_read == report.bytes_read
+    without = ff.plan({**recipe, "held_out": 0}).bytes_read
+    more = {label for label, size in plan.bytes_read.items() if size > without[label]}
+    experts = {"expert task0", "expert task1"}
+    assert more == (experts if "classifier" in kind else experts | {"merged model"})
+
+
+def test_outputs_are_a_phase_of_their_own(tmp_path: Path) -> None:
+    """By hand: all that is not in layers, of two models; hidden states and logits of three; four parts of those."""
+    vocabulary = 3000
+    recipe = pico.save(pico.job("llama", 1, vocab_size=vocabulary), tmp_path)
+    plan = ff.plan({**recipe, "held_out": 0.2}, device="cpu")
+    outside = 4 * (2 * vocabulary * WIDTH + WIDTH)
+    logits = 4 * BATCH * TOKENS * vocabulary
+    assert plan.host["outputs of held-out samples"] == 2 * outside + 3 * 4 * BATCH * TOKENS * WIDTH + (3 + 4) * logits
+    assert "ridge systems" not in plan.host
+    assert "outputs of held-out samples" not in ff.plan(recipe, device="cpu").host
 
 
 def test_weights_that_stay_are_listed_with_reasons(recipe: dict) -> None:
@@ -157,7 +202,7 @@ def test_experts_that_need_not_be_in_memory_are_named(recipe: dict, monkeypatch:
 
 def test_a_full_scratch_disk_is_noticed_beforehand(recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("featcal_fast.files.free_bytes", lambda _: 700_000)
-    problem = r"scratch: the disk of \S+ needs 956 KiB, but 684 KiB are free; choose a folder on another$"
+    problem = r"scratch: the disk of \S+ needs 1.05 MiB, but 684 KiB are free; choose a folder on another$"
     with pytest.raises(ff.FeatCalError, match=problem):  # the model and the hidden states
         ff.plan(recipe, device="cpu", scratch=Path(recipe["out"]).parent, checkpoint_every=0).check()
 
@@ -223,6 +268,20 @@ def test_sizes_of_loaded_data() -> None:
     assert data.resized(batch_size=2).nbytes == data.nbytes
     assert data.resized(samples=6).nbytes == data.nbytes / 2
     assert data.resized(max_length=5).nbytes == data.nbytes / 2
+
+
+def test_sizes_of_held_out_data() -> None:
+    widths = (5, 10, 10, 5, 10)
+    batches = [{"input_ids": torch.zeros(4, width, dtype=torch.long)} for width in widths]
+    data = TaskData.of([*batches[:3], *map(HeldOut, batches[3:])])
+    assert (data.batches, data.rows, data.held_batches, data.held_out, data.fitted_batches) == (4, 20, 1.5, 8, 2.5)
+    halved = data.resized(samples=10)
+    assert (halved.rows, halved.held_out, halved.held_batches, halved.fitted_batches) == (10, 4, 0.75, 1.25)
+    single = data.resized(batch_size=1)
+    assert (single.held_out, single.held_batches, single.fitted_batches) == (8, 6, 10)
+    least = data.resized(samples=2)
+    assert (least.batches, least.rows, least.held_out) == (1, 2, 1)
+    assert least.held_batches == pytest.approx(1.5 / 4)
 
 
 def test_bytes_are_read_and_said_with_units() -> None:

@@ -168,7 +168,7 @@ def test_a_layer_is_solved_by_blocks_where_its_condition_allows(
     features = torch.randn(TOKENS, IN)
     system, moments, block, expert = layer(settings, features)
     update = solve_layer(system, moments, tasks=1)
-    assert len(called) == (max_condition(settings, 1) <= MAX_CONDITION_SPLIT) == (ridge_lambda == 0.05)
+    assert len(called) == (max_condition(settings, 1, 64) <= MAX_CONDITION_SPLIT) == (ridge_lambda == 0.05)
     assert update.solver == {"fc": "float32"}
     assert update.steps == {"fc": ["float32, by blocks" if called else "float32"]}
     judge = exact(features, block, expert, settings)

@@ -22,6 +22,7 @@ from featcal_fast.reporting.report import GroupReport, LayerReport, Report, drif
 from featcal_fast.reporting.warnings import (
     about_base,
     about_dequantised,
+    about_held_out,
     about_ignored,
     about_left_out,
     about_merged,
@@ -123,14 +124,14 @@ SETTINGS = [
 @pytest.mark.parametrize(("values", "said"), SETTINGS)
 def test_settings_that_do_not_go_together(values: dict, said: str) -> None:
     settings = ff.Settings(**values)
-    (sentence,) = about_settings(settings, max_condition(settings, 3), MAX_CONDITION_FLOAT32)
+    (sentence,) = about_settings(settings, max_condition(settings, 3, 64), MAX_CONDITION_FLOAT32)
     assert all(part in sentence for part in said.split(" .* ")), sentence
 
 
 @pytest.mark.parametrize("name", ff.PRESETS)
 def test_published_settings_go_together(name: str) -> None:
     settings = ff.PRESETS[name]
-    assert about_settings(settings, max_condition(settings, 8), MAX_CONDITION_FLOAT32) == []
+    assert about_settings(settings, max_condition(settings, 8, 64), MAX_CONDITION_FLOAT32) == []
 
 
 def test_the_page_explains_each_kind() -> None:
@@ -138,9 +139,10 @@ def test_the_page_explains_each_kind() -> None:
     table = (ROOT / "docs" / "troubleshooting.md").read_text().partition("## Warnings")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
     settings = [ff.Settings(**values) for values, _ in SETTINGS]
-    told = [about_settings(each, max_condition(each, 3), MAX_CONDITION_FLOAT32) for each in settings]
+    told = [about_settings(each, max_condition(each, 3, 64), MAX_CONDITION_FLOAT32) for each in settings]
     told += [about_run(found) for found, _ in RUNS] + [
         about_samples({"a": (1, 2)}),
+        about_held_out(0.2, {"a": (2, 0)}),
         about_same_model(["a"]),
         about_base(True),
         about_dequantised("merged model", 1, 2),

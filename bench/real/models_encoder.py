@@ -155,6 +155,7 @@ def _recipe(by: Given, repair: Repair, count: int, work: Path) -> dict[str, Any]
         "merge": {"method": "task_arithmetic", "scaling": repair.scaling},
         "experts": experts,
         "samples": count,
+        "held_out": 0,
         "max_length": by.training.max_length,
         "settings": asdict(repair.settings),
     }

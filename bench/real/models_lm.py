@@ -176,4 +176,5 @@ def _recipe(by: Given, method: str, scaling: float, data: Path) -> dict[str, Any
             domain: {"model": str(path.resolve()), "data": f"{data}/{domain}.jsonl"}
             for domain, path in by.experts.items()
         },
+        "held_out": 0,
     }

@@ -80,7 +80,7 @@ class CheckpointWriter:
         self._close()
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors, cast to the layout's dtypes. Each name once.
+        """Write tensors, cast to the layout's dtypes. Each name once, unless it was forgotten.
 
         Raises:
             OutputError: the disk is full, or a cast overflows.
@@ -108,6 +108,13 @@ class CheckpointWriter:
         """
         with write_errors(self.out):
             self._side[name] = self._add(name, text)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Take the named tensors for not written: whatever is written next takes their place."""
+        self.hashed()
+        for name in names:
+            if self.hashes.pop(name, None) is not None:
+                self._missing.add(name)
 
     def copy(self, names: Iterable[str]) -> None:
         """Copy the named tensors, where not written yet, from the layout's own checkpoint, one at a time."""

@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from featcal_fast.data.checks import Limits
+from featcal_fast.data.held_out import set_aside
 from featcal_fast.data.images import process_images
 from featcal_fast.data.kinds import FORMS
 from featcal_fast.data.left_out import LeftOut
@@ -17,6 +18,7 @@ from featcal_fast.data.samples import Sample, os_errors
 from featcal_fast.data.sources import read_samples
 from featcal_fast.data.texts import Reader, tokenize
 from featcal_fast.errors import DataError
+from featcal_fast.streaming.held_out import HeldOut
 
 Batch = dict[str, torch.Tensor]
 
@@ -30,6 +32,7 @@ def load_batches(
     batch_size: int = 16,
     batch_tokens: int | None = None,
     seed: int = 0,
+    held_out: float = 0.0,
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     targets: bool = False,
     tokenizer: Path | None = None,
@@ -47,6 +50,8 @@ def load_batches(
         batch_size: rows of a batch; the last one may be smaller.
         batch_tokens: of texts, in place of `batch_size`: as many rows as have no more positions, padding included.
         seed: of the draw; the same seed and data give the same batches.
+        held_out: the share of the samples that is set aside: the last ones that were drawn, but for those with the
+            content of one that is not; none of one or two.
         limits: what the model takes.
         targets: the model is an encoder-decoder: texts must be `prompt` and `completion`, or of another kind that asks
             and answers; what is asked becomes `input_ids`, the answer `labels`.
@@ -59,6 +64,7 @@ def load_batches(
         padded on the right, shorter sequences first; `labels` are padded with -100. Images: `pixel_values`,
         `[rows, channels, height, width]`, in the image processor's dtype. Ready inputs: every tensor of the
         file, `[rows, ...]`, rows in drawn order; floating tensors keep their dtype, all others become int64.
+        After all others come batches of samples that are set aside, which are `HeldOut`.
 
     Raises:
         DataError: the source is missing, empty, unreadable or of an unknown kind; a sample is malformed,
@@ -77,7 +83,9 @@ def load_batches(
     # Padding is embedded too, so a pad token added beyond the model's vocabulary will not do.
     if padding is None or padding >= (limits.vocab_size or float("inf")):
         padding = 0
-    return _batched(drawn, batch_size, batch_tokens, padding)
+    aside = set_aside(drawn, held_out)
+    fitted = _batched(drawn, batch_size, batch_tokens, padding)
+    return fitted + [HeldOut(batch) for batch in _batched(aside, batch_size, batch_tokens, padding)]
 
 
 def _prepared(
@@ -99,7 +107,7 @@ def _batched(samples: list[Sample], batch_size: int, batch_tokens: int | None, p
     # Neighbours of similar length need little padding. The sort is stable: equal lengths stay as drawn.
     samples.sort(key=lambda sample: len(sample.values.get("input_ids", ())))
     batches = []
-    texts = all(value.ndim == 1 for value in samples[0].values.values())
+    texts = all(value.ndim == 1 for sample in samples[:1] for value in sample.values.values())
     while samples:
         rows = _rows_within(samples, batch_tokens) if batch_tokens is not None and texts else batch_size
         batches.append(_collate(samples[:rows], padding))

@@ -61,7 +61,7 @@ def load_data(
         limits = _limits(models, task)
         asked, length = expert.samples or recipe.samples, _length(recipe, task, limits)
         with os_errors(source):
-            size = describe(source, models.merged.config, device, asked, length, recipe.batch_size)
+            size = describe(source, models.merged.config, device, asked, length, recipe.batch_size, recipe.held_out)
             if is_ready(source):
                 check_names(Path(source), models.merged.config)
         left_out = LeftOut(models.tokens[task], models.merged.config)
@@ -116,6 +116,7 @@ def _load(
         batch_size=batch_size,
         batch_tokens=None if recipe.batch_size else chunk_tokens(device),
         seed=recipe.seed,
+        held_out=recipe.held_out,
         limits=limits,
         targets=bool(getattr(config, "is_encoder_decoder", False)),
         tokenizer=merged_tokenizer(models.merged, models.base, own),

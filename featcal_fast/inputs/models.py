@@ -127,6 +127,14 @@ def models_to_calibrate(recipe: Recipe, device: torch.device) -> RecipeModels:
     return models
 
 
+def input_folders(recipe: Recipe, models: RecipeModels) -> dict[str, Path]:
+    """Everything that is read and never written to, by what it is: the folders of a recipe's models and data."""
+    inputs = {model.label: model.path for model in (models.merged, models.base, *models.experts.values())}
+    adapted = [each for each in map(unwrapped, models.experts.values()) if isinstance(each, LoraExpert)]
+    inputs |= {expert.base.label: expert.base.path for expert in adapted}
+    return inputs | {f"data of task {task}": recipe.path(expert.data) for task, expert in recipe.experts.items()}
+
+
 def check_folders(
     recipe: Recipe, models: RecipeModels, scratch: str | Path | None = None, *, may_be_taken: bool = False
 ) -> None:
@@ -141,10 +149,7 @@ def check_folders(
     Raises:
         FeatCalError: one of them cannot be written, or lies where nothing may be.
     """
-    inputs = {model.label: model.path for model in (models.merged, models.base, *models.experts.values())}
-    adapted = [each for each in map(unwrapped, models.experts.values()) if isinstance(each, LoraExpert)]
-    inputs |= {expert.base.label: expert.base.path for expert in adapted}
-    inputs |= {f"data of task {task}": recipe.path(expert.data) for task, expert in recipe.experts.items()}
+    inputs = input_folders(recipe, models)
     if recipe.folder is not None:
         check_output(recipe.folder, inputs, models.nbytes + models.side_bytes, may_be_taken=may_be_taken)
     if scratch is not None:

@@ -23,6 +23,7 @@ MAX_LENGTH = 512  # tokens that a text is cut at, where neither a recipe nor a m
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("samples", "max_length", "batch_size"), (1, MOST)),
     "seed": (0, 2**63 - 1),
+    "held_out": (0, 0.5),
 }
 
 
@@ -62,6 +63,8 @@ class Recipe:
         expert_storage: where experts' tensors stay after their first read: `disk`, that is nowhere; `host` memory as
             they are; or there compressed by bitsandbytes, `host-int8` or `host-nf4`, with the error that the report
             states.
+        held_out: share of each task's samples that nothing is fitted to, so that the result is judged on them: 0 to
+            0.5. The last ones that are drawn; none of one or two samples.
         seed: of the sampling, 0 to 2^63 - 1.
         root: what relative paths start from.
 
@@ -79,6 +82,7 @@ class Recipe:
     max_length: int | None = None
     batch_size: int | None = None
     expert_storage: str = "disk"
+    held_out: float = 0.2
     seed: int = 0
     root: Path = field(default_factory=lambda: working_directory())
 
@@ -96,6 +100,8 @@ class Recipe:
             raise RecipeError(
                 f"expert_storage: found {shown(self.expert_storage)}, expected one of {', '.join(STORAGES)}"
             )
+        if self.settings.auto and not self.held_out:
+            raise RecipeError("held_out: found 0, expected a share above it: settings.auto chooses by held-out samples")
         self._check_experts()
         if self.merge is not None:
             self.merge.check(self.experts)
@@ -224,8 +230,8 @@ def _command(folder: Path) -> str:
 
 
 # What a field may hold, by its annotation.
-_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,)}
-_NAMES = {"str": "a text", "int": "an integer"}
+_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+_NAMES = {"str": "a text", "int": "an integer", "float": "a number"}
 _REQUIRED = {"Recipe": ("base_model", "experts"), "ExpertRecipe": ("model", "data"), "MergeRecipe": ("method",)}
 _PATHS = ("base_model", "merged_model", "out", "model", "data")  # or hub ids
 
@@ -253,7 +259,7 @@ def _check_fields(part: Recipe | ExpertRecipe, where: str) -> None:
             continue
         if kind in _TYPES and (isinstance(value, bool) or not isinstance(value, _TYPES[kind]) or value == ""):
             raise RecipeError(f"{name}: found {shown(value)}, expected {_NAMES[kind]}")
-        if kind == "int":
+        if item.name in RANGES:
             number(name, value, *RANGES[item.name])
         if item.name in _PATHS:
             checked_path(name, value)

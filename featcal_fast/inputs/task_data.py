@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featcal_fast.data.held_out import held_out_count
 from featcal_fast.data.ready import LONGEST, tensor_forms
 from featcal_fast.data.samples import os_errors
 from featcal_fast.data.sources import check_exists, data_files, is_hub_id
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.models.configs import image_shape, image_tokens
+from featcal_fast.streaming.held_out import HeldOut
 
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}  # of a forward pass: enough for products to run at full speed
 
@@ -27,6 +29,7 @@ class TaskData:
         example: its largest batch, in form; values do not matter, but padding in a mask does.
         batches: how many of that batch the data amounts to.
         rows: samples.
+        held_batches, held_out: of the two, what nothing is fitted to.
         asked: samples that the recipe asks for; a task may have fewer.
         exact: whether this is what will be run; otherwise an upper bound.
         cut: whether it is texts that are cut at a maximal length.
@@ -44,6 +47,8 @@ class TaskData:
     rows: int
     asked: int
     exact: bool
+    held_batches: float = 0.0
+    held_out: int = 0
     cut: bool = False
     lazy: bool = False
     loaded: bool = False
@@ -56,16 +61,25 @@ class TaskData:
     @classmethod
     def of(cls, batches: Sequence[Mapping[str, Tensor]], asked: int | None = None) -> TaskData:
         """Of loaded batches, of all samples that the recipe asks for unless it says otherwise."""
-        sizes = [next(iter(batch.values())).numel() for batch in batches]
-        largest = max(range(len(sizes)), key=sizes.__getitem__)
-        rows = sum(len(next(iter(batch.values()))) for batch in batches)
-        batches_of_it = sum(sizes) / sizes[largest]
-        return cls(dict(batches[largest]), batches_of_it, rows, asked or rows, exact=True, loaded=True)
+        firsts = [next(iter(batch.values())) for batch in batches]
+        largest = max(range(len(firsts)), key=lambda i: firsts[i].numel())
+        held = [first for first, batch in zip(firsts, batches, strict=True) if isinstance(batch, HeldOut)]
+        (all_of_it, rows), (held_of_it, held_rows) = (
+            (sum(first.numel() for first in each) / firsts[largest].numel(), sum(map(len, each)))
+            for each in (firsts, held)
+        )
+        example = dict(batches[largest])
+        return cls(example, all_of_it, rows, asked or rows, True, held_of_it, held_rows, loaded=True)
 
     @property
     def batch_size(self) -> int:
         """Samples of the example."""
         return len(next(iter(self.example.values())))
+
+    @property
+    def fitted_batches(self) -> float:
+        """How many of the example what is fitted to amounts to."""
+        return self.batches - self.held_batches
 
     @property
     def nbytes(self) -> float:
@@ -77,22 +91,39 @@ class TaskData:
     ) -> TaskData:
         """The same task run with other settings."""
         example, batches, rows, entering = self.example, self.batches, self.rows, self.entering
+        held_batches, held_out = self.held_batches, self.held_out
         if samples is not None and samples < rows:
-            batches, rows = batches * samples / rows, samples
+            batches, held_batches = batches * samples / rows, held_batches * samples / rows
+            held_out, rows = round(held_out * samples / rows), samples
             if batches < 1:  # less than one batch as it was
-                example, batches = {name: value[:samples] for name, value in example.items()}, 1.0
+                example = {name: value[:samples] for name, value in example.items()}
+                batches, held_batches = 1.0, held_batches / batches
         if batch_size is not None:
             size = len(next(iter(example.values())))
             example = {name: value[:batch_size] for name, value in example.items()}
             share = size / min(size, batch_size)
-            batches, entering = batches * share, entering * share
+            batches, held_batches, entering = batches * share, held_batches * share, entering * share
         if max_length is not None and "input_ids" in example:
             example = {name: value[:, :max_length] for name, value in example.items()}
-        return replace(self, example=example, batches=batches, rows=rows, entering=entering)
+        return replace(
+            self,
+            example=example,
+            batches=batches,
+            rows=rows,
+            held_batches=held_batches,
+            held_out=held_out,
+            entering=entering,
+        )
 
 
 def describe(
-    source: Path | str, config: Any, device: torch.device, samples: int, max_length: int, batch_size: int | None
+    source: Path | str,
+    config: Any,
+    device: torch.device,
+    samples: int,
+    max_length: int,
+    batch_size: int | None,
+    held_out: float = 0.0,
 ) -> TaskData:
     """A task's size without its data: texts and the rows of tables are taken to be as many and as long as they may be.
 
@@ -103,6 +134,7 @@ def describe(
         samples: that the recipe asks for.
         max_length: tokens a text is cut at.
         batch_size: samples a forward pass; by default as many as make a chunk.
+        held_out: share of the samples that nothing is fitted to.
 
     Raises:
         DataError: it is missing, or none that can be read.
@@ -110,13 +142,15 @@ def describe(
     check_exists(source)
     forms, found = _forms(source, config, max_length)
     rows = samples if found is None else min(samples, found)
-    count = max(1, min(rows, batch_size or _full_batch(forms, config, device)))
+    held = held_out_count(held_out, rows)
+    count = max(1, min(max(rows - held, held), batch_size or _full_batch(forms, config, device)))
     example = {name: torch.zeros((), dtype=dtype).expand(count, *shape) for name, (shape, dtype) in forms.items()}
     if "attention_mask" in example and not is_ready(source):  # of which the real one will be there
         example["attention_mask"] = torch.ones_like(example["attention_mask"])
         example["attention_mask"][0, -1:] = 0  # padding, for what it takes to leave it out
     lazy, cut = found is not None, "input_ids" in forms and not is_ready(source)
-    return TaskData(example, rows / count, rows, samples, exact=lazy, cut=cut, lazy=lazy, source=str(source))
+    sizes = rows / count, rows, samples, lazy, held / count, held
+    return TaskData(example, *sizes, cut=cut, lazy=lazy, source=str(source))
 
 
 Forms = dict[str, tuple[tuple[int, ...], torch.dtype]]

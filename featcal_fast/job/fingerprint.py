@@ -17,12 +17,14 @@ from torch import Tensor
 
 from featcal_fast import files
 from featcal_fast.checkpoints import LoraExpert, TensorSource, unwrapped
+from featcal_fast.data.held_out import content
 from featcal_fast.data.sources import files_below
 from featcal_fast.errors import DataError
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.inputs.task_data import local_data
 from featcal_fast.reporting.clock import Clock
+from featcal_fast.streaming.held_out import HeldOut
 from featcal_fast.streaming.machine import processor
 
 PACKAGES = (
@@ -107,24 +109,25 @@ class Digested:
         digest: empty before.
         count: of the batches, likewise.
         samples: in them.
+        held_out: of these, those that are.
     """
 
     def __init__(self, batches: Iterable[Mapping[str, Tensor]], clock: Clock) -> None:
         self._batches, self._clock = batches, clock
-        self.digest, self.count, self.samples = "", 0, 0
+        self.digest, self.count, self.samples, self.held_out = "", 0, 0, 0
 
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
-        sha, count, samples = hashlib.sha256(), 0, 0
+        sha, count, samples, held_out = hashlib.sha256(), 0, 0, 0
         with self._clock("data"):
             batches = iter(self._batches)
         for batch in batches:
             with self._clock("data"):
-                for name, value in sorted(batch.items()):
-                    sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                    sha.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            count, samples = count + 1, samples + len(next(iter(batch.values())))
+                for part in content(batch):
+                    sha.update(part)
+            rows = len(next(iter(batch.values())))
+            count, samples, held_out = count + 1, samples + rows, held_out + rows * isinstance(batch, HeldOut)
             yield batch
-        self.digest, self.count, self.samples = sha.hexdigest(), count, samples
+        self.digest, self.count, self.samples, self.held_out = sha.hexdigest(), count, samples, held_out
 
 
 def _files(path: Path) -> dict[str, list[int]]:

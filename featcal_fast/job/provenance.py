@@ -68,6 +68,7 @@ def describe_inputs(
             reference=recipe.experts[task].data,
             samples_asked=sizes[task].asked,
             samples=batches.samples,
+            held_out=batches.held_out,
             batches=batches.count,
             sha256=batches.digest,
             max_length=sizes[task].max_length,

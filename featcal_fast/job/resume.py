@@ -27,8 +27,9 @@ from featcal_fast.job.interrupts import finish_first
 from featcal_fast.models.structure import Layer
 from featcal_fast.reporting.clock import Clock
 from featcal_fast.reporting.forms import FormError, build
+from featcal_fast.reporting.outcome import Outcome
 from featcal_fast.reporting.progress import Progress
-from featcal_fast.reporting.report import LayerReport, Report
+from featcal_fast.reporting.report import LayerReport, Report, finite
 from featcal_fast.streaming.scratch import Snapshots
 from featcal_fast.streaming.sources import CheckpointSource
 from featcal_fast.streaming.streams import Streams
@@ -41,7 +42,8 @@ WAYS = "--resume goes on from there, --fresh starts over"
 FIRST: dict[str, tuple[type, ...]] = {"fingerprint": (dict,), "layers": (int, type(None))}
 LAYER: dict[str, tuple[type, ...]] = {
     **{"layer": (int,), "stage_ends": (bool,), "states": (dict, type(None)), "reports": (list,), "kept": (dict,)},
-    **{"tensors": (dict,), "data": (dict,), "chunk": (int, type(None)), "phases": (dict,), "bytes_read": (dict,)},
+    **{"outcome": (dict, type(None)), "tensors": (dict,), "data": (dict,), "chunk": (int, type(None))},
+    **{"phases": (dict,), "bytes_read": (dict,)},
 }
 COUNTS = ("phases", "bytes_read")  # of a layer: numbers by name
 
@@ -55,6 +57,7 @@ class Past:
         chunk: tokens that passed a layer at a time; None if nothing was run.
         phases: seconds that it took, by phase.
         bytes_read: by model.
+        put_back: whether merged weights were to take the place of all calibrated ones.
     """
 
     def __init__(self, entries: list[dict[str, Any]]) -> None:
@@ -83,6 +86,9 @@ class Past:
             self.hashes |= line["tensors"]
             if line["states"] and (line is last or line["stage_ends"]):
                 self.states[line["layer"]] = line["states"]
+        self.put_back = any("put_back" in entry for entry in entries)
+        for name in (name for entry in entries for name in entry.get("put_back", ())):
+            self.hashes.pop(name, None)
 
     def phases_with(self, clock: Clock) -> dict[str, float]:
         """Seconds by phase of all runs up to now, the last of which has `clock`."""
@@ -218,7 +224,7 @@ class Resumable(Output):
         every: int | None,
         clock: Clock,
     ) -> None:
-        super().__init__(self._write)
+        super().__init__(self._write, self._put_back)
         self._student, self._writer, self._work, self._models = student, writer, work, models
         self._past, self._batches, self._every, self._clock = past, batches, every, clock
         self.first = self._durable = past.layers
@@ -247,8 +253,17 @@ class Resumable(Output):
         self._check_data(line["data"])
         report.layers += self._past.reports[layer.index]
         report.kept |= line["kept"]
+        report.outcome = None if line["outcome"] is None else build(Outcome, line["outcome"])
         if layer.index in self._past.states:
             streams.restore(self._past.states[layer.index])
+
+    def _put_back(self) -> None:
+        layers = range(len(self._student.structure.layers))
+        names = {name for index in layers for name in self._student.block_tensors(index)}
+        if self._durable and not self._past.put_back:
+            with write_errors(self._work.out):
+                self._work.manifest.append({"put_back": sorted(names)})  # before the first of them is another
+        self._writer.forget(names)
 
     def keep(self, layer: Layer, report: Report, streams: Streams) -> None:
         if self._every == 0 or not self._due(layer):
@@ -277,8 +292,9 @@ class Resumable(Output):
             "layer": layer.index,
             "stage_ends": self._stage_ends(layer),
             "states": None if self._following(layer) is None else streams.save(),
-            "reports": [asdict(each) for each in report.layers[self._durable :]],
+            "reports": finite([asdict(each) for each in report.layers[self._durable :]]),
             "kept": report.kept,
+            "outcome": None if report.outcome is None else finite(asdict(report.outcome)),
             "tensors": {name: hashes[name] for name in sorted(written)},
             "data": {task: each.digest for task, each in self._batches.items()},
             "chunk": streams.chunk,

@@ -33,6 +33,7 @@ from featcal_fast.layer.systems import (
     NormSums,
     RowSystem,
     column_blocks,
+    least_ridge,
     matvec,
 )
 from featcal_fast.models.linear import oriented
@@ -92,17 +93,17 @@ class Update:
         self.solver[system.group.leader] = steps[-1].removesuffix(BY_BLOCKS) + side
 
 
-def max_condition(settings: Settings, tasks: int) -> float:
-    """A bound on cond(A): each task's scaled moment has norm 1."""
-    ridge = settings.ridge_lambda + settings.covariance_eps
+def max_condition(settings: Settings, tasks: int, width: int) -> float:
+    """A bound on cond(A) of `width` inputs: each task's scaled moment has norm 1, and so a trace of 1 at least."""
+    ridge = least_ridge(settings, tasks, width) + settings.covariance_eps
     return (tasks + ridge) / ridge
 
 
-def solve_dtype(settings: Settings, tasks: int) -> torch.dtype:
+def solve_dtype(settings: Settings, tasks: int, width: int) -> torch.dtype:
     """The arithmetic of the solve."""
     if settings.solve_dtype != "auto":
         return {"float32": torch.float32, "float64": torch.float64}[settings.solve_dtype]
-    return torch.float32 if max_condition(settings, tasks) <= MAX_CONDITION_FLOAT32 else torch.float64
+    return torch.float32 if max_condition(settings, tasks, width) <= MAX_CONDITION_FLOAT32 else torch.float64
 
 
 def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
@@ -120,13 +121,14 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
         SolveError: names the modules; not positive definite at the ladder's end.
     """
     settings, update = layer.settings, Update()
-    dtype, split = solve_dtype(settings, tasks), max_condition(settings, tasks) <= MAX_CONDITION_SPLIT
+    width = layer.width
+    dtype, split = solve_dtype(settings, tasks, width), max_condition(settings, tasks, width) <= MAX_CONDITION_SPLIT
     groups = [system for system in layer.systems if isinstance(system, GroupSystem)]
     backups = {}
     for system in groups:
         moments = scratch.groups[system.group.leader]
         assert isinstance(moments, GroupMoments)
-        system.a.diagonal().add_(settings.ridge_lambda + settings.covariance_eps)
+        system.a.diagonal().add_(system.find_ridge(settings) + settings.covariance_eps)
         backups[system.group.leader] = moments.s.copy_(system.a)
         for name, rows in system.rows().items():
             for part in column_blocks(system.group.in_features):
@@ -149,17 +151,25 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
     for solved in layer.systems:
         for name, rows in solved.rows().items():
             weight = solved.r[rows]
+            if settings.max_change is not None:
+                weight *= (settings.max_change / tasks * solved.distances[name] / weight.norm()).clamp(max=1)
             for part in column_blocks(solved.group.in_features):
                 weight[:, part] += layer.anchor.columns(f"{name}.weight", part)
             update.parameters[f"{name}.weight"] = weight
             if name in solved.biases:
                 update.parameters[f"{name}.bias"] = _solve_bias(layer, solved, name, weight)
         update.sums.append(solved.r.sum())
+    update.parameters |= solve_norms(layer)
+    return update
+
+
+def solve_norms(layer: LayerSystem) -> dict[str, Tensor]:
+    """New weights and biases of a layer's LayerNorms, float32."""
+    found = {}
     for name, sums in layer.norms.items():
         anchor = layer.anchor[f"{name}.weight"].double(), layer.anchor[f"{name}.bias"].double()
-        gamma, beta = solve_layernorm(sums, *anchor, settings)
-        update.parameters |= {f"{name}.weight": gamma, f"{name}.bias": beta}
-    return update
+        found[f"{name}.weight"], found[f"{name}.bias"] = solve_layernorm(sums, *anchor, layer.settings)
+    return found
 
 
 def _factor(systems: Sequence[GroupSystem]) -> set[str]:
@@ -203,7 +213,7 @@ def _solve_rows(system: RowSystem, anchor: Anchor, settings: Settings, dtype: to
     Returns:
         What was tried.
     """
-    mu = settings.ridge_lambda + settings.covariance_eps
+    mu = float(system.find_ridge(settings)) + settings.covariance_eps
     share = settings.covariance_eps / mu
     anchors = [
         (rows, part, f"{name}.weight")
@@ -252,7 +262,7 @@ def check_finite(systems: Sequence[InputSystem], sums: Sequence[float], others: 
 
 def _solve_bias(layer: LayerSystem, system: InputSystem, name: str, weight: Tensor) -> Tensor:
     """`b = (sum_t w_t (b_t + W_t m_t - W m_s) + lambda b_a) / (sum_t w_t + lambda)`, float64 inside."""
-    sums, ridge = system.biases[name], layer.settings.ridge_lambda
+    sums, ridge = system.biases[name], system.ridge
     target = sums.target - matvec(weight, sums.student) + ridge * layer.anchor[f"{name}.bias"].double()
     return (target / (sums.weight + ridge).clamp_min(torch.finfo(torch.float32).eps)).float()
 
@@ -274,11 +284,16 @@ def solve_layernorm(sums: NormSums, gamma: Tensor, beta: Tensor, settings: Setti
     return ((a22 * r1 - a12 * r2) / det).float(), ((a11 * r2 - a12 * r1) / det).float()
 
 
-def load_update(block: nn.Module, update: Update) -> dict[str, Tensor]:
-    """Put a layer's new parameters into `block`, all at once; they are returned as the block has them."""
-    views, own = oriented(block), dict(block.named_parameters())
+def load_update(block: nn.Module, update: Update) -> None:
+    """Put a layer's new parameters into `block`, all at once."""
+    views = oriented(block)
     for name, value in update.parameters.items():
         views[name].copy_(value)
+
+
+def loaded(block: nn.Module, update: Update) -> dict[str, Tensor]:
+    """A layer's new parameters, as the block that they were put into has them."""
+    own = dict(block.named_parameters())
     return {name: own[name] for name in update.parameters}
 
 

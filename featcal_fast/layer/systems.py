@@ -17,6 +17,7 @@ with A = Z'Z and R' = Z'M.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,14 @@ class Anchor:
             weight[:, block] -= self.columns(name, slice(part.start + block.start, part.start + block.stop))
 
 
+def least_ridge(settings: Settings, tasks: int, width: int) -> float:
+    """What is added to the diagonal, at least, of the sum over `tasks` of `width` inputs.
+
+    A task's scaled moment has norm 1, and so a trace from 1 to the root of `width`.
+    """
+    return settings.ridge_lambda * (tasks / width if settings.ridge_scale == "trace" else 1)
+
+
 def fold_precision(merged: Tensor, settings: Settings) -> str:
     """Of the products that make a new weight in place of `merged`.
 
@@ -66,7 +75,8 @@ def fold_precision(merged: Tensor, settings: Settings) -> str:
     for `alpha` up to 1, 1 to 8 tasks). Below `ROUNDED_RIDGE` the change is so much larger
     that more of it would be lost than the rounding loses; float16 rounds too little to hide behind.
     """
-    rounds = merged.dtype == torch.bfloat16 and settings.ridge_lambda >= ROUNDED_RIDGE
+    known = not settings.auto and least_ridge(settings, 1, merged.shape[1]) >= ROUNDED_RIDGE
+    rounds = merged.dtype == torch.bfloat16 and known
     return "fp16x2" if rounds else "fp16x3"
 
 
@@ -115,14 +125,37 @@ class InputSystem:
     Attributes:
         r: `[sum of out, in]`, the right-hand side, and when it is solved the change.
         tokens: how many there were, of all tasks.
+        distances: by module, sum over tasks of `||W_t - W_a||_F`, on the device; where `max_change` asks for it.
+        ridge: what `ridge_lambda` amounts to, once `find_ridge` was asked for it.
     """
 
     r: Tensor
+    ridge: float | Tensor
 
     def __init__(self, group: InputGroup) -> None:
         self.group = group
         self.tokens = 0
         self.biases: dict[str, BiasSums] = {}
+        self.distances: dict[str, Tensor] = {}
+
+    def mean_diagonal(self) -> Tensor:
+        """Of the sum over tasks: a scalar on the device, float64."""
+        raise NotImplementedError
+
+    def find_ridge(self, settings: Settings) -> float | Tensor:
+        """What is added to the diagonal for `ridge_lambda`."""
+        scale = self.mean_diagonal() if settings.ridge_scale == "trace" else 1
+        self.ridge = settings.ridge_lambda * scale
+        return self.ridge
+
+    def measure(self, expert: Mapping[str, Tensor], anchor: Anchor) -> None:
+        """Add how far a task's expert is from the anchor."""
+        for name in self.group.modules:
+            squares = [
+                (expert[f"{name}.weight"][:, part].float() - anchor.columns(f"{name}.weight", part)).norm()
+                for part in column_blocks(self.group.in_features)
+            ]
+            self.distances[name] = self.distances.get(name, 0) + torch.stack(squares).norm()
 
     def rows(self) -> dict[str, slice]:
         """Each module's rows of `r`."""
@@ -145,6 +178,15 @@ class GroupSystem(InputSystem):
         super().__init__(group)
         self.a = a
         self.r = torch.zeros(sum(group.out_features), group.in_features, device=a.device)
+
+    def copied(self) -> GroupSystem:
+        """With buffers of its own."""
+        other = copy(self)
+        other.a, other.r = self.a.clone(), self.r.clone()
+        return other
+
+    def mean_diagonal(self) -> Tensor:
+        return self.a.diagonal().double().mean()
 
     def add(self, scratch: InputMoments, expert: Mapping[str, Tensor], anchor: Anchor, settings: Settings) -> Tensor:
         """Add a task's sums, and use them up; its weight `w`, a scalar on the device that the host never reads."""
@@ -200,6 +242,14 @@ class RowSystem(InputSystem):
     def m(self) -> Tensor:
         return self._m[: self._filled]
 
+    def copied(self) -> RowSystem:
+        """Which is solved without using up the rows."""
+        return copy(self)
+
+    def mean_diagonal(self) -> Tensor:
+        energy: Tensor = self.z.norm(dtype=torch.float64).square()
+        return energy / self.group.in_features
+
     def add(self, scratch: InputMoments, expert: Mapping[str, Tensor], anchor: Anchor, settings: Settings) -> Tensor:
         """Add a task's rows; its weight `w`, a scalar on the device that the host never reads."""
         assert isinstance(scratch, RowMoments)
@@ -243,6 +293,17 @@ class LayerSystem:
         ]
         self.norms: dict[str, NormSums] = {}
 
+    @property
+    def width(self) -> int:
+        """Inputs of the largest system."""
+        return max((system.group.in_features for system in self.systems), default=1)
+
+    def copied(self, settings: Settings) -> LayerSystem:
+        """The same sums under other settings, to be solved without using these up."""
+        other = copy(self)
+        other.settings, other.systems = settings, [system.copied() for system in self.systems]
+        return other
+
     def fold(self, moments: TaskMoments, expert: nn.Module) -> None:
         """Add one task: `moments` is complete, `expert` is its block. The scratch is used up."""
         parameters = oriented(expert)
@@ -250,6 +311,8 @@ class LayerSystem:
             scratch = moments.groups[system.group.leader]
             system.tokens += scratch.tokens
             task_weight = system.add(scratch, parameters, self.anchor, self.settings)
+            if self.settings.max_change is not None:
+                system.measure(parameters, self.anchor)
             if self.settings.calibrate_bias:
                 self._fold_biases(system, scratch, task_weight, parameters)
         for name, norm in moments.norms.items():

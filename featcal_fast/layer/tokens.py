@@ -25,6 +25,10 @@ class TokenCounts:
     def of(cls, by_task: Mapping[str, int]) -> TokenCounts:
         return cls(max(by_task.values()), sum(by_task.values()), len(by_task))
 
+    def at_least(self, other: TokenCounts) -> TokenCounts:
+        """Enough for either."""
+        return TokenCounts(max(self.largest, other.largest), max(self.total, other.total), self.tasks)
+
 
 class Tokens:
     """The tokens of one batch `[batch, tokens, ...]`: padding never counts, and a last layer may weigh the rest less.
@@ -101,6 +105,13 @@ class Tokens:
             raise ValueError(f"features of shape {tuple(x.shape)} do not belong to a batch of {self.shape} tokens")
         x = x.reshape(-1, x.shape[-1])
         return x if self._index is None else x.index_select(0, self._index)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """`values`, `[batch, tokens]`, summed for each sample over its tokens that count: `[batch]`."""
+        if self._index is None:
+            return values.sum(1)
+        counted = torch.zeros_like(values).view(-1).index_copy_(0, self._index, values.reshape(-1)[self._index])
+        return counted.view(self.shape).sum(1)
 
     def clear_padding(self, hidden: Tensor) -> Tensor:
         """`hidden` with zeros, in place, for the tokens that do not count."""

@@ -25,6 +25,7 @@ from featcal_fast.models.structure import Layer
 from featcal_fast.planning.meter import META, Meter
 from featcal_fast.settings import Settings
 from featcal_fast.streaming.chunks import Chunk
+from featcal_fast.streaming.drift import ELEMENTS
 from featcal_fast.streaming.hidden_states import HiddenStates
 from featcal_fast.streaming.sources import CheckpointSource
 
@@ -160,7 +161,7 @@ def measure_layer(
         system=system_bytes,
         scratch=scratch,
         working=max(expert_peak, student_peak, fold_peak) - full,
-        solving=_solving(layout, solve_dtype(settings, counts.tasks), counts),
+        solving=_solving(layout, solve_dtype(settings, counts.tasks, system.width), counts),
         expert=expert_flops,
         student=both - moment_flops,
         moments=moment_flops,
@@ -189,6 +190,13 @@ def _moment_flops(moments: TaskMoments, tokens: Tokens) -> float:
             size = each.group.in_features
             total += 2.0 * seen.count * (triangle(size) + each.t.numel())
     return total
+
+
+def comparing_bytes(hidden: Tensor) -> int:
+    """What drift takes of a batch: what a block makes of it, and parts of that and of the expert's in float64, with
+    their difference and a square."""
+    sample = hidden.shape[1:].numel()
+    return int(hidden.nbytes + 4 * 8 * sample * max(1, min(len(hidden), ELEMENTS // sample)))
 
 
 def triangle(size: int) -> int:

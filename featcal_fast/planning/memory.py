@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from featcal_fast.planning.models import (
     unpacking_bytes,
 )
 from featcal_fast.planning.plan import Plan
-from featcal_fast.planning.stages import Stages
+from featcal_fast.planning.stages import Stages, States
 from featcal_fast.streaming.drift import PROBE_SAMPLES
 from featcal_fast.streaming.hidden_states import HOST, Offload
 from featcal_fast.streaming.machine import resident_bytes
@@ -40,6 +40,7 @@ def count_memory(
     models: PlannedModels,
     data: Mapping[str, TaskData],
     stages: Stages,
+    outputs: int,
     device: torch.device,
     offload: Offload,
     resumable: bool,
@@ -51,6 +52,7 @@ def count_memory(
         models: of the job.
         data: each task's size.
         stages: what enters them.
+        outputs: what comparing the models' outputs takes in the end, where samples are held out.
         device: where it would compute.
         offload: where hidden states wait between layers.
         resumable: whether they are kept so that an interrupted job can go on.
@@ -65,7 +67,7 @@ def count_memory(
         unpacking_bytes(meta_checkpoint(source).source, block_reads(source))
         for source in (models.student, *models.experts.values())
     )
-    turns = [*stages.turns, *_layers(plan, models, reading)]
+    turns = [*stages.turns, *_layers(plan, models, reading), Counter({"outputs of held-out samples": outputs})]
     rest = models.tensors_that_stay(plan.layers)
     tensors = models.models.merged.tensors
     largest = max((tensors[name].nbytes for name in rest), default=0) + unpacking_bytes(models.models.merged, rest)
@@ -116,17 +118,15 @@ def _count_hidden_states(
     """Hidden states and what blocks are called with; bytes of the largest batch of hidden states."""
     between = device_items if offload == device else host  # layers
     room = pinned_bytes if device.type != "cpu" and offload == HOST else int
-    hidden = calls = probe = entering = passing = 0.0
+    hidden = calls = entering = passing = 0.0
     for states in stages.states:
         every = [(data[task], state) for task, pair in states.items() for state in pair]
-        hidden = max(hidden, sum(each.batches * room(state.hidden.nbytes) for each, state in every))
-        calls = max(calls, sum(each.batches * state.kept_bytes for each, state in every))
+        hidden = max(hidden, sum(batches * room(state.hidden.nbytes) for batches, state in _chains(data, states)))
+        calls = max(calls, sum(batches * state.kept_bytes for batches, state in _chains(data, states)))
         entering = max(entering, *(each.entering * state.hidden.nbytes for each, state in every))
         passing = max(passing, *(state.call_bytes for _, state in every))
-        probe = max(probe, 1.5 * sum(_probe_bytes(state) for _, state in every))  # student's twice, expert's once
     between["masks of batches"] = round(calls)
     device_items["masks and positions"] = round(max(stages.shared) + passing)
-    host["drift probe"] = round(probe)
     (plan.disk if isinstance(offload, Path) else between)[SCRATCH] = round(hidden)
     # The expert's and the student's next, and one that leaves.
     device_items["hidden states on their way"] = 0 if offload == device else round(3 * entering)
@@ -137,9 +137,7 @@ def _kept_bytes(data: Mapping[str, TaskData], stages: Stages) -> int:
     """On disk: hidden states that a job can go on from, those that come after them, and those that ended a stage."""
     most = before = 0.0
     for states in stages.states:
-        every = [(data[task], state) for task, pair in states.items() for state in pair]
-        held = sum(each.batches * state.hidden.nbytes for each, state in every)
-        held += 1.5 * sum(_probed(state) * state.hidden.nbytes for _, state in every)
+        held = sum(batches * state.hidden.nbytes for batches, state in _chains(data, states))
         most, before = max(most, before + 2 * held), before + held
     return round(most)
 
@@ -166,11 +164,17 @@ def _total(items: Mapping[str, int]) -> int:
     return sum(items.values())
 
 
-def _probe_bytes(state: StageInputs) -> float:
-    return _probed(state) * (state.hidden.nbytes + state.kept_bytes)
+def _chains(data: Mapping[str, TaskData], states: States) -> Iterator[tuple[float, StageInputs]]:
+    """All hidden states that pass from layer to layer: how many batches of what form, a task and model.
+
+    Those that are fitted to are the student's and the expert's; those that drift is told by, the merged model's too.
+    """
+    for task, (student, expert) in states.items():
+        fitted, followed = data[task].fitted_batches, _followed(data[task])
+        yield fitted + 2 * followed, student
+        yield fitted + followed, expert
 
 
-def _probed(state: StageInputs) -> float:
-    """The share of a batch that the drift probe follows."""
-    rows = state.hidden.shape[0]
-    return min(PROBE_SAMPLES, rows) / rows
+def _followed(data: TaskData) -> float:
+    """How many batches drift is told by: those that are held out, or else a few samples of one."""
+    return data.held_batches or min(PROBE_SAMPLES, data.batch_size) / data.batch_size

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from featcal_fast.errors import MemoryBudgetError, one_line, shown
 from featcal_fast.layer.layout import Layout
 from featcal_fast.planning.duration import Duration
+from featcal_fast.planning.sampled import Sampled
 
 if TYPE_CHECKING:  # only terminals need it, and bench.gpu runs without
     from rich.table import Table
@@ -55,7 +56,7 @@ class Plan:
 
     Attributes:
         device: where it would compute.
-        tokens: positions a task, padding included.
+        tokens: positions a task, padding included, of the samples that are fitted to.
         exact: whether these are the data's; otherwise texts are taken to be as long as they may be.
         chunk: tokens that pass a layer at a time, at most, padding included.
         layers: one entry a layer.
@@ -69,6 +70,7 @@ class Plan:
         warnings: what should be known beforehand, a sentence each: settings that do not go together, missing samples.
         merges: whether models are merged on the fly, whose arithmetic is not counted.
         dtype: of most of what layers' forwards multiply, as torch calls it.
+        sample: what a few samples say of whether it will help, where that was asked for and memory will do.
     """
 
     device: str
@@ -88,6 +90,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     merges: bool = False
     dtype: str = "float32"
+    sample: Sampled | None = None
 
     @property
     def host_bytes(self) -> int:
@@ -145,7 +148,7 @@ class Plan:
             raise MemoryBudgetError("; ".join(self.problems))
 
     def tables(self) -> list[Table]:
-        """For a terminal: layers, weights that stay, memory."""
+        """For a terminal: layers, weights that stay, memory; and whether it will help."""
         from rich.table import Table
 
         layers = Table(title="Layers", caption="layers that are alike share a row")
@@ -175,10 +178,11 @@ class Plan:
             needs.add_row(_names([f"read: {name}"]), format_bytes(size))
         for name, size in self.bytes_written.items():
             needs.add_row(f"written: {name}", format_bytes(size))
-        return [layers, *([kept] if self.kept else []), needs]
+        sampled = [] if self.sample is None else [self.sample.table()]
+        return [layers, *([kept] if self.kept else []), needs, *sampled]
 
     def summary(self, rate: float | None = None, duration: Duration | None = None) -> str:
-        """A few lines: peaks, arithmetic, the time it takes where that is known, warnings, and whether it fits.
+        """A few lines: peaks, arithmetic, the time where that is known, warnings, whether it will help, and fits.
 
         Args:
             rate: floating-point operations a second, to tell the time by.
@@ -203,6 +207,7 @@ class Plan:
             others = "reading and merging keep" if self.merges else "reading keeps"
             lines.append(f"time: {duration}, {duration.source}, if {others} up")
         lines += [f"warning: {each}" for each in self.warnings]
+        lines += [] if self.sample is None else [self.sample.line()]
         needs = [("host memory", self.host_bytes, self.host_budget)]
         if self.device_items:
             needs.insert(0, ("device memory", self.device_bytes, self.device_budget))

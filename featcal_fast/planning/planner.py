@@ -14,10 +14,11 @@ from featcal_fast import files
 from featcal_fast.checkpoints import REPORT, Checkpoint, taken, write_errors
 from featcal_fast.checkpoints.nested import model_folder
 from featcal_fast.data.preprocess import find_tokenizer
+from featcal_fast.errors import RecipeError, shown
 from featcal_fast.forward.calls import Origin
 from featcal_fast.inputs.load import load_data
 from featcal_fast.inputs.models import RecipeModels, check_folders, models_to_calibrate
-from featcal_fast.inputs.recipe import Recipe, RecipeLike, with_out
+from featcal_fast.inputs.recipe import MOST, Recipe, RecipeLike, with_out
 from featcal_fast.inputs.scan import scan as scan_weights
 from featcal_fast.inputs.task_data import TaskData
 from featcal_fast.layer.solve import MAX_CONDITION_FLOAT32, max_condition
@@ -25,16 +26,19 @@ from featcal_fast.layer.tokens import TokenCounts
 from featcal_fast.merging.merged import MergedCheckpoint
 from featcal_fast.models.structure import Layer
 from featcal_fast.models.tokens import vocabulary_size
-from featcal_fast.planning.footprint import Footprint, measure_layer
+from featcal_fast.planning.footprint import Footprint, comparing_bytes, measure_layer
+from featcal_fast.planning.heads import head_bytes
 from featcal_fast.planning.memory import count_memory
 from featcal_fast.planning.models import PlannedModels
 from featcal_fast.planning.plan import LayerPlan, Plan, folded, memory_bytes
 from featcal_fast.planning.remedies import problems
+from featcal_fast.planning.sample import LEAST, sample_recipe
 from featcal_fast.planning.stages import States, enter_stages, shapes_of
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.warnings import (
     about_base,
     about_dequantised,
+    about_held_out,
     about_ignored,
     about_left_out,
     about_merged,
@@ -59,9 +63,10 @@ def plan(
     scratch: str | Path | None = None,
     checkpoint_every: int | None = None,
     scan: bool = False,
+    sample: int | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """What a recipe will need, from headers, configs and data alone; nothing is computed or written.
+    """What a recipe will need, from headers, configs and data alone; nothing is computed, unless asked for, or written.
 
     Args:
         recipe: a `Recipe`, a mapping, or the path of a YAML file.
@@ -73,6 +78,8 @@ def plan(
         scratch: a folder for hidden states; by default they wait in host memory.
         checkpoint_every: as of `calibrate`: with 0, no disk is taken to go on from when the job is interrupted.
         scan: read all weights too, to see that they are finite; counted apart, as `scan`.
+        sample: pass so many samples of each task, 3 at least, through all models, to see whether it will help; no job
+            that does not fit is sampled.
         progress: told how that goes.
 
     Returns:
@@ -83,7 +90,9 @@ def plan(
             is no error: see `Plan.problems`.
     """
     device_memory, host_memory = memory_bytes("device_memory", device_memory), memory_bytes("host_memory", host_memory)
-    device = find_device(device, present=device_memory is None)
+    if sample is not None and (type(sample) is not int or not LEAST <= sample <= MOST):
+        raise RecipeError(f"sample: found {shown(sample)}, expected a number of samples from {LEAST} to {MOST:,}")
+    device = find_device(device, present=device_memory is None or sample is not None)
     recipe = with_out(recipe, out)
     models = models_to_calibrate(recipe, device)
     check_folders(recipe, models, scratch, may_be_taken=True)
@@ -94,6 +103,8 @@ def plan(
             found.warnings += [said] if (said := taken(recipe.folder)) else []
     if scan:
         found.bytes_read["scan"] = scan_weights(recipe, models, progress or Progress())
+    if sample is not None and not found.problems:
+        found.sample = sample_recipe(recipe, models, device, sample, found.chunk, progress or Progress())
     return found
 
 
@@ -129,12 +140,12 @@ def choose_offload(
                 break
         if plan.fits or recipe.batch_size or all(each.batch_size == 1 for each in sizes.values()):
             plan.problems = problems(plan, sizes, recipe, planner.offload, planner.measure)
-            plan.warnings = _warnings(recipe, models, data)
+            plan.warnings = _warnings(recipe, models, data, plan.largest_matrix[0])
             return plan, planner.offload
         halves *= 2
 
 
-def _warnings(recipe: Recipe, models: RecipeModels, data: Mapping[str, TaskData]) -> list[str]:
+def _warnings(recipe: Recipe, models: RecipeModels, data: Mapping[str, TaskData], width: int) -> list[str]:
     """What should be known before anything runs."""
     settings = recipe.settings
     same = [task for task, expert in models.experts.items() if expert.path.resolve() == models.base.path.resolve()]
@@ -149,8 +160,9 @@ def _warnings(recipe: Recipe, models: RecipeModels, data: Mapping[str, TaskData]
         *about_base(no_base),
         *about,
         *about_dequantised(layout.label, layout.stored_bytes(layout.tensors), models.nbytes),
-        *about_settings(settings, max_condition(settings, len(recipe.experts)), MAX_CONDITION_FLOAT32),
+        *about_settings(settings, max_condition(settings, len(recipe.experts), width), MAX_CONDITION_FLOAT32),
         *about_samples({task: (drawn[task], each.asked) for task, each in data.items()}),
+        *about_held_out(recipe.held_out, {task: (each.rows, each.held_out) for task, each in data.items()}),
         *about_ignored(note for each in data.values() for note in each.notes),
         *about_left_out({task: (each.left_out, drawn[task]) for task, each in data.items()}),
         *about_same_model(same),
@@ -205,7 +217,7 @@ class Planner:
         """The plan for data of this size, without budgets."""
         stages = enter_stages(self.models, data)
         counts = [
-            {task: round(data[task].batches * pair[0].hidden.shape[:2].numel()) for task, pair in stage.items()}
+            {task: round(data[task].fitted_batches * pair[0].hidden.shape[:2].numel()) for task, pair in stage.items()}
             for stage in stages.states
         ]
         tokens = {task: sum(count[task] for count in counts) for task in self.models.experts}
@@ -217,13 +229,14 @@ class Planner:
         for layer in self.models.layers:
             states, stage_counts = stages.states[layer.stage], TokenCounts.of(counts[layer.stage])
             plan.layers.append(self._layer(layer, data, states, stage_counts, seen))
+        outputs = head_bytes(self.models, data, stages.states[-1])
         plan.kept = folded(self.models.kept(plan.layers))
         plan.bytes_read = self.models.bytes_read(plan.layers)
         plan.merges = self.recipe.merge is not None
         plan.dtype = self._dtype()
         plan.bytes_written = {"calibrated model": self.models.models.nbytes}
         plan.disk = {"calibrated model": self.models.models.nbytes}
-        count_memory(plan, self.models, data, stages, self.device, self.offload, self.resumable)
+        count_memory(plan, self.models, data, stages, outputs, self.device, self.offload, self.resumable)
         return plan
 
     def _dtype(self) -> str:
@@ -246,6 +259,8 @@ class Planner:
     ) -> LayerPlan:
         """Layers that are called alike with weights of one form are measured once."""
         chosen = self.recipe.settings.include is not None or self.recipe.settings.exclude is not None
+        # The merged model's, the expert's and the calibrated one's own; for the gate, the last with both weights.
+        held_out_passes = 5 if self.recipe.settings.keep_better else 3
         forward = moments = fold = 0.0
         found: list[Footprint] = []
         for task, expert in self.models.experts.items():
@@ -266,12 +281,14 @@ class Planner:
             found.append(seen[key])
             # The student's second pass, through the calibrated layer, is as the expert's; the last layer needs none.
             passes = 1 if layer is self.models.layers[-1] else 2
-            forward += data[task].batches * (found[-1].student + passes * found[-1].expert)
-            moments += data[task].batches * found[-1].moments
+            forward += data[task].fitted_batches * (found[-1].student + passes * found[-1].expert)
+            forward += data[task].held_batches * held_out_passes * found[-1].expert
+            moments += data[task].fitted_batches * found[-1].moments
             fold += found[-1].fold
         worst = max(found, key=lambda each: each.working)
         # An expert's block is gone when the layer is solved.
         working = max(worst.working, worst.solving - self.models.largest_block(layer.index))
+        working = max(working, *(comparing_bytes(student.hidden) for student, _ in states.values()))
         if self.recipe.settings.forward_dtype == "bfloat16":  # a copy of a weight at a time
             sizes = (2 * group.in_features * out for group in worst.layout.groups for out in group.out_features)
             working += max(sizes, default=0)

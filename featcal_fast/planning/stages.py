@@ -71,9 +71,9 @@ def enter_stages(planned: PlannedModels, data: Mapping[str, TaskData]) -> Stages
                 "the next block": block_bytes(planned.student, first),
             }
             # The student's embeddings are read before the expert's, both beside the stage's first block.
-            held, read = _loaded(student, start), unpacking_bytes(student.source, student.reads[start:])
+            held, read = loaded(student, start), unpacking_bytes(student.source, student.reads[start:])
             turns.append(Counter({**items, "embeddings": held, "reading": beside + read}))
-            held, read = held + _loaded(own, before), unpacking_bytes(own.source, own.reads[before:])
+            held, read = held + loaded(own, before), unpacking_bytes(own.source, own.reads[before:])
             turns.append(Counter({**items, "embeddings": held, "reading": beside + read}))
         shared[-1] += planned.student.shared.nbytes
         planned.student.release_stage_inputs()
@@ -87,7 +87,7 @@ def _enter(source: CheckpointSource, task: str, data: TaskData, stage: int, befo
         raise DataError(f"task {task}, {data.source}: {error}") from error.__cause__
 
 
-def _loaded(source: MetaCheckpoint, start: int) -> int:
+def loaded(source: MetaCheckpoint, start: int) -> int:
     """Bytes of the parameters that were read since `start`."""
     return sum(source.tensors[name].nbytes for name in source.reads[start:])
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 # In the order in which a run comes to them; docs/report.md says what each is.
 PHASES = (
     *("opening", "data", "planning", "scanning", "copying", "entering", "reading", "accumulating", "solving"),
-    *("advancing", "writing", "keeping", "finishing"),
+    *("advancing", "writing", "judging", "keeping", "finishing"),
 )
 
 

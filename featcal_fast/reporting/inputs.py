@@ -48,7 +48,8 @@ class DataInput:
     Attributes:
         reference: what the recipe calls it.
         samples_asked: how many the recipe asks for.
-        samples: how many were used.
+        samples: how many were used, those that are held out among them.
+        held_out: how many the result was judged on, and nothing fitted to.
         max_length: tokens that its texts are cut at; None where it has none.
         left_out: how many were drawn and not used, by reason.
         batches: how many they made.
@@ -62,6 +63,7 @@ class DataInput:
     samples: int
     batches: int
     sha256: str
+    held_out: int = 0
     max_length: int | None = None
     left_out: dict[str, int] = field(default_factory=dict)
     files: int = 0

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 import platform
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from featcal_fast.errors import CheckpointError, FeatCalError, shown
+from featcal_fast.errors import CheckpointError, shown
 from featcal_fast.reporting.forms import FormError, build
 from featcal_fast.reporting.inputs import Inputs
+from featcal_fast.reporting.outcome import Outcome
 from featcal_fast.settings import Settings
 from featcal_fast.untrusted.documents import DocumentError, parse_json
 from featcal_fast.version import __version__
@@ -54,17 +56,66 @@ class GroupReport:
 
 
 @dataclass
+class TaskDrift:
+    """How far a layer's output is from that of one task's expert.
+
+    Attributes:
+        before: `||H - H_expert||_F / ||H_expert||_F` of the merged model's output `H`.
+        after: the same, calibrated.
+    """
+
+    before: float
+    after: float
+
+
+@dataclass
+class ChosenReport:
+    """What was chosen for a linear module on held-out samples.
+
+    Attributes:
+        ridge_lambda: that its weights were solved with.
+        curve: for every value that was tried, as text, the module's squared error on held-out samples (against what the
+            experts' modules make of features half-way to their own), less that of the anchor `W_a`, relative to the
+            mean square of what `W_a` makes: negative is better than the anchor. Not finite where there was no solution.
+    """
+
+    ridge_lambda: float
+    curve: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class GateReport:
+    """What a layer makes of held-out samples, given what the calibrated layers before it make of them.
+
+    Attributes:
+        merged: with merged weights, the root of the mean of `||h - h_expert||^2 / ||h_expert||^2` over tokens, samples
+            and tasks weighing the same.
+        calibrated: the same, with every weight as it was solved for.
+        spread: standard error of the difference of the two means, of squares, over samples.
+        kept: names of the modules in the layer that keep their merged weights, because the layer got worse by more.
+    """
+
+    merged: float
+    calibrated: float
+    spread: float
+    kept: list[str] = field(default_factory=list)
+
+
+@dataclass
 class LayerReport:
     """One layer: how far its output is from the experts', and what was solved.
 
     Attributes:
         index: its number, in forward order.
-        drift_before: `||H - H_expert||_F / ||H_expert||_F` of its output `H` as it was, on each task's first samples;
-            the mean over tasks.
+        drift_before: `||H - H_expert||_F / ||H_expert||_F` of its output `H` as it was, on held-out samples, or on each
+            task's first ones where none are; the mean over tasks.
         drift_after: the same, calibrated.
         seconds: wall clock, in seconds.
-        groups: its linear weights.
+        groups: its linear weights that were calibrated.
         norms: names of its LayerNorms that were updated.
+        tasks: the drift of each task.
+        chosen: by linear module, the settings, where they choose themselves.
+        gate: how it was judged, where samples are held out.
     """
 
     index: int
@@ -73,6 +124,9 @@ class LayerReport:
     seconds: float
     groups: list[GroupReport]
     norms: list[str]
+    tasks: dict[str, TaskDrift] = field(default_factory=dict)
+    chosen: dict[str, ChosenReport] = field(default_factory=dict)
+    gate: GateReport | None = None
 
 
 @dataclass
@@ -101,6 +155,8 @@ class Report:
         device: where it was computed.
         tokens: calibration tokens that counted, by task.
         layers: one entry a calibrated layer.
+        held_out: samples that nothing was fitted to, by task.
+        outcome: what the models make of these in the end, where there are any.
         kept: linear weights that keep their merged values, each with the reason.
         seconds: wall clock of the whole run, in seconds.
         phases: these seconds, by what they were for (`reporting.clock`).
@@ -128,6 +184,8 @@ class Report:
     device: str
     tokens: dict[str, int]
     layers: list[LayerReport] = field(default_factory=list)
+    held_out: dict[str, int] = field(default_factory=dict)
+    outcome: Outcome | None = None
     kept: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
@@ -141,13 +199,18 @@ class Report:
     out: str | None = None
     contents: dict[str, dict[str, str]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=lambda: _versions())
+    versions: dict[str, str] = field(default_factory=lambda: versions())
     warnings: list[str] = field(default_factory=list)
 
     @property
     def calibrated(self) -> int:
         """Number of linear weights calibrated."""
         return sum(len(group.modules) for layer in self.layers for group in layer.groups)
+
+    @property
+    def better(self) -> bool:
+        """Whether the calibrated model is known not to be worse than the merged one, by held-out samples."""
+        return self.outcome is not None and not self.outcome.worse
 
     @property
     def rate(self) -> float:
@@ -158,7 +221,7 @@ class Report:
         """All of it as a JSON text, as `report.json` holds it: `report.schema.json` beside this module describes it."""
         counts = {"calibrated_weights": self.calibrated, "linear_weights": self.calibrated + len(self.kept)}
         values = {"schema_version": self.schema_version, **asdict(self), **counts}
-        return json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
+        return json.dumps(finite(values), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -181,7 +244,7 @@ class Report:
             raise CheckpointError(f"report: it cannot be read: {error}") from error
 
     def summary(self) -> str:
-        """A line of how many weights, how long, how much drift is left; and one a warning."""
+        """A line of how many weights, how long, how much drift is left; some on held-out samples; and one a warning."""
         last = self.layers[-1]
         total = self.calibrated + len(self.kept)
         rate = f" ({self.rate / 1e12:.3g} TFLOP/s)" if self.flops else ""
@@ -189,9 +252,22 @@ class Report:
             (
                 f"{self.calibrated} of {total} linear weights calibrated in {self.seconds:.1f} s{rate}; drift after "
                 f"the last layer {drift_text(last.drift_before, 3)} -> {drift_text(last.drift_after, 3)}",
+                *self._judged(),
                 *(f"warning: {each}" for each in self.warnings),
             )
         )
+
+    def _judged(self) -> Iterator[str]:
+        """What held-out samples say, and what was done about it."""
+        if self.outcome is None:
+            return
+        yield self.outcome.summary()
+        kept = {layer.index: len(layer.gate.kept) for layer in self.layers if layer.gate and layer.gate.kept}
+        if kept:
+            yield (
+                f"{sum(kept.values())} modules of {len(kept)} layers keep their merged weights, which are better on "
+                "held-out samples"
+            )
 
     def table(self) -> Table:
         """A layer a row, for a terminal."""
@@ -220,24 +296,12 @@ class Report:
         Raises:
             FeatCalError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise FeatCalError("plots need matplotlib: pip install 'featcal-fast[demo]'") from error
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained", dpi=150)
-        axes = figure.subplots()
-        layers = [layer.index for layer in self.layers]
-        axes.plot(layers, [layer.drift_before for layer in self.layers], "o-", color="#b0413e", label="merged")
-        axes.plot(layers, [layer.drift_after for layer in self.layers], "o-", color="#2a6f97", label="calibrated")
-        axes.set(
-            xlabel="layer",
-            ylabel="drift to the experts",
-            ylim=(0, None),
-            xticks=layers[:: max(1, len(layers) // 16)],
-        )
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-        figure.savefig(path)
+        from featcal_fast.reporting.charts import drift_panel
+        from featcal_fast.reporting.picture import draw
+
+        layers = self.layers
+        before, after = [layer.drift_before for layer in layers], [layer.drift_after for layer in layers]
+        draw([drift_panel([layer.index for layer in layers], before, after)], path)
 
 
 def drift_text(drift: float, digits: int = 4) -> str:
@@ -250,7 +314,8 @@ def percent_text(share: float) -> str:
     return f"{share:.1%}" if abs(share) < LARGEST else f"{100 * share:.1e}%"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of this package, torch, transformers and Python."""
     import transformers
 
     return {
@@ -261,29 +326,30 @@ def _versions() -> dict[str, str]:
     }
 
 
-def check_version(values: object) -> None:
+def check_version(values: object, known: int = SCHEMA_VERSION) -> None:
     """Whether a report is one of this version or of one before it; the first ones had no number.
 
     Args:
         values: what its JSON text holds.
+        known: this version.
 
     Raises:
         FormError: it is a later version's, or has no version that there could be.
     """
-    found = values.get("schema_version", SCHEMA_VERSION) if isinstance(values, dict) else SCHEMA_VERSION
+    found = values.get("schema_version", known) if isinstance(values, dict) else known
     if type(found) is not int or found < 1:
         raise FormError(f"schema_version: found {shown(found)}, expected a whole number from 1 on")
-    if found > SCHEMA_VERSION:
+    if found > known:
         raise FormError(
-            f"schema_version: found {shown(found)}, expected {SCHEMA_VERSION} or less; a newer featcal_fast wrote it, "
+            f"schema_version: found {shown(found)}, expected {known} or less; a newer featcal_fast wrote it, "
             "which can read it"
         )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with null for numbers that are not finite: JSON has none."""
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from featcal_fast.errors import one_line
+from featcal_fast.reporting.outcome import LAYER_WORSE, MODEL_WORSE
 from featcal_fast.reporting.report import GroupReport, Report, drift_text, percent_text
 from featcal_fast.settings import Settings
 
@@ -23,7 +24,10 @@ LARGE_STORAGE_ERROR = 0.02  # of a weight; fine-tuning often changes no more of 
 NAMED = 3  # modules, tasks or reasons that a sentence names
 
 # Reasons to keep a weight that are the recipe's own, and those of what is never calibrated.
-EXPECTED = ("not included", "excluded", "outside of the layers", "the text tower keeps its merged values")
+EXPECTED = (
+    *("not included", "excluded", "outside of the layers", "the text tower keeps its merged values"),
+    *(LAYER_WORSE, MODEL_WORSE),
+)
 
 
 def about_settings(settings: Settings, condition: float, trusted: float) -> list[str]:
@@ -81,6 +85,24 @@ def about_samples(samples: Mapping[str, tuple[int, int]]) -> list[str]:
         return []
     told = f"fewer samples than asked for: {_listed(short)}; add data, or ask for fewer (samples)"
     return [one_line(told)]
+
+
+def about_held_out(share: float, samples: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Tasks of which some samples were to be held out, but none are.
+
+    Args:
+        share: that was to be.
+        samples: how many each task has, and how many of these are held out: none, if they are too few, or if those
+            that were to be are all among the others too.
+
+    Returns:
+        A sentence, or none.
+    """
+    without = [f"{task} ({count:,} samples)" for task, (count, held_out) in samples.items() if not held_out]
+    if not share or not without:
+        return []
+    told = f"nothing is held out of {_listed(without)}: they are too few, or too many are the same; drift is that of "
+    return [one_line(told + "samples that were fitted to; add other samples")]
 
 
 def about_ignored(notes: Iterable[str]) -> list[str]:
@@ -224,8 +246,20 @@ def about_run(report: Report) -> list[str]:
     Returns:
         Sentences, each of another kind; none where nothing is to be said.
     """
-    kinds = (_drift, _undefined_drift, _change, _raised, _rank, _few_tokens, _calibrated, _storage)
+    kinds = (_worse, _drift, _undefined_drift, _change, _raised, _rank, _few_tokens, _calibrated, _storage)
     return [one_line(sentence) for kind in kinds if (sentence := kind(report))]
+
+
+def _worse(report: Report) -> str:
+    found = report.outcome
+    if found is None or not found.worse:
+        return ""
+    kept = "all weights keep their merged values" if found.kept == "merged" else "it was written all the same"
+    return (
+        f"the calibrated model is worse than the merge on held-out samples ({found.measure} "
+        f"{drift_text(found.merged)} -> {drift_text(found.calibrated)}, spread {drift_text(found.spread)}): {kept}; "
+        "see that each task's data is its expert's kind, and try `settings: auto` or more samples"
+    )
 
 
 def _drift(report: Report) -> str:
@@ -304,6 +338,8 @@ def _few_tokens(report: Report) -> str:
 
 
 def _calibrated(report: Report) -> str:
+    if report.outcome is not None and report.outcome.kept == "merged":
+        return ""  # which says more
     kept = Counter(report.kept.values())
     total = report.calibrated + kept.total()
     others = Counter({reason: count for reason, count in kept.items() if reason not in EXPECTED})

@@ -1,21 +1,29 @@
-"""How far a student's features are from its experts', layer by layer, before and after calibration."""
+"""How far a student's features are from its experts', layer by layer, before and after calibration.
+
+It is followed on samples that nothing is fitted to, where some are held out, else on a few of those that are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from featcal_fast.errors import UnsupportedModelError
 from featcal_fast.forward.calls import BatchCalls
-from featcal_fast.layer.tokens import Tokens
+from featcal_fast.layer.tokens import TokenCounts, Tokens
 from featcal_fast.models.structure import Layer
-from featcal_fast.streaming.chunks import Chunks
+from featcal_fast.reporting.outcome import Outcome
+from featcal_fast.streaming.chunks import Chunk, Chunks
+from featcal_fast.streaming.held_out import HeldOut
 from featcal_fast.streaming.hidden_states import HiddenStates
+from featcal_fast.streaming.outcome import Followed, measure_outcome
 from featcal_fast.streaming.sources import Source
 
 PROBE_SAMPLES = 4  # a task; enough for a figure to watch, at a few per cent of a run's forward passes
+ELEMENTS = 2**22  # of hidden states that are float64 at a time
 # By how much two runs on the same sample may differ. The bits need not be the same: a GPU's atomic additions come in
 # any order, which changes a result by a few roundings, and so by a small share of what the layer adds. Dropout of one
 # per cent changes a tenth of that.
@@ -26,8 +34,21 @@ UNSTEADY = (
 )
 
 
+class Distance(NamedTuple):
+    """Between two models' hidden states on one task's samples, on the device: float64.
+
+    Attributes:
+        samples: `[samples]`, of each the mean over its tokens of `||h - h_e||^2 / ||h_e||^2`: in `whole` the few tokens
+            whose features are a hundred times as large, as language models have them, hide all others.
+        whole: `||H - H_e||_F / ||H_e||_F`, of all of them, a scalar.
+    """
+
+    samples: Tensor
+    whole: Tensor
+
+
 class DriftProbe:
-    """Follows a few calibration samples a task through three models: merged, calibrated, expert.
+    """Follows some samples a task through three models: merged, calibrated, expert.
 
     Drift of a layer is `||H - H_e||_F / ||H_e||_F` over the tokens that count, `H` the hidden states after the layer
     and `H_e` the expert's, averaged over tasks. *Before* is the merged model left as it was, end to end; *after* is
@@ -39,6 +60,9 @@ class DriftProbe:
         device: where blocks run.
         chunks: how many samples pass a layer at a time.
         hidden_states: makes those of a model on a task.
+
+    Attributes:
+        held_out: samples by task that nothing is fitted to; 0 where those that are fitted to are followed.
     """
 
     def __init__(
@@ -49,40 +73,71 @@ class DriftProbe:
         chunks: Chunks,
         hidden_states: Callable[[Source, str], HiddenStates],
     ) -> None:
-        self._device, self._chunks = device, chunks
+        self._device, self._chunks, self._hidden_states = device, chunks, hidden_states
+        self._sources = student, experts
+        self._batches: dict[str, list[Mapping[str, Tensor]]] = {}  # that are followed
         self._masks = [stage.mask for stage in student.structure.family.stages]
         self._merged = {task: hidden_states(student, task) for task in experts}
         self._calibrated = {task: hidden_states(student, task) for task in experts}
         self._expert = {task: hidden_states(expert, task) for task, expert in experts.items()}
-        self._tokens: dict[str, Tokens] = {}
+        self._tokens: dict[str, list[Tokens]] = {}
         self._repeats: dict[str, Tensor] = {}  # by the model's label: two runs of the layer on one sample
         self._code: object = None  # of the merged model's layer
+        self.held_out: dict[str, int] = {}
 
-    def enter(
-        self, stage: int, task: str, batch: Mapping[str, Tensor], student: HiddenStates, expert: HiddenStates
-    ) -> None:
-        """Go on to a stage of all three models with the first samples of a batch, the first of `student` and `expert`.
+    def enter(self, stage: int, task: str, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Go on to a stage of all three models with the batches that are held out, or with some of the first one.
 
         Raises:
-            UnsupportedModelError: hidden states differ from those that entered with all of the batch's samples.
+            UnsupportedModelError: hidden states differ from those that enter when one sample comes alone.
         """
-        samples = {name: tensor[:PROBE_SAMPLES] for name, tensor in batch.items()}
+        followed: list[Mapping[str, Tensor]] = [batch for batch in batches if isinstance(batch, HeldOut)]
+        self.held_out[task] = sum(len(next(iter(batch.values()))) for batch in followed)
+        if not followed:
+            followed = [{name: tensor[:PROBE_SAMPLES] for name, tensor in batches[0].items()}]
+        self._batches[task] = followed
+        source, expert = self._sources[1][task], self._expert[task]
+        previous = expert.load(0, slice(0, 1))[0] if stage else None
         for states in (self._merged, self._calibrated, self._expert):
-            states[task].enter(stage, [samples])
-        _check_same_first(task, student, self._merged[task])
-        _check_same_first(task, expert, self._expert[task])
-        shape = self._expert[task].shape(0)
-        self._tokens[task] = Tokens(self._masks[stage](samples), shape, self._device, self._tokens.get(task))
+            states[task].enter(stage, followed)
+        _check_same_first(task, self._merged[task], self._calibrated[task].first)
+        again, _ = source.stage_inputs({name: tensor[:1] for name, tensor in followed[0].items()}, stage, previous)
+        _check_same_first(task, expert, again)
+        before = self._tokens.get(task)
+        self._tokens[task] = [
+            Tokens(self._masks[stage](batch), expert.shape(i), self._device, before[i] if before else None)
+            for i, batch in enumerate(followed)
+        ]
 
     @property
     def chains(self) -> list[HiddenStates]:
         """All hidden states, always in the same order."""
         return [states for each in (self._merged, self._calibrated, self._expert) for states in each.values()]
 
+    @property
+    def judges(self) -> bool:
+        """Whether samples are held out, of one task at least."""
+        return any(self.held_out.values())
+
+    def outcome(self, forward_dtype: str) -> Outcome | None:
+        """What the models make of held-out samples, which have passed the last layer; None where there are none."""
+        held_out = {
+            task: Followed(
+                self._batches[task],
+                self._tokens[task],
+                self._merged[task],
+                self._calibrated[task],
+                self._expert[task],
+            )
+            for task, samples in self.held_out.items()
+            if samples
+        }
+        return measure_outcome(*self._sources, held_out, self._device, forward_dtype) if held_out else None
+
     def sample(self) -> tuple[Tensor, BatchCalls, Tokens]:
         """One sample of the first task as it enters the merged model's layer: hidden states, their calls, tokens."""
         task, first = next(iter(self._merged)), slice(0, 1)
-        return *self._merged[task].load(0, first), self._tokens[task].part(first)
+        return *self._merged[task].load(0, first), self._tokens[task][0].part(first)
 
     def begin(self, layer: Layer, block: nn.Module, made: Tensor) -> None:
         """Before anything passes a layer: whether the merged model's block gives the same twice, if its kind is new.
@@ -99,10 +154,34 @@ class DriftProbe:
             self._code = code
             self._repeat(self._merged, next(iter(self._merged)), layer, block, made)
 
-    def advance_expert(self, layer: Layer, task: str, block: nn.Module) -> None:
-        """The expert's samples pass its block."""
+    @property
+    def counts(self) -> TokenCounts:
+        """Tokens of held-out samples that count, in the stage that was entered."""
+        return TokenCounts.of(
+            {task: sum(self.counted(task)[:1]) if some else 0 for task, some in self.held_out.items()}
+        )
+
+    def counted(self, task: str) -> tuple[int, int]:
+        """Those of a task, and of them in the stage before."""
+        batches = self._tokens[task]
+        return sum(each.count for each in batches), sum(each.memory.count for each in batches if each.memory)
+
+    def chunks(self, task: str) -> Iterator[Chunk]:
+        """A task's samples, chunk by chunk."""
+        for batch, tokens in enumerate(self._tokens[task]):
+            yield from self._chunks.of(batch, tokens)
+
+    def states(self, task: str) -> tuple[HiddenStates, HiddenStates]:
+        """A task's hidden states in its expert and in the calibrated model."""
+        return self._expert[task], self._calibrated[task]
+
+    def check_expert(self, layer: Layer, task: str, block: nn.Module) -> None:
+        """Whether the expert's block gives the same twice, if its kind is another than the merged model's."""
         if _code(block) != self._code:
             self._repeat(self._expert, task, layer, block)
+
+    def advance_expert(self, layer: Layer, task: str, block: nn.Module) -> None:
+        """The expert's samples pass its block."""
         self._advance({task: self._expert[task]}, layer, block)
 
     def advance_merged(self, layer: Layer, block: nn.Module) -> None:
@@ -113,9 +192,27 @@ class DriftProbe:
         """The calibrated model's samples pass its block as it is now."""
         self._advance(self._calibrated, layer, block)
 
-    def distances(self) -> list[Tensor]:
-        """Drift before and after, once all three models have passed the layer: scalars on the device."""
-        return [self._distance(self._merged), self._distance(self._calibrated)]
+    def distances(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Drift before and after, once all three models have passed the layer: of each task, scalars on the device."""
+        before, after = (
+            [self._distance(task, self._stored(states[task])).whole for task in states]
+            for states in (self._merged, self._calibrated)
+        )
+        return before, after
+
+    def trial(self, layer: Layer, block: nn.Module) -> list[Distance]:
+        """What the calibrated model's layer would make with this block of held-out samples, for each task with some.
+
+        Nothing is kept; the experts have passed the layer, the calibrated model has not.
+        """
+
+        def run(states: HiddenStates) -> Made:
+            def made(chunk: Chunk) -> Tensor:
+                return states.run(chunk, layer, block)
+
+            return made
+
+        return [self._distance(task, run(states)) for task, states in self._calibrated.items() if self.held_out[task]]
 
     def repeats(self) -> list[Tensor]:
         """By how much two runs of the layer differ, a share of what may be: scalars on the device."""
@@ -137,8 +234,9 @@ class DriftProbe:
         kinds = (self._expert, ""), (self._merged, ", not calibrated"), (self._calibrated, ", calibrated so far")
         for states, kind in kinds:
             for task, each in states.items():
-                hidden, _ = each.load(0, slice(0, each.shape(0)[0]))
-                yield task, each.label + kind, hidden, self._tokens[task]
+                for batch, tokens in enumerate(self._tokens[task]):
+                    hidden, _ = each.load(batch, slice(0, tokens.shape[0]))
+                    yield task, each.label + kind, hidden, tokens
 
     def _repeat(
         self,
@@ -148,7 +246,7 @@ class DriftProbe:
         block: nn.Module,
         made: Tensor | None = None,
     ) -> None:
-        one, tokens = slice(0, 1), self._tokens[task]
+        one, tokens = slice(0, 1), self._tokens[task][0]
         hidden, calls = states[task].load(0, one)
         runs = [calls.run(layer.number, block, hidden) if made is None else made]
         runs.append(calls.run(layer.number, block, hidden))
@@ -159,19 +257,43 @@ class DriftProbe:
 
     def _advance(self, states: Mapping[str, HiddenStates], layer: Layer, block: nn.Module) -> None:
         for task, each in states.items():
-            for chunk in self._chunks.of(0, self._tokens[task]):
+            for chunk in self.chunks(task):
                 with chunk:
                     each.advance(chunk, layer, block)
 
-    def _distance(self, states: Mapping[str, HiddenStates]) -> Tensor:
-        distances = []
-        for task, own in states.items():
-            expert, found = (
-                self._tokens[task].rows(each.load(0, slice(0, each.shape(0)[0]))[0]).double()
-                for each in (self._expert[task], own)
-            )
-            distances.append((found - expert).norm() / expert.norm().clamp_min(1e-30))
-        return torch.stack(distances).mean()
+    def _stored(self, states: HiddenStates) -> Made:
+        return lambda chunk: states.load(chunk.batch, chunk.rows)[0]
+
+    def _distance(self, task: str, made: Made) -> Distance:
+        """Of what `made` gives for each chunk."""
+        parts = []
+        for chunk in self.chunks(task):
+            found = torch.empty(0)
+            with chunk:
+                found = _squares(made(chunk), self._expert[task].load(chunk.batch, chunk.rows)[0], chunk.tokens)
+            if not chunk.failed:
+                parts.append(found)
+        error, energy, relative = torch.cat(parts, 1).unbind()
+        return Distance(relative, (error.sum() / energy.sum().clamp_min(1e-60)).sqrt())
+
+
+Made = Callable[[Chunk], Tensor]  # the hidden states of a chunk's samples as they leave the layer
+
+
+def _squares(found: Tensor, expert: Tensor, tokens: Tokens) -> Tensor:
+    """Of each sample, over the tokens that count: sums of `||h - h_e||^2` and of `||h_e||^2`, the mean of their ratio.
+
+    Returns:
+        `[3, samples]`, float64.
+    """
+    samples = max(1, ELEMENTS // found[0].numel())
+    parts = []
+    for rows in (slice(start, start + samples) for start in range(0, len(found), samples)):
+        h, h_e = found[rows].double(), expert[rows].double()
+        error, energy = (h - h_e).square().sum(2), h_e.square().sum(2)
+        parts.append(torch.stack([error, energy, error / energy.clamp_min(1e-60), torch.ones_like(error)]))
+    error, energy, ratio, ones = (tokens.sums(each) for each in torch.cat(parts, 1))
+    return torch.stack([error, energy, ratio / ones.clamp_min(1)])
 
 
 def _code(block: nn.Module) -> list[tuple[type, bool]]:
@@ -179,9 +301,9 @@ def _code(block: nn.Module) -> list[tuple[type, bool]]:
     return [(type(module), bool(module._forward_hooks or module._forward_pre_hooks)) for module in block.modules()]
 
 
-def _check_same_first(task: str, whole: HiddenStates, followed: HiddenStates) -> None:
-    """The first sample must enter a stage alike in two runs, of all of its batch and of a few; rounding may differ."""
-    a, b = whole.first, followed.first
+def _check_same_first(task: str, states: HiddenStates, again: Tensor) -> None:
+    """The first sample must enter a stage alike in two runs; rounding may differ."""
+    a, b = states.first, again
     difference = float((a - b).norm(dtype=torch.float64) / a.norm(dtype=torch.float64).clamp_min(1e-30))
     if difference > max(STEADY, 8 * torch.finfo(a.dtype).eps):
-        raise UnsupportedModelError(f"{whole.label}, task {task}, batch 0, what enters the layers: {UNSTEADY}")
+        raise UnsupportedModelError(f"{states.label}, task {task}, batch 0, what enters the layers: {UNSTEADY}")

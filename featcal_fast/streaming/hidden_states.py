@@ -173,8 +173,12 @@ class HiddenStates:
 
     def advance(self, chunk: Chunk, layer: Layer, block: nn.Module) -> None:
         """Run a chunk through a layer's `block`, and keep the result."""
+        self.keep(chunk, self.run(chunk, layer, block))
+
+    def run(self, chunk: Chunk, layer: Layer, block: nn.Module) -> Tensor:
+        """What a layer's `block` makes of a chunk: `[samples, tokens, width]`."""
         hidden, calls = self.load(chunk.batch, chunk.rows)
-        self.keep(chunk, self._runner.run(calls, layer.number, block, hidden))
+        return self._runner.run(calls, layer.number, block, hidden)
 
 
 class _OnDevice:

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from featcal_fast.checkpoints import TensorSource, canonical, is_finite
 from featcal_fast.checkpoints.nested import model_folder
-from featcal_fast.errors import CheckpointError, ModelMismatchError, UnsupportedModelError
+from featcal_fast.errors import CheckpointError, ModelMismatchError, UnsupportedModelError, told
 from featcal_fast.forward.calls import BatchCalls, move, stage_inputs
+from featcal_fast.forward.outputs import NoOutputs, Outputs, model_outputs
 from featcal_fast.forward.shared import SharedTensors
 from featcal_fast.models import Structure, find_structure, not_supported
 from featcal_fast.models.configs import differences
@@ -46,8 +47,16 @@ class Source(Protocol):
         """
         ...
 
+    def outputs(self, batch: Mapping[str, Tensor], final: Tensor) -> Outputs:
+        """What the model makes of the hidden states that leave its last block, `[batch, tokens, width]`, on the device.
+
+        Raises:
+            NoOutputs: it has none to compare, or cannot be run for them.
+        """
+        ...
+
     def release_stage_inputs(self) -> None:
-        """No more batches for now: what only `stage_inputs` needed may go."""
+        """No more batches for now: what only `stage_inputs` and `outputs` needed may go."""
         ...
 
     def block(self, index: int) -> nn.Module:
@@ -65,6 +74,7 @@ class ModuleSource:
         self.described = f"{label}: its config"
         self.structure = find_structure(model, label)
         self.shared = SharedTensors()
+        self._shell: Structure | None = None
         self._training = [module for module in model.modules() if module.training]
         for index, block in enumerate(self.structure.blocks):
             for name, parameter in block.named_parameters():
@@ -82,8 +92,13 @@ class ModuleSource:
             )
         return move(hidden, self.device), move(calls, self.device).sharing(self.shared, len(hidden))
 
+    def outputs(self, batch: Mapping[str, Tensor], final: Tensor) -> Outputs:
+        if self._shell is None:
+            self._shell = _shell(self.structure, self.label, self.device)
+        return model_outputs(self._shell, move(dict(batch), self.device), final, _lone_block(self), self.label)
+
     def release_stage_inputs(self) -> None:
-        self.shared = SharedTensors()
+        self.shared, self._shell = SharedTensors(), None
 
     def block(self, index: int) -> nn.Module:
         with RECORDING:
@@ -186,6 +201,11 @@ class CheckpointSource:
             reason = "its forward takes weights from modules that it does not call, so that they are not read"
             raise not_supported(self.model, self.label, reason)
         return hidden, calls.sharing(self.shared, len(hidden))
+
+    def outputs(self, batch: Mapping[str, Tensor], final: Tensor) -> Outputs:
+        own, alone = own_inputs(batch, self.tokens, self.checkpoint.config), _lone_block(self)
+        with RECORDING:
+            return model_outputs(self.structure, move(own, self.device), final, alone, self.label)
 
     def release_stage_inputs(self) -> None:
         self.shared = SharedTensors()
@@ -324,6 +344,34 @@ def _block_shapes(structure: Structure) -> dict[str, tuple[int, ...]]:
         for layer, block in zip(structure.layers, structure.blocks, strict=True)
         for name, parameter in block.named_parameters()
     }
+
+
+def _lone_block(source: ModuleSource | CheckpointSource) -> nn.Module | None:
+    """A model's last block on the device, if it is the only one of its stage."""
+    last = source.structure.layers[-1]
+    return None if last.number else source.block(last.index).to(source.device)
+
+
+def _shell(structure: Structure, label: str, device: torch.device) -> Structure:
+    """A model in eval mode on a device, its blocks without weights; what is there already is shared, not copied.
+
+    A head's products are too large for the host where the blocks run on a GPU.
+
+    Raises:
+        NoOutputs: the model cannot be copied.
+    """
+    known: dict[int, Any] = {id(structure.config): structure.config}
+    for block in structure.blocks:
+        known[id(block)] = hollow = copy.copy(block)
+        hollow._parameters, hollow._buffers, hollow._modules = {}, {}, {}
+    for name, tensor in (*structure.model.named_parameters(), *structure.model.named_buffers()):
+        if not structure.inside(name):
+            moved = tensor.detach().to(device)
+            known[id(tensor)] = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
+    try:
+        return find_structure(copy.deepcopy(structure.model, known).eval(), label)
+    except (TypeError, RuntimeError) as error:
+        raise NoOutputs(f"the {label} cannot be copied: {told(error)}") from error
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from featcal_fast.reporting.progress import Progress
 from featcal_fast.settings import Settings
 from featcal_fast.streaming.chunks import Chunk, Chunks, explain_out_of_memory
 from featcal_fast.streaming.drift import DriftProbe
+from featcal_fast.streaming.held_out import HeldOut
 from featcal_fast.streaming.hidden_states import HiddenStates, Offload
 from featcal_fast.streaming.malloc import caching_malloc, trim_malloc
 from featcal_fast.streaming.prefetch import BlockPrefetcher
@@ -93,7 +94,7 @@ class Streams:
         waiting = partial(states, offload=self._scratch or offload)
         self.student_states = {task: waiting(student, task) for task in experts}
         self.expert_states = {task: waiting(expert, task) for task, expert in experts.items()}
-        self.drift = DriftProbe(student, experts, device, self._chunks, states)
+        self.drift = DriftProbe(student, experts, device, self._chunks, waiting)
         self._layers = student.structure.layers
         models = (student, base, *experts.values())
         order = ((model, layer.index) for layer in self._layers[first:] for model in models)
@@ -138,16 +139,17 @@ class Streams:
         if self._snapshots is not None:
             self._snapshots.begin(layer.stage)
         for task, expert in self._experts.items():
-            batches = self._inputs[task] if layer.stage else _checked(task, self._batches[task], structure)
+            batches = self._inputs[task] if layer.stage else checked(task, self._batches[task], structure)
+            fitted = [batch for batch in batches if not isinstance(batch, HeldOut)]
             for states in (self.student_states[task], self.expert_states[task]):
-                states.enter(layer.stage, batches)
+                states.enter(layer.stage, fitted)
                 trim_malloc()
-            self._tokens[task] = self._tokens_of(task, batches, layer)
-            self.drift.enter(layer.stage, task, batches[0], self.student_states[task], self.expert_states[task])
+            self._tokens[task] = self._tokens_of(task, fitted, layer)
+            self.drift.enter(layer.stage, task, batches)
             expert.release_stage_inputs()
             if len(structure.paths) > 1:  # else one task's data at a time
                 self._inputs[task] = batches
-            del batches
+            del batches, fitted
         self._source.release_stage_inputs()
         found = {task: sum(batch.count for batch in tokens) for task, tokens in self._tokens.items()}
         for task, count in found.items():
@@ -188,6 +190,11 @@ class Streams:
         source = self._snapshots.saved(saved["file"])
         for states, found in zip(self._chains, saved["chains"], strict=True):
             states.restore(source, [Saved(position, tuple(shape), *rest) for position, shape, *rest in found])
+
+    @property
+    def tasks(self) -> list[str]:
+        """Their names, in order."""
+        return list(self._experts)
 
     @property
     def chunk(self) -> int | None:
@@ -299,13 +306,14 @@ def check_tasks(experts: Mapping[str, Source], batches: Mapping[str, object]) ->
         raise DataError(f"task {task}: found {there}; experts and batches must name the same tasks")
 
 
-def _checked(task: str, batches: Iterable[Batch], structure: Structure) -> Sequence[Batch]:
+def checked(task: str, batches: Iterable[Batch], structure: Structure) -> Sequence[Batch]:
     """A task's batches, read, each with tensors that have a row a sample, and with what the family needs."""
     if not isinstance(batches, Iterable):
         raise DataError(f"task {task}: found a {type(batches).__name__}, expected batches, one after the other")
     items = list(batches)
-    if not items:
-        raise DataError(f"task {task}: found no batch, expected at least one")
+    if not any(not isinstance(batch, HeldOut) for batch in items):
+        found = "held-out batches alone" if items else "no batch"
+        raise DataError(f"task {task}: found {found}, expected at least one to fit to")
     for number, batch in enumerate(items):
         _check_tensors(f"task {task}, batch {number}", batch)
     if structure.family.needs is not None:

@@ -43,17 +43,21 @@ RECIPES, DATA, MEMORY, PYTHON, FAMILIES, METHOD, REPORT = (
 )
 CHOICES = {
     "preset": settings.PRESETS,
+    "ridge_scale": settings.RIDGE_SCALES,
     "calibrate_bias": (True, False),
     "calibrate_layernorm": (True, False),
     "forward_dtype": settings.FORWARD_DTYPES,
     "moment_dtype": settings.MOMENT_DTYPES,
     "solve_dtype": settings.SOLVE_DTYPES,
     "compile_blocks": (True, False, None),
+    "auto": (True, False),
+    "keep_better": (True, False),
 }
 # What the page says of a number: values within, and values beyond.
 RANGES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "0 to 1e6": ((0, 1e-9, 1e6), (-1e-9, 1.1e6, "a")),
     "1e-12 to 1": ((1e-12, 1), (0, -1, 1.1)),
+    "0 to 1e6, `null`": ((0, 1e6, None), (-1e-9, "a")),
     "0 to 1": ((0, 0.5, 1), (-0.01, 1.01)),
     "-100 to 100": ((-100, 0, 100), (-101, 101, float("inf"), "a")),
     "pattern or list": (("a.*", ["a", "b"], None), (7, [], ["a", 1], "(", ["a"] * 1001)),
@@ -150,7 +154,7 @@ def test_presets() -> None:
     assert rows.keys() == ff.PRESETS.keys()
     for name, preset in ff.PRESETS.items():
         ridge, rho, alpha = (parse_yaml(value.encode()) for value in rows[name])
-        assert preset == ff.Settings(ridge_lambda=ridge, anchor_rho=rho, teacher_alpha=alpha)
+        assert preset == ff.Settings(ridge_lambda=ridge, anchor_rho=rho, teacher_alpha=alpha, auto=name == "auto")
 
 
 def test_choices_of_a_recipe() -> None:

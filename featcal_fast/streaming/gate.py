@@ -1,0 +1,86 @@
+"""The gate: what a layer makes of held-out samples, calibrated against merged; what got worse keeps its merged weights.
+
+Both are given the same hidden states, those of the calibrated layers before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from featcal_fast.layer.layout import Layout
+from featcal_fast.layer.solve import Update
+from featcal_fast.models.structure import Layer
+from featcal_fast.reporting.report import GateReport
+from featcal_fast.streaming.drift import Distance
+from featcal_fast.streaming.paired import paired
+from featcal_fast.streaming.streams import Streams
+
+
+class Gate:
+    """Judges one layer; made while its block still has the merged weights.
+
+    Args:
+        streams: of the run.
+        layer: that was solved.
+        layout: of its block.
+        block: with merged weights.
+    """
+
+    def __init__(self, streams: Streams, layer: Layer, layout: Layout, block: nn.Module) -> None:
+        self._streams, self._layer, self._layout, self._block = streams, layer, layout, block
+        self._merged = streams.drift.trial(layer, block)
+
+    def keep_better(self, update: Update) -> GateReport:
+        """Take merged weights back, of groups and norms as far as that helps or else of all, if the layer got worse.
+
+        Args:
+            update: was loaded into the block; what is taken back is no longer in it.
+        """
+        merged, calibrated = _read(self._merged), self._tried()
+        found = paired(merged, calibrated)
+        report = GateReport(math.sqrt(found.first), math.sqrt(found.second), found.spread)
+        if not found.worse:
+            return report
+        kept: list[str] = []
+        original = dict(self._streams.merged_block(self._layer).named_parameters())
+        best = found.second
+        for modules in self._parts():
+            names = [name for name in update.parameters if name.rpartition(".")[0] in modules]
+            new = self._exchange(names, original)
+            mean = paired(merged, tried := self._tried()).second
+            if mean < best:
+                best, calibrated = mean, tried
+                kept += modules
+            else:
+                self._exchange(names, new)
+        if paired(merged, calibrated).worse:
+            self._exchange(update.parameters, original)
+            kept = [module for modules in self._parts() for module in modules]
+        for name in [name for name in update.parameters if name.rpartition(".")[0] in kept]:
+            del update.parameters[name]
+        report.kept = kept
+        return report
+
+    def _parts(self) -> list[tuple[str, ...]]:
+        return [group.modules for group in self._layout.groups] + [(name,) for name in self._layout.norms]
+
+    def _tried(self) -> list[list[float]]:
+        return _read(self._streams.drift.trial(self._layer, self._block))
+
+    def _exchange(self, names: Iterable[str], values: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Give the block's parameters other values; those that they had."""
+        own, before = dict(self._block.named_parameters()), {}
+        for name in names:
+            before[name] = nn.Parameter(own[name].clone(), requires_grad=False)
+            own[name].copy_(values[name])
+        return before
+
+
+def _read(distances: Sequence[Distance]) -> list[list[float]]:
+    """Every sample's distance, read from the device in one go."""
+    sizes = [len(each.samples) for each in distances]
+    return [part.tolist() for part in torch.cat([each.samples for each in distances]).cpu().split(sizes)]

@@ -1,0 +1,40 @@
+"""Two models on the same samples: means, and how far their difference can be trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Paired(NamedTuple):
+    """Two means over samples, tasks weighing the same, and the standard error of their difference."""
+
+    first: float
+    second: float
+    spread: float
+
+    @property
+    def worse(self) -> bool:
+        """Whether the second is larger by more than the spread."""
+        return self.second - self.first > self.spread
+
+
+def paired(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> Paired:
+    """Compare numbers of the same samples, by task.
+
+    Args:
+        first, second: a number a sample of each task; larger is worse.
+
+    Returns:
+        Means and spread; a task with one sample adds nothing to the latter.
+    """
+    before, after, variances = [], [], []
+    for one, other in zip(first, second, strict=True):
+        count, differences = len(one), [b - a for a, b in zip(one, other, strict=True)]
+        mean = math.fsum(differences) / count
+        before.append(math.fsum(one) / count)
+        after.append(math.fsum(other) / count)
+        variances.append(math.fsum((each - mean) ** 2 for each in differences) / max(1, count - 1) / count)
+    tasks = len(variances)
+    return Paired(math.fsum(before) / tasks, math.fsum(after) / tasks, math.sqrt(math.fsum(variances)) / tasks)

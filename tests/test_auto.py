@@ -1,0 +1,139 @@
+"""`settings: auto`: each module's ridge_lambda is the one that is best on samples that nothing was fitted to."""
+
+from __future__ import annotations
+
+import copy
+
+import pico
+import pytest
+import torch
+from torch import Tensor, nn
+
+import featcal_fast as ff
+from featcal_fast import reference
+from featcal_fast.errors import DataError, RecipeError
+from featcal_fast.forward.calls import stage_inputs
+from featcal_fast.layer import judge
+from featcal_fast.layer.choice import RIDGES
+from featcal_fast.models import find_structure
+
+
+def halves(job: pico.Job, held_out: int = 2) -> tuple[dict[str, list[pico.Batch]], dict[str, list[pico.Batch]]]:
+    """Batches to fit to, and others."""
+    parts = slice(None, -held_out), slice(-held_out, None)
+    fitted, others = ({task: each[part] for task, each in job.batches.items()} for part in parts)
+    return fitted, others
+
+
+def calibrated(job: pico.Job, settings: ff.Settings, **data: object) -> tuple[nn.Module, ff.Report]:
+    merged = copy.deepcopy(job.merged)
+    return merged, ff.calibrate_model(merged, base=job.base, experts=job.experts, settings=settings, **data)
+
+
+def inputs(model: nn.Module, batch: pico.Batch, name: str) -> Tensor:
+    """What the first layer's module of this name is given, `[tokens that count, in]`."""
+    structure = find_structure(model, "model")
+    seen: list[Tensor] = []
+    handle = structure.blocks[0].get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hidden, calls = stage_inputs(structure, batch)
+    calls.run(0, structure.blocks[0], hidden)
+    handle.remove()
+    mask = batch.get("attention_mask")
+    return seen[0].flatten(0, 1) if mask is None else seen[0][mask.bool()]
+
+
+@torch.no_grad()
+def error(job: pico.Job, model: nn.Module, held_out: dict[str, list[pico.Batch]], name: str) -> float:
+    """Of a module of the first layer, by its definition: `sum_t w_t E||W x_s + b - W_t x - b_t||^2`, in float64."""
+    total = 0.0
+    new = find_structure(model, "model").blocks[0].get_submodule(name)
+    for task, batches in held_out.items():
+        expert = find_structure(job.experts[task], task).blocks[0].get_submodule(name)
+        xs, xe = (
+            torch.cat([inputs(each, batch, name) for batch in batches]).double()
+            for each in (job.merged, job.experts[task])
+        )
+        weight = 1 / torch.linalg.matrix_norm(xs.T @ xs / len(xs))
+        mixed = judge.ALPHA * xe + (1 - judge.ALPHA) * xs
+        made, wanted = (
+            torch.nn.functional.linear(x, module.weight.double(), None if module.bias is None else module.bias.double())
+            for x, module in ((xs, new), (mixed, expert))
+        )
+        total += float(weight * (made - wanted).square().sum(1).mean())
+    return total
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"), [("clip", "mlp.fc2"), ("clip", "self_attn.q_proj"), ("llama", "mlp.down_proj")]
+)
+@pytest.mark.parametrize("few", [False, True], ids=["features", "tokens"])
+def test_errors_are_those_of_the_definition(kind: str, module: str, few: bool) -> None:
+    """The curve's differences, whatever side it is solved from, with biases and token weights of one."""
+    job = pico.job(kind, 2)
+    if few:
+        job.batches = {
+            task: [{k: v[:1] for k, v in batch.items()} for batch in each[:2]] for task, each in job.batches.items()
+        }
+    fitted, held_out = halves(job, 1)
+    _, report = calibrated(job, ff.Settings(auto=True, keep_better=False), batches=fitted, held_out=held_out)
+    curve = report.layers[0].chosen[module].curve
+    assert len(curve) >= 3
+    found = {}
+    for ridge in curve:
+        fixed, _ = calibrated(job, ff.Settings(ridge_lambda=float(ridge)), batches=fitted)
+        found[ridge] = error(job, fixed, held_out, module)
+    scale = max(found.values()) - min(found.values())
+    first = next(iter(curve))
+    span = (max(curve.values()) - min(curve.values())) / scale
+    for ridge, value in curve.items():
+        assert (value - curve[first]) == pytest.approx((found[ridge] - found[first]) * span, abs=2e-3 * span * scale)
+
+
+@pytest.mark.parametrize("kind", ["clip", "llama", "t5", "qwen2"])
+def test_every_module_has_the_weights_of_its_choice(kind: str) -> None:
+    job = pico.job(kind, 2)
+    fitted, held_out = halves(job)
+    chosen, report = calibrated(job, ff.Settings(auto=True, keep_better=False), batches=fitted, held_out=held_out)
+    structure = find_structure(chosen, "model")
+    for ridge in RIDGES:
+        fixed, _ = calibrated(job, ff.Settings(ridge_lambda=ridge), batches=fitted)
+        block = find_structure(fixed, "model").blocks[0]
+        for name, found in report.layers[0].chosen.items():
+            same = torch.equal(structure.blocks[0].get_submodule(name).weight, block.get_submodule(name).weight)
+            assert same == (found.ridge_lambda == ridge)
+    for layer in report.layers:
+        for found in layer.chosen.values():
+            assert found.curve[f"{found.ridge_lambda:g}"] == min(found.curve.values())
+            assert list(found.curve)[1:3] == ["0.01", "1"] or len(found.curve) > 3
+    assert {name for layer in report.layers for name in layer.chosen} == {
+        name for layer in report.layers for group in layer.groups for name in group.modules
+    }
+
+
+def test_few_samples_choose_larger_values_than_many() -> None:
+    job = pico.job("clip", 2)
+    many = {task: pico.images(64, seed=len(task) + k) for k, task in enumerate(job.batches)}
+    few = {task: [{"pixel_values": each[0]["pixel_values"][:1]}] for task, each in many.items()}
+    held_out = {task: pico.images(16, seed=50 + k) for k, task in enumerate(job.batches)}
+    means = []
+    for fitted in (few, many):
+        _, report = calibrated(job, ff.Settings(auto=True), batches=fitted, held_out=held_out)
+        values = torch.tensor([each.ridge_lambda for layer in report.layers for each in layer.chosen.values()])
+        means.append(float(values.log().mean()))
+    assert means[0] > means[1]
+
+
+def test_it_needs_samples_to_choose_by() -> None:
+    job = pico.job("clip", 1)
+    with pytest.raises(DataError, match=r"settings.auto: found no samples of any task held out"):
+        calibrated(job, ff.Settings(auto=True), batches=job.batches)
+
+
+def test_a_preset_by_its_name() -> None:
+    assert ff.Settings.from_dict("auto") == ff.Settings(auto=True) == ff.Settings.from_dict({"preset": "auto"})
+    assert ff.Settings.from_dict({"auto": True, "preset": "llm"}).anchor_rho == 1.5
+    with pytest.raises(RecipeError, match=r"settings.preset: found 'autos', expected one of default, .*auto"):
+        ff.Settings.from_dict("autos")
+    with pytest.raises(RecipeError, match=r"settings.auto: found 1, expected true or false"):
+        ff.Settings.from_dict({"auto": 1})
+    assert reference.ridge_of([], ff.Settings(ridge_lambda=0.2)) == 0.2
