@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
-from itertools import combinations, pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +51,16 @@ class Digits:
     settings = accuracy.SETTINGS
     tasks = tuple(demo.VIEWS)
 
-    def __init__(self, folder: Path) -> None:
-        self._digits = demo.Digits()
-        demo.make_models(folder, demo.Config(), self._digits, Console(quiet=True))
+    def __init__(self, folder: Path, seed: int = SEED) -> None:
+        self._digits, self._seed = demo.Digits(), seed
+        demo.make_models(folder, replace(demo.Config(), seed=seed), self._digits, Console(quiet=True))
         self.base = accuracy.load(folder / "base")
         self.experts = {task: accuracy.load(folder / "experts" / task) for task in self.tasks}
         self._heads = load_file(folder / "heads.safetensors")
 
     def draw(self, task: str, count: int) -> list[Batch]:
         images, _ = self._digits.see(task, "training")
-        drawn = torch.randperm(len(images), generator=stream(SEED, f"calibration {task}"))
+        drawn = torch.randperm(len(images), generator=stream(self._seed, f"calibration {task}"))
         return [{"pixel_values": part} for part in images[drawn[:count]].split(BATCH)]
 
     def measure(self, model: nn.Module, task: str) -> float:
@@ -72,13 +72,13 @@ class Digits:
 class Language:
     """A study's models, and the first of its measures."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study, base: nn.Module, seed: int = SEED) -> None:
         self._study, self.settings, self.tasks = study, study.settings, study.tasks
-        self.base = make_base(study)
-        self.experts = {task: make_expert(study, self.base, task, SEED) for task in self.tasks}
+        self.base, self._seed = base, seed
+        self.experts = {task: make_expert(study, self.base, task, seed) for task in self.tasks}
 
     def draw(self, task: str, count: int) -> list[Batch]:
-        batches = self._study.calibration(task, count, stream(SEED, f"calibration {task}"))
+        batches = self._study.calibration(task, count, stream(self._seed, f"calibration {task}"))
         return [
             {name: value[i : i + BATCH] for name, value in batch.items()}
             for batch in batches
@@ -87,6 +87,16 @@ class Language:
 
     def measure(self, model: nn.Module, task: str) -> float:
         return self._study.measure(model, task, "held-out")[next(iter(self._study.metrics))]
+
+
+def models(kind: str, folder: Path, seeds: Sequence[int]) -> Iterator[Digits | Language]:
+    """The models of a study, seed by seed."""
+    if kind == "digits":
+        yield from (Digits(folder / "digits" / f"seed-{seed}", seed) for seed in seeds)
+        return
+    study = STUDIES[kind]()
+    base = make_base(study)
+    yield from (Language(study, base, seed) for seed in seeds)
 
 
 def cases(tasks: Sequence[str]) -> list[tuple[str, ...]]:
@@ -157,25 +167,26 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     return 1 - 6 * sum((a - b) ** 2 for a, b in pairs) / (count * (count**2 - 1))
 
 
+def by_share(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Of merges that are not their experts, by the share that was captured: what calibration removed of the drift."""
+    found = {}
+    for name, least, most in (("below 20%", -9.0, SOME), ("20% to 50%", SOME, MUCH), ("50% and more", MUCH, 9.0)):
+        removed = [
+            gains(row)["drift removed"]
+            for row in rows
+            if row["distance"] >= NOTHING and least <= row["captured"] < most
+        ]
+        found[name] = {"merges": len(removed)}
+        if removed:
+            found[name] |= {"least": min(removed), "median": statistics.median(removed), "most": max(removed)}
+    return found
+
+
 def show(results: dict[str, Any]) -> str:
-    """What was foretold; and of merges by the share that was captured, what calibration removed of the drift."""
-    lines = [
-        {"a sample's": said, **{gain: f"{value:.2f}" for gain, value in each.items()}}
-        for said, each in results["rank correlation"].items()
-    ]
-    rows = [row for row in results["rows"] if row["distance"] >= NOTHING]
-    shares = []
-    for least, most in pairwise((-9, SOME, MUCH, 9)):
-        found = [gains(row)["drift removed"] for row in rows if least <= row["captured"] < most]
-        told = f"{min(found):.0%} to {max(found):.0%}, median {statistics.median(found):.0%}" if found else ""
-        shares.append(
-            {
-                "captured": f"from {least:.0%} on" if least > 0 else "below",
-                "merges": str(len(found)),
-                "drift removed": told,
-            }
-        )
-    return "\n".join([table("rank correlation with", lines), table("", shares)])
+    """Both tables."""
+    said = [{"a sample's": name, **each} for name, each in results["rank correlation"].items()]
+    shares = [{"captured": name, **each} for name, each in results["drift removed"].items()]
+    return "\n".join([table("rank correlation with", said), table("drift removed", shares)])
 
 
 def main() -> None:
@@ -183,14 +194,19 @@ def main() -> None:
     parser.add_argument("kind", choices=("digits", *STUDIES))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    digits = args.kind == "digits"
-    kind = Digits(args.folder / "digits" / f"seed-{SEED}") if digits else Language(STUDIES[args.kind]())
+    kind: Digits | Language
+    if args.kind == "digits":
+        kind = Digits(args.folder / "digits" / f"seed-{SEED}")
+    else:
+        study = STUDIES[args.kind]()
+        kind = Language(study, make_base(study))
     rows = [run_case(kind, tasks, scaling) for tasks in cases(kind.tasks) for scaling in SCALINGS]
     results = {
         "samples": {"sample": SAMPLED, "calibration": FITTED, "judged by": JUDGED},
         "settings": asdict(kind.settings),
         "machine": machine(),
         "rank correlation": foretold(rows),
+        "drift removed": by_share(rows),
         "rows": rows,
     }
     path = RESULTS / f"helps-{args.kind}.json"

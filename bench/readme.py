@@ -261,6 +261,20 @@ def real_cost() -> str:
     return _table(lines)
 
 
+def helps() -> str:
+    """What a sample foretold of small models' merges."""
+    lines = []
+    for name, title in (("digits", "digits"), ("llama", "a small Llama"), ("t5", "a small T5")):
+        results = _read(f"helps-{name}")
+        line = {"merges of": title}
+        for said in ("captured", "distance"):
+            line |= {f"{said}: {gain}": f"{value:.2f}" for gain, value in results["rank correlation"][said].items()}
+        for share, found in results["drift removed"].items():
+            line[f"drift removed, {share}"] = f"{found['least']:.0%} to {found['most']:.0%} ({found['merges']} merges)"
+        lines.append(line)
+    return _table(lines)
+
+
 def families() -> str:
     """What can be calibrated, from the registry."""
     return families_table().strip()
@@ -273,6 +287,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "families": families,
     "gpu": gpu,
     "gpu in full": gpu_in_full,
+    "helps": helps,
     "jobs": jobs,
     "llama": lambda: _table(study.lines(_read("accuracy-llama"), "bits per byte", 3)),
     "merging": merging,

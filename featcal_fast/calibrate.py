@@ -98,7 +98,7 @@ def calibrate_model(
         experts: by task. Never changed.
         batches: by task, dicts of the models' keyword arguments (`pixel_values`, or `input_ids` and
             `attention_mask`, ...): tensors `[samples, ...]`, of the models' dtype or integers. Read once.
-        held_out: others `[samples, ...]` of the same dtypes, for some tasks or all: nothing is fitted to them, they judge.
+        held_out: others `[samples, ...]`, of the same dtypes, for some tasks or all: nothing is fitted to these.
         settings: the method's constants.
         device: where to compute; by default where `merged` is.
         progress: told how the run goes.
@@ -263,7 +263,7 @@ def calibrate_layer(
             judged = None if gate is None else gate.keep_better(update)
         parameters = streams.to_host(loaded(student, update))
         streams.drift.advance_calibrated(layer, student)
-        # Besides the solve and the gate, the one time that the host waits for the device within a layer.
+        # Besides the solve and the gate, the one time that the host waits for the device.
         before, after, changed, sums, repeats = read_scalars(
             *streams.drift.distances(), changes, update.sums, streams.drift.repeats()
         )
@@ -273,8 +273,7 @@ def calibrate_layer(
     with clock("writing"):
         write(layer.index, parameters.synchronize())  # while a GPU advances
 
-    kept = set() if judged is None else set(judged.kept)
-    groups = _group_reports(system, moments, update, changed)
+    kept, groups = set(judged.kept if judged else ()), _group_reports(system, moments, update, changed)
     report = LayerReport(
         layer.index,
         drift_before=statistics.fmean(before),

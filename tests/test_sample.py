@@ -190,11 +190,14 @@ def test_one_expert_can_be_had_whole_and_conflicting_ones_cannot() -> None:
     assert opposed.distance > 0.1
 
 
-def layers_of(*shares: float, distance: float = 0.5) -> Sampled:
+def layers_of(*shares: float, distance: float = 0.5, fitted: float = 0.7) -> Sampled:
     """With one group a layer, of which a linear update removes a share."""
     layers = [
         SampledLayer(
-            i, f"layers.{i}", {"a": distance, "b": distance}, [SampledGroup(("q",), 0.1, 1.0, [1 - share] * 5)]
+            i,
+            f"layers.{i}",
+            {"a": distance, "b": distance},
+            [SampledGroup(("q",), 0.1, 1.0, [1 - share] * 4, [1 - fitted] * 4)],
         )
         for i, share in enumerate(shares)
     ]
@@ -204,13 +207,20 @@ def layers_of(*shares: float, distance: float = 0.5) -> Sampled:
 def test_the_line_says_how_far_how_much_where_and_what_to_do() -> None:
     told = layers_of(0.1, 0.1, 0.9, 0.8, 0.1, 0.1).line()
     assert told == (
-        "will it help: the merge is 0.50 away from its experts after the last layer; a linear update can remove 35% of "
-        "what their weights differ by, half of it in layers 2 to 3; likely worth a run"
+        "will it help: the merge is 0.50 away from its experts after the last layer; a linear update can remove 35% to "
+        "70% of what their weights differ by, half of it in layers 2 to 3; likely worth a run"
     )
-    assert "half of it in layer 1; worth" in layers_of(0.5, 1, 0.1).line().replace("likely ", "")
-    assert "60% of what their weights differ by, spread over the layers; worth a run" in layers_of(*[0.6] * 4).line()
-    assert "the experts want different weights" in layers_of(0.1, 0.1).line()
-    assert "can remove 0% of what their weights differ by; the experts want" in layers_of(-0.5, -0.1).line()
+    assert "half of it in layer 1; worth a run" in layers_of(0.5, 1, 0.1).line()
+    assert (
+        "60% to 70% of what their weights differ by, spread over the layers; worth a run"
+        in layers_of(*[0.6] * 4).line()
+    )
+    assert "too few samples to tell: try --sample 32" in layers_of(0.1, 0.1).line()
+    assert "the experts want different weights" in layers_of(0.1, 0.1, fitted=0.3).line()
+    assert "can remove 0% to 30% of what their weights differ by; the experts want" in layers_of(-1, fitted=0.3).line()
+    assert (
+        layers_of(0.6, distance=0.001).line().endswith("away from its experts after the last layer; nothing to repair")
+    )
 
 
 def test_one_ridge_serves_all_layers() -> None:

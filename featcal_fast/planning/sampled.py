@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ NOTHING = 0.01  # of the experts' features: what rounding to 16 bits takes, and 
 # Shares of the weights' mismatch, and what calibration then took of the distance, in 114 merges of three kinds of small
 # models (`bench.helps`): 32% to 78% from the first share on, 14% to 62% from the second on, 10% to 46% below.
 MUCH, SOME = 0.5, 0.2
+UNCLEAR = 0.4  # where samples are fitted to: with more, less than `SOME` elsewhere may come to as much as that
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,10 @@ class SampledLayer:
         """What a linear update removes of that."""
         return sum(group.mismatch * group.captured(ridge) for group in self.groups)
 
+    def removed_where_fitted(self, ridge: int) -> float:
+        """The same for the samples that the update is fitted to."""
+        return sum(group.mismatch * (1 - group.fitted[ridge]) for group in self.groups)
+
 
 @dataclass
 class Sampled:
@@ -99,16 +105,16 @@ class Sampled:
     @property
     def captured(self) -> float:
         """Share of what all modules differ by that a linear update removes, for samples that it is not fitted to."""
-        mismatch = sum(layer.mismatch for layer in self.layers)
-        return sum(layer.removed(self.ridge) for layer in self.layers) / mismatch if mismatch > 0 else 0.0
+        return self._share([layer.removed(self.ridge) for layer in self.layers])
 
     @property
     def fitted_captured(self) -> float:
         """The same for those that it is fitted to: with more samples, the two come together from both sides."""
-        groups = [group for layer in self.layers for group in layer.groups]
-        mismatch = sum(group.mismatch for group in groups)
-        left = sum(group.mismatch * group.fitted[self.ridge] for group in groups)
-        return 1 - left / mismatch if mismatch > 0 else 0.0
+        return self._share([layer.removed_where_fitted(self.ridge) for layer in self.layers])
+
+    def _share(self, removed: Sequence[float]) -> float:
+        mismatch = sum(layer.mismatch for layer in self.layers)
+        return sum(removed) / mismatch if mismatch > 0 else 0.0
 
     @property
     def span(self) -> tuple[int, int] | None:
@@ -129,6 +135,9 @@ class Sampled:
             return "worth a run"
         if self.captured >= SOME:
             return "likely worth a run"
+        if self.fitted_captured >= UNCLEAR:
+            samples = max(self.fitted[task] + self.judged[task] for task in self.fitted)
+            return f"too few samples to tell: try --sample {4 * samples}"
         return "the experts want different weights for the same inputs: expect less, or merge fewer of them"
 
     def line(self) -> str:
@@ -136,7 +145,8 @@ class Sampled:
         told = f"will it help: the merge is {self.distance:.2f} away from its experts after the last layer"
         if self.distance < NOTHING:
             return f"{told}; {self.verdict}"
-        share = f"{max(0.0, self.captured):.0%} of what their weights differ by"
+        least, most = (max(0.0, each) for each in (self.captured, self.fitted_captured))
+        share = f"{least:.0%} to {most:.0%} of what their weights differ by"
         return f"{told}; a linear update can remove {share}{self._where()}; {self.verdict}"
 
     def _where(self) -> str:
@@ -156,10 +166,13 @@ class Sampled:
             title="Will it help?",
             caption=f"by {judged} samples a task, at most, other than those that the update is fitted to",
         )
-        for name in ("layer", "distance", "weights differ by", "a linear update removes"):
+        for name in ("layer", "distance", "weights differ by", "a linear update removes", "at most"):
             table.add_column(name, justify="right")
         for layer in self.layers:
-            share = layer.removed(self.ridge) / layer.mismatch if layer.mismatch > 0 else 0.0
+            share, most = (
+                each / layer.mismatch if layer.mismatch > 0 else 0.0
+                for each in (layer.removed(self.ridge), layer.removed_where_fitted(self.ridge))
+            )
             mean = layer.mismatch / max(1, len(layer.groups))
-            table.add_row(str(layer.index), f"{layer.distance:.3f}", f"{mean:.3f}", f"{share:.0%}")
+            table.add_row(str(layer.index), f"{layer.distance:.3f}", f"{mean:.3f}", f"{share:.0%}", f"{most:.0%}")
         return table
