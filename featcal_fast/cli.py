@@ -171,20 +171,23 @@ def calibrate(
     from featcal_fast.job.delta import RANK, read_summary
     from featcal_fast.job.run import calibrate as run
 
-    if resume and fresh:
-        raise typer.BadParameter("found --fresh too, expected one of the two", param_hint="--resume")
-    if no_checkpoint and checkpoint_every:
-        raise typer.BadParameter("found --no-checkpoint too, expected one of the two", param_hint="--checkpoint-every")
-    if delta_rank and delta is None:
-        raise typer.BadParameter("found no --delta, which it belongs to", param_hint="--delta-rank")
+    for wrong, option, said in (
+        (resume and fresh, "--resume", "found --fresh too, expected one of the two"),
+        (
+            no_checkpoint and checkpoint_every,
+            "--checkpoint-every",
+            "found --no-checkpoint too, expected one of the two",
+        ),
+        (delta_rank and delta is None, "--delta-rank", "found no --delta, which it belongs to"),
+    ):
+        if wrong:
+            raise typer.BadParameter(said, param_hint=option)
     configure_process()
     console, job = Terminal(), with_out(_job(recipe, mergekit, data, skip, base, recipe_out, out), out)
-    if keep_better is not None:
-        job = replace(job, settings=replace(job.settings, keep_better=keep_better))
     if require_better and not job.held_out:
         raise typer.BadParameter("found held_out: 0, expected samples to judge by", param_hint="--require-better")
     report = run(
-        job,
+        job if keep_better is None else replace(job, settings=replace(job.settings, keep_better=keep_better)),
         out=out,
         device=device,
         progress=BarProgress(console),
@@ -198,13 +201,11 @@ def calibrate(
         delta=delta,
         delta_rank=delta_rank or RANK,
     )
-    console.print(report.table())
-    if report.outcome is not None:
-        console.print(report.outcome.table())
+    for table in report.tables():
+        console.print(table)
     console.say(report.summary() + (f"\nWrote {delta}: {read_summary(delta)}" if delta else ""))
     console.next_steps(Path(report.out or ""))
-    if require_better and not report.better:
-        raise typer.Exit(NOT_BETTER)
+    raise typer.Exit(NOT_BETTER if require_better and not report.better else 0)
 
 
 @app.command()

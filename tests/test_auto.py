@@ -80,7 +80,7 @@ def test_errors_are_those_of_the_definition(kind: str, module: str, few: bool) -
     assert len(curve) >= 3
     found = {}
     for ridge in curve:
-        fixed, _ = calibrated(job, ff.Settings(ridge_lambda=float(ridge)), batches=fitted)
+        fixed, _ = calibrated(job, ff.Settings(ridge_scale="trace", ridge_lambda=float(ridge)), batches=fitted)
         found[ridge] = error(job, fixed, held_out, module)
     scale = max(found.values()) - min(found.values())
     first = next(iter(curve))
@@ -89,14 +89,14 @@ def test_errors_are_those_of_the_definition(kind: str, module: str, few: bool) -
         assert (value - curve[first]) == pytest.approx((found[ridge] - found[first]) * span, abs=2e-3 * span * scale)
 
 
-@pytest.mark.parametrize("kind", ["clip", "llama", "t5", "qwen2"])
+@pytest.mark.parametrize("kind", ["clip", "llama"])
 def test_every_module_has_the_weights_of_its_choice(kind: str) -> None:
     job = pico.job(kind, 2)
     fitted, held_out = halves(job)
     chosen, report = calibrated(job, ff.Settings(auto=True, keep_better=False), batches=fitted, held_out=held_out)
     structure = find_structure(chosen, "model")
     for ridge in RIDGES:
-        fixed, _ = calibrated(job, ff.Settings(ridge_lambda=ridge), batches=fitted)
+        fixed, _ = calibrated(job, ff.Settings(ridge_scale="trace", ridge_lambda=ridge), batches=fitted)
         block = find_structure(fixed, "model").blocks[0]
         for name, found in report.layers[0].chosen.items():
             same = torch.equal(structure.blocks[0].get_submodule(name).weight, block.get_submodule(name).weight)
@@ -104,7 +104,8 @@ def test_every_module_has_the_weights_of_its_choice(kind: str) -> None:
     for layer in report.layers:
         for found in layer.chosen.values():
             assert found.curve[f"{found.ridge_lambda:g}"] == min(found.curve.values())
-            assert list(found.curve)[1:3] == ["0.01", "1"] or len(found.curve) > 3
+            assert list(found.curve)[:2] == ["0.01", "0.001"]
+            assert len(found.curve) >= 3
     assert {name for layer in report.layers for name in layer.chosen} == {
         name for layer in report.layers for group in layer.groups for name in group.modules
     }

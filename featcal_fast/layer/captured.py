@@ -220,7 +220,7 @@ class _Group:
             a, v = self._s.copy_(self._a), self._r.clone()
             a.diagonal().add_(ridge * tasks)
             info = factor_(a)
-            solve_(a, v.mT)
+            solve_(a, v.mT, split=False)  # which would do for a better condition
             v = torch.where(info == 0, v, torch.zeros_like(v))  # what cannot be had captures nothing
             # Of V (A + mu I) = R: <V A, V> = <R, V> - mu ||V||^2.
             taken = (self._r * v).sum(dtype=torch.float64) + ridge * tasks * v.square().sum(dtype=torch.float64)

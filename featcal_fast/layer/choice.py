@@ -15,7 +15,13 @@ from featcal_fast.layer.solve import NotFinite, Update, solve_layer, solve_norms
 from featcal_fast.layer.systems import LayerSystem
 from featcal_fast.reporting.report import ChosenReport
 
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (
+    1e-3,
+    1e-2,
+    1e-1,
+    1.0,
+)  # of the mean diagonal; smaller ones fit noise, however good they look (`docs/notes.md`)
+START = 1  # the one of these that is tried first
 
 
 def choose(
@@ -33,9 +39,10 @@ def choose(
 
 
 class Choice:
-    """A layer solved with values around the settings' `ridge_lambda`, and with more as long as a module gets better.
+    """A layer solved with three values of `RIDGES`, and with more as long as a module gets better.
 
-    LayerNorms are solved with the settings' own value: it means something else for them.
+    Each is relative to the mean diagonal (`ridge_scale: trace`). LayerNorms are solved with the settings' own value: it
+    means something else for them.
 
     Args:
         system: complete sums; in the end their right-hand sides hold the new weights, as `solve_layer` leaves them.
@@ -75,17 +82,15 @@ class Choice:
         return min(curve, key=curve.__getitem__)
 
     def _walk(self) -> None:
-        wanted = math.log(max(self._system.settings.ridge_lambda, RIDGES[0]))
-        start = min(range(len(RIDGES)), key=lambda number: abs(math.log(RIDGES[number]) - wanted))
-        self._attempt(RIDGES[start])
+        self._attempt(RIDGES[START])
         for step in (-1, 1):
-            at = start
-            while at + step in range(len(RIDGES)) and (at == start or RIDGES[at] in map(self.chosen, self.curves)):
+            at = START
+            while at + step in range(len(RIDGES)) and (at == START or RIDGES[at] in map(self.chosen, self.curves)):
                 at += step
                 self._attempt(RIDGES[at])
 
     def _attempt(self, ridge: float) -> None:
-        settings = replace(self._system.settings, ridge_lambda=ridge)
+        settings = replace(self._system.settings, ridge_scale="trace", ridge_lambda=ridge)
         own = self._system.copied(settings)
         try:
             found = solve_layer(own, self._moments, self._tasks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,8 @@ from featcal_fast.calibrate import forward_expert, forward_student
 from featcal_fast.forward.calls import BatchCalls, move
 from featcal_fast.forward.runner import BlockRunner, should_compile
 from featcal_fast.forward.shared import SharedView
+from featcal_fast.layer.choice import RIDGES
+from featcal_fast.layer.judge import Judge
 from featcal_fast.layer.layout import InputGroup, Layout, find_layout
 from featcal_fast.layer.moments import GroupMoments, TaskMoments, token_side
 from featcal_fast.layer.solve import solve_dtype
@@ -140,7 +142,9 @@ def measure_layer(
     with Meter(present, student_block.state_dict(), expert_block.state_dict()) as meter:
         layout, _ = find_layout(student_block, layer, states[0].hidden, states[0].calls, tokens, settings)
         start = meter.live
-        system = LayerSystem(layout, Anchor(student_block, student_block, settings.anchor_rho), settings, META, counts)
+        anchor = Anchor(student_block, student_block, settings.anchor_rho)
+        system = LayerSystem(layout, anchor, settings, META, counts)
+        judge = Judge(layout, anchor, settings, META, counts) if settings.auto else None  # noqa: F841 (is measured)
         system_bytes = meter.live - start
         moments = TaskMoments(layout, student_block, counts, settings, META)
         scratch = meter.live - start - system_bytes
@@ -155,18 +159,20 @@ def measure_layer(
         fold_peak, fold = meter.lap()
         fold_peak += _larger_weights(moments, device)
         moment_flops = _moment_flops(moments, tokens)
+    worst = replace(settings, ridge_scale="trace", ridge_lambda=RIDGES[0]) if settings.auto else settings
     return Footprint(
         layout=layout,
         kept={name.removeprefix(f"{layer.path}."): reason for name, reason in layout.kept.items()},
         system=system_bytes,
         scratch=scratch,
         working=max(expert_peak, student_peak, fold_peak) - full,
-        solving=_solving(layout, solve_dtype(settings, counts.tasks, system.width), counts),
+        solving=_solving(layout, solve_dtype(worst, counts.tasks, system.width), counts)
+        + _choosing(layout, counts, worst),
         expert=expert_flops,
         student=both - moment_flops,
         moments=moment_flops,
         fold=fold,
-        solve=sum(_solve_flops(group, counts) for group in layout.groups),
+        solve=sum(_solve_flops(group, counts, settings) for group in layout.groups),
     )
 
 
@@ -204,12 +210,27 @@ def triangle(size: int) -> int:
     return sum((size - start) * min(BLOCK, size - start) for start in range(0, size, BLOCK))
 
 
-def _solve_flops(group: InputGroup, counts: TokenCounts) -> float:
-    """Cholesky, and two triangular solves; from the token side two more products."""
+def _solve_flops(group: InputGroup, counts: TokenCounts, settings: Settings) -> float:
+    """Cholesky, and two triangular solves; from the token side two more products. To choose, with every value, at most,
+    and a product each time to judge it."""
     size, out, n = group.in_features, sum(group.out_features), counts.total
     if token_side(group, counts):
-        return 2.0 * n * n * size + n**3 / 3 + 2.0 * n * n * out + 4.0 * n * size * out
-    return size**3 / 3 + 2.0 * size * size * out
+        once, judged = 2.0 * n * n * size + n**3 / 3 + 2.0 * n * n * out + 4.0 * n * size * out, 2.0 * n * size * out
+    else:
+        once, judged = size**3 / 3 + 2.0 * size * size * out, 2.0 * size * size * out
+    return len(RIDGES) * (once + judged) if settings.auto else once
+
+
+def _choosing(layout: Layout, counts: TokenCounts, settings: Settings) -> int:
+    """Bytes of the sums' copy that is solved, of the best solution so far, and of a module's change that is judged."""
+    if not settings.auto:
+        return 0
+    kept = worst = 0
+    for group in layout.groups:
+        size, outs = group.in_features, group.out_features
+        kept += 4 * size * (2 * sum(outs) + (0 if token_side(group, counts) else size))
+        worst = max(worst, 4 * size * 3 * max(outs))
+    return kept + worst
 
 
 def _solving(layout: Layout, dtype: torch.dtype, counts: TokenCounts) -> int:

@@ -285,6 +285,10 @@ class Planner:
             forward += data[task].held_batches * held_out_passes * found[-1].expert
             moments += data[task].fitted_batches * found[-1].moments
             fold += found[-1].fold
+            if self.recipe.settings.auto:  # by which held-out samples are summed up, too
+                forward += data[task].held_batches * found[-1].student
+                moments += data[task].held_batches * found[-1].moments
+                fold += found[-1].fold
         worst = max(found, key=lambda each: each.working)
         # An expert's block is gone when the layer is solved.
         working = max(worst.working, worst.solving - self.models.largest_block(layer.index))

@@ -73,7 +73,7 @@ class ChosenReport:
     """What was chosen for a linear module on held-out samples.
 
     Attributes:
-        ridge_lambda: that its weights were solved with.
+        ridge_lambda: that its weights were solved with, relative to the mean diagonal (`ridge_scale: trace`).
         curve: for every value that was tried, as text, the module's squared error on held-out samples (against what the
             experts' modules make of features half-way to their own), less that of the anchor `W_a`, relative to the
             mean square of what `W_a` makes: negative is better than the anchor. Not finite where there was no solution.
@@ -268,6 +268,10 @@ class Report:
                 f"{sum(kept.values())} modules of {len(kept)} layers keep their merged weights, which are better on "
                 "held-out samples"
             )
+
+    def tables(self) -> list[Table]:
+        """For a terminal: layers, and tasks' held-out samples where there are any."""
+        return [self.table(), *([] if self.outcome is None else [self.outcome.table()])]
 
     def table(self) -> Table:
         """A layer a row, for a terminal."""
