@@ -1,9 +1,10 @@
 """Do settings that choose themselves match the best fixed ones? `python -m bench.choice digits`, `llama` or `t5`.
 
-For each seed, the merge of all four experts is calibrated with sixty fixed settings, with `settings: auto`, and with the
-defaults, each fitted to the same samples; `auto` chooses by others, 32 of 160 samples a task and 16 of 32. All are judged
-on test data that no method sees. The best fixed setting is the one that is best on the test data in the mean over seeds,
-which nobody could know beforehand. Seconds are of `auto` and of the default settings, in turns, both with the gate.
+For each seed, the merge of all four experts is calibrated with sixty fixed settings, with `settings: auto`, and with
+the defaults, each fitted to the same samples; `auto` chooses by others, 32 of 160 samples a task and 16 of 32. All are
+judged on test data that no method sees. The best fixed setting is the one that is best on the test data in the mean
+over seeds, which nobody could know beforehand. Seconds are of `auto` and of the default settings, in turns, both with
+the gate.
 """
 
 from __future__ import annotations

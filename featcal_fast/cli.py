@@ -167,27 +167,14 @@ def calibrate(
         featcal-fast calibrate recipe.yaml --out models/calibrated --device cuda
         featcal-fast calibrate --mergekit merged --data math=math.jsonl --data code=code.jsonl --out calibrated
     """
-    from featcal_fast.inputs.recipe import with_out
     from featcal_fast.job.delta import RANK, read_summary
     from featcal_fast.job.run import calibrate as run
 
-    for wrong, option, said in (
-        (resume and fresh, "--resume", "found --fresh too, expected one of the two"),
-        (
-            no_checkpoint and checkpoint_every,
-            "--checkpoint-every",
-            "found --no-checkpoint too, expected one of the two",
-        ),
-        (delta_rank and delta is None, "--delta-rank", "found no --delta, which it belongs to"),
-    ):
-        if wrong:
-            raise typer.BadParameter(said, param_hint=option)
+    _check_pairs(resume, fresh, no_checkpoint, checkpoint_every, delta, delta_rank)
     configure_process()
-    console, job = Terminal(), with_out(_job(recipe, mergekit, data, skip, base, recipe_out, out), out)
-    if require_better and not job.held_out:
-        raise typer.BadParameter("found held_out: 0, expected samples to judge by", param_hint="--require-better")
+    console = Terminal()
     report = run(
-        job if keep_better is None else replace(job, settings=replace(job.settings, keep_better=keep_better)),
+        _judged(_job(recipe, mergekit, data, skip, base, recipe_out, out), keep_better, require_better),
         out=out,
         device=device,
         progress=BarProgress(console),
@@ -401,6 +388,35 @@ def demo(
     from featcal_fast.demo import run
 
     run(out, console=Console(), device=device)
+
+
+def _check_pairs(
+    resume: bool,
+    fresh: bool,
+    no_checkpoint: bool,
+    checkpoint_every: int | None,
+    delta: Path | None,
+    delta_rank: int | None,
+) -> None:
+    """Refuse options of `calibrate` that exclude each other."""
+    if resume and fresh:
+        raise typer.BadParameter("found --fresh too, expected one of the two", param_hint="--resume")
+    if no_checkpoint and checkpoint_every:
+        raise typer.BadParameter("found --no-checkpoint too, expected one of the two", param_hint="--checkpoint-every")
+    if delta_rank and delta is None:
+        raise typer.BadParameter("found no --delta, which it belongs to", param_hint="--delta-rank")
+
+
+def _judged(job: Path | Recipe, keep_better: bool | None, require_better: bool) -> Recipe:
+    """What is to be done, as the options about held-out samples have it."""
+    from featcal_fast.inputs.recipe import Recipe
+
+    recipe = Recipe.load(job)
+    if require_better and not recipe.held_out:
+        raise typer.BadParameter("found held_out: 0, expected samples to judge by", param_hint="--require-better")
+    if keep_better is None:
+        return recipe
+    return replace(recipe, settings=replace(recipe.settings, keep_better=keep_better))
 
 
 def _job(

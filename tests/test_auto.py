@@ -13,7 +13,6 @@ import featcal_fast as ff
 from featcal_fast import reference
 from featcal_fast.errors import DataError, RecipeError
 from featcal_fast.forward.calls import stage_inputs
-from featcal_fast.layer import judge
 from featcal_fast.layer.choice import RIDGES
 from featcal_fast.models import find_structure
 
@@ -44,7 +43,7 @@ def inputs(model: nn.Module, batch: pico.Batch, name: str) -> Tensor:
 
 @torch.no_grad()
 def error(job: pico.Job, model: nn.Module, held_out: dict[str, list[pico.Batch]], name: str) -> float:
-    """Of a module of the first layer, by its definition: `sum_t w_t E||W x_s + b - W_t x - b_t||^2`, in float64."""
+    """Of a module of the first layer, by its definition: `sum_t w_t E||W x_s + b - W_t x_e - b_t||^2`, in float64."""
     total = 0.0
     new = find_structure(model, "model").blocks[0].get_submodule(name)
     for task, batches in held_out.items():
@@ -54,10 +53,9 @@ def error(job: pico.Job, model: nn.Module, held_out: dict[str, list[pico.Batch]]
             for each in (job.merged, job.experts[task])
         )
         weight = 1 / torch.linalg.matrix_norm(xs.T @ xs / len(xs))
-        mixed = judge.ALPHA * xe + (1 - judge.ALPHA) * xs
         made, wanted = (
             torch.nn.functional.linear(x, module.weight.double(), None if module.bias is None else module.bias.double())
-            for x, module in ((xs, new), (mixed, expert))
+            for x, module in ((xs, new), (xe, expert))
         )
         total += float(weight * (made - wanted).square().sum(1).mean())
     return total

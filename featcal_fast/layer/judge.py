@@ -1,6 +1,6 @@
 """How good weights are on samples that nothing was fitted to, from these samples' moments (`docs/method.md`).
 
-With a task's held-out moments, `x = ALPHA x_e + (1 - ALPHA) x_s`, `y = W_t x + b_t` and V = W - W_a, a module's error
+With a task's held-out moments, `y = W_t x_e + b_t` what its expert's module makes, and V = W - W_a, a module's error
 
     sum_t w_t E||W x_s + b - y||^2
 
@@ -8,8 +8,8 @@ is, but for what does not depend on W and b,
 
     <V A, V> - 2 <V, R>  +  2 <b, W m> - 2 sum_t w_t <b_t, W m_t> - 2 <b, y> + w ||b||^2
 
-where A and R are the sums of `systems.py` for a teacher_alpha of `ALPHA`, m_t the mean of x_s, and m, y and w the sums
-over tasks of w_t m_t, w_t E y and w_t.
+where A and R are the sums of `systems.py` for a teacher_alpha of 1, m_t the mean of x_s, and m, y and w the sums over
+tasks of w_t m_t, w_t E y and w_t.
 """
 
 from __future__ import annotations
@@ -36,10 +36,6 @@ from featcal_fast.layer.systems import (
 from featcal_fast.layer.tokens import TokenCounts
 from featcal_fast.settings import Settings
 
-# The features that weights are judged by, as a teacher_alpha. Towards 1 the smallest ridge_lambda looks best, however
-# few samples there are; towards the one that they are fitted with, a large one (`docs/notes.md`).
-ALPHA = 0.5
-
 
 class Judge(LayerSystem):
     """A layer's held-out sums; tasks are folded into it as into a `LayerSystem`, a task without samples not at all.
@@ -53,7 +49,7 @@ class Judge(LayerSystem):
     def __init__(
         self, layout: Layout, anchor: Anchor, settings: Settings, device: torch.device, counts: TokenCounts
     ) -> None:
-        super().__init__(layout, anchor, replace(settings, teacher_alpha=ALPHA, calibrate_bias=True), device, counts)
+        super().__init__(layout, anchor, replace(settings, teacher_alpha=1.0, calibrate_bias=True), device, counts)
         self._biased: dict[str, list[tuple[Tensor, Tensor]]] = {}  # by module, w_t b_t and m_t of each task
 
     def complete(self) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:  # only terminals need it, and bench.gpu runs without
     from rich.table import Table
 
-KL, DRIFT = "KL of the outputs", "drift of the features"  # what is judged by
+KL, OUTPUTS, DRIFT = "KL of the outputs", "drift of the outputs", "drift of the features"  # what is judged by
 # Why a weight keeps its merged values:
 LAYER_WORSE = "its layer is worse with a new one, on held-out samples"
 MODEL_WORSE = "the model is worse with new ones, on held-out samples"
@@ -67,7 +67,8 @@ class Outcome:
 
     Attributes:
         tasks: each task's numbers.
-        measure: what it is judged by: `KL of the outputs` if all tasks have one, else `drift of the features`.
+        measure: what it is judged by: `KL of the outputs` if all tasks have that, else `drift of the outputs` likewise,
+            else `drift of the features`.
         merged: that of the merged model: the mean over tasks, of drifts the root of the mean of squares.
         calibrated: the same, calibrated.
         spread: standard error of their difference, of differences sample by sample, tasks weighing the same. A task

@@ -75,7 +75,7 @@ class ChosenReport:
     Attributes:
         ridge_lambda: that its weights were solved with, relative to the mean diagonal (`ridge_scale: trace`).
         curve: for every value that was tried, as text, the module's squared error on held-out samples (against what the
-            experts' modules make of features half-way to their own), less that of the anchor `W_a`, relative to the
+            experts' modules make of theirs), less that of the anchor `W_a`, relative to the
             mean square of what `W_a` makes: negative is better than the anchor. Not finite where there was no solution.
     """
 
@@ -88,11 +88,11 @@ class GateReport:
     """What a layer makes of held-out samples, given what the calibrated layers before it make of them.
 
     Attributes:
-        merged: with merged weights, the root of the mean of `||h - h_expert||^2 / ||h_expert||^2` over tokens, samples
-            and tasks weighing the same.
+        merged: with merged weights, the root of the mean of `||h - h_expert||^2 / ||h_expert||^2` over tokens (weighted
+            as the layer's are), samples and tasks weighing the same.
         calibrated: the same, with every weight as it was solved for.
         spread: standard error of the difference of the two means, of squares, over samples.
-        kept: names of the modules in the layer that keep their merged weights, because the layer got worse by more.
+        kept: names of the modules in the layer that keep their merged weights, because the layer got worse.
     """
 
     merged: float

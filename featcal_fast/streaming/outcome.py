@@ -15,7 +15,7 @@ from featcal_fast.forward.outputs import NoOutputs, Outputs
 from featcal_fast.layer.tokens import Tokens
 from featcal_fast.models.decoder import DECODER, GPT2
 from featcal_fast.models.tokens import vocabulary_size
-from featcal_fast.reporting.outcome import DRIFT, KL, Outcome, TaskOutcome
+from featcal_fast.reporting.outcome import DRIFT, KL, OUTPUTS, Outcome, TaskOutcome
 from featcal_fast.streaming.chunks import Chunks
 from featcal_fast.streaming.hidden_states import HiddenStates
 from featcal_fast.streaming.paired import Paired, paired
@@ -71,6 +71,7 @@ def measure_outcome(
     tasks: dict[str, TaskOutcome] = {}
     features: list[list[list[float]]] = []
     outputs: list[list[list[float]]] = []
+    divergences: list[list[list[float]]] = []
     for task, each in followed.items():
         expert = experts[task]
         sums, reason = _compare(student, expert, each, device, forward_dtype)
@@ -80,10 +81,13 @@ def measure_outcome(
         tasks[task] = _outcome(values, reason)
         features.append(_scaled(values, "drift", "energy"))
         if "kl_merged" in values:
-            outputs.append(_scaled(values, "kl", "count"))
+            divergences.append(_scaled(values, "kl", "count"))
+        if "output_drift_merged" in values:
+            outputs.append(_scaled(values, "output_drift", "output_energy"))
     student.release_stage_inputs()
-    by_outputs = len(outputs) == len(tasks)
-    return _judged(tasks, outputs if by_outputs else features, by_outputs)
+    if len(divergences) == len(tasks):
+        return _judged(tasks, divergences, KL)
+    return _judged(tasks, outputs, OUTPUTS) if len(outputs) == len(tasks) else _judged(tasks, features, DRIFT)
 
 
 def _compare(
@@ -324,15 +328,14 @@ def _scaled(values: Mapping[str, list[float]], name: str, over: str) -> list[lis
     return [[each / mean for each in values[f"{name}_{model}"]] for model in MODELS]
 
 
-def _judged(tasks: dict[str, TaskOutcome], numbers: Sequence[list[list[float]]], by_outputs: bool) -> Outcome:
+def _judged(tasks: dict[str, TaskOutcome], numbers: Sequence[list[list[float]]], measure: str) -> Outcome:
     """The judgement on `numbers`: each task's samples of both models; KLs, or squares of drifts."""
-    measure = KL if by_outputs else DRIFT
     merged, calibrated = ([each[i] for each in numbers] for i in range(2))
     sound = [all(math.isfinite(value) for one in each for value in one) for each in (merged, calibrated)]
     if not all(sound):
         return Outcome(tasks, measure, worse=sound[0])
     found: Paired = paired(merged, calibrated)
-    if by_outputs:
+    if measure == KL:
         return Outcome(tasks, measure, *found, worse=found.worse)
     roots = math.sqrt(found.first), math.sqrt(found.second)
     spread = found.spread / (sum(roots) or 1.0)  # that of the roots' difference, since b^2 - a^2 = (b - a) (b + a)
