@@ -422,11 +422,12 @@ def test_hidden_states_on_disk_change_nothing(llama_recipe: dict, tmp_path: Path
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "other"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert list((tmp_path / "scratch").iterdir()) == []
-    states = (
-        2 * 20 * 20 * 64 * 4
-    )  # of the student, and of the experts: the last block's output is stored for these only
-    assert report.bytes_written["hidden states"] == (3 + 4) * states
-    assert (5 + 3) * states <= report.bytes_read["hidden states"] <= (6 + 4) * states  # some are fetched too early
+    # Of the student, and of the experts (the last block's output is stored for these only); and of those that are
+    # followed, four samples a task, in three models.
+    states, followed = 2 * 20 * 20 * 64 * 4, 2 * 4 * 20 * 64 * 4
+    assert report.bytes_written["hidden states"] == (3 + 4) * states + 3 * 4 * followed
+    read = report.bytes_read["hidden states"]
+    assert (5 + 3) * states + 3 * 2 * 3 * followed <= read <= (6 + 4) * states + 3 * 4 * 3 * followed  # some too early
     with pytest.raises(ff.FeatCalError, match=r"scratch: .*nowhere cannot hold hidden states"):
         ff.calibrate(llama_recipe, out=tmp_path / "third", scratch=tmp_path / "nowhere")
 
@@ -473,7 +474,7 @@ def test_a_job_that_is_told_to_stop_leaves_nothing(llama_recipe: dict, tmp_path:
     path.write_text(json.dumps(llama_recipe))
     code = (
         "import os, signal, sys; from featcal_fast import cli; loop = sys.modules['featcal_fast.calibrate'];"
-        "loop.solve_layer = lambda *_: os.kill(os.getpid(), signal.SIGTERM);"
+        "loop.choose = lambda *_: os.kill(os.getpid(), signal.SIGTERM);"
         f"sys.argv = ['featcal-fast', 'calibrate', {str(path)!r}, '--device', 'cpu']; cli.main()"
     )
     before = _tree(tmp_path)

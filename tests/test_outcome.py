@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from featcal_fast.layer.tokens import Tokens
 from featcal_fast.reporting.forms import build
-from featcal_fast.reporting.outcome import DRIFT, KL, Outcome, TaskOutcome
+from featcal_fast.reporting.outcome import DRIFT, KL, OUTPUTS, Outcome, TaskOutcome
 from featcal_fast.streaming import outcome as module
 from featcal_fast.streaming.outcome import Followed, measure_outcome
 from featcal_fast.streaming.sources import ModuleSource, Source
@@ -245,8 +245,8 @@ def test_other_models_are_compared_by_what_they_give_for_a_sample(kind: str) -> 
     expert = given("expert")
     assert found.output_drift_merged == pytest.approx(relative(given("merged"), expert), rel=1e-5)
     assert found.output_drift_calibrated == pytest.approx(relative(given("calibrated"), expert), rel=1e-5)
-    assert outcome.measure == DRIFT
-    assert outcome.merged == pytest.approx(found.drift_merged, rel=1e-12)
+    assert outcome.measure == OUTPUTS
+    assert outcome.merged == pytest.approx(found.output_drift_merged, rel=1e-12)
 
 
 def test_regression_has_no_classes() -> None:
@@ -345,19 +345,19 @@ def test_heads_of_two_kinds_are_not_compared() -> None:
     assert found.tasks["a"].kl_merged is None
 
 
-def judged(*tasks: tuple[Sequence[float], Sequence[float]], by_outputs: bool) -> Outcome:
-    return module._judged({}, [[list(a), list(b)] for a, b in tasks], by_outputs)
+def judged(*tasks: tuple[Sequence[float], Sequence[float]], measure: str) -> Outcome:
+    return module._judged({}, [[list(a), list(b)] for a, b in tasks], measure)
 
 
 def test_the_judgement() -> None:
-    same = judged(([1.0, 2.0], [1.0, 2.0]), by_outputs=True)
+    same = judged(([1.0, 2.0], [1.0, 2.0]), measure=KL)
     assert (same.merged, same.calibrated, same.spread, same.worse) == (1.5, 1.5, 0.0, False)
-    assert judged(([1.0, 2.0], [1.2, 2.1]), by_outputs=True).worse
-    assert not judged(([1.0, 2.0], [1.2, 1.9]), by_outputs=True).worse  # within the spread
-    assert judged(([1.0], [1.01]), by_outputs=True).worse  # one sample has none
-    assert not judged(([1.0], [0.99]), by_outputs=True).worse
+    assert judged(([1.0, 2.0], [1.2, 2.1]), measure=KL).worse
+    assert not judged(([1.0, 2.0], [1.2, 1.9]), measure=KL).worse  # within the spread
+    assert judged(([1.0], [1.01]), measure=KL).worse  # one sample has none
+    assert not judged(([1.0], [0.99]), measure=KL).worse
     squares = ([1.0, 4.0], [2.0, 9.0])
-    root, square = judged(squares, by_outputs=False), judged(squares, by_outputs=True)
+    root, square = judged(squares, measure=DRIFT), judged(squares, measure=KL)
     assert (root.merged, root.calibrated) == (math.sqrt(2.5), math.sqrt(5.5))
     assert root.worse == square.worse == (root.calibrated - root.merged > root.spread)
     assert root.spread * (root.merged + root.calibrated) == pytest.approx(square.spread)
@@ -365,9 +365,9 @@ def test_the_judgement() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_numbers_that_are_not_finite_are_worse(bad: float) -> None:
-    assert judged(([1.0, 1.0], [1.0, bad]), by_outputs=True).worse
-    assert not judged(([1.0, bad], [1.0, bad]), by_outputs=True).worse  # no worse than it was
-    assert not judged(([1.0, bad], [1.0, 1.0]), by_outputs=True).worse
+    assert judged(([1.0, 1.0], [1.0, bad]), measure=KL).worse
+    assert not judged(([1.0, bad], [1.0, bad]), measure=KL).worse  # no worse than it was
+    assert not judged(([1.0, bad], [1.0, 1.0]), measure=KL).worse
 
 
 @pytest.mark.parametrize("kind", ["llama", "vit classifier", "clip"])

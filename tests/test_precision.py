@@ -168,7 +168,7 @@ def calibrated(ways_to_set: list[str]) -> tuple[set[str], list[dict[str, Tensor]
         (HiddenStates, "enter"),
         (BatchCalls, "run"),
         (LayerSystem, "fold"),
-        (loop, "solve_layer"),
+        (loop, "choose"),
         (reference, "stage_inputs"),
         (reference, "solve_weight"),
     ):
