@@ -26,6 +26,7 @@ from featcal_fast.models import families_table
 PAGES = ("README.md", "bench/README.md", "docs/families.md")
 OURS = "featcal_fast"
 REAL = ("lm", "encoder")
+CHOICES = {"digits": (100, 1, "accuracy, %"), "llama": (1, 3, "bits per byte"), "t5": (100, 1, "exact match, %")}
 # Columns of the README's table of real models, and their rows.
 REAL_ROWS = {"base": BASE, "experts": EXPERTS, "task arithmetic": ARITHMETIC, "FeatCal 128": "FeatCal 128, chosen"}
 # The comparisons that the README shows, and what it calls them and what is compared.
@@ -220,6 +221,30 @@ def digits() -> str:
     return _table(lines)
 
 
+def chosen() -> str:
+    """Settings that choose themselves beside sixty fixed ones, for each kind of models and number of samples."""
+    lines = []
+    for kind, (scale, digits, measure) in CHOICES.items():
+        for count, found in _read(f"choice-{kind}")["summary"].items():
+            told = {
+                name: f"{scale * found[name][0]:.{digits}f} ± {scale * found[name][1]:.{digits}f}"
+                for name in ("merged", "default", "best of grid", "auto", "auto against best")
+            }
+            lines.append(
+                {
+                    "": f"{kind}, {count} samples a task: {measure}",
+                    "merged": told["merged"],
+                    "default": told["default"],
+                    "median of 60": f"{scale * found['fixed']['median']:.{digits}f}",
+                    "best of 60": told["best of grid"],
+                    "`auto`": told["auto"],
+                    "`auto` less best": told["auto against best"],
+                    "time": f"{found['time']:.2f}",
+                }
+            )
+    return _table(lines)
+
+
 def real() -> str:
     """Of each study on real models, the merge that was tuned, the repairs of it, and how sure the difference is."""
     lines = []
@@ -281,6 +306,7 @@ def families() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
+    "choice": chosen,
     "compared": compared,
     "demo": demo,
     "digits": digits,

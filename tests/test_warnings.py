@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import featcal_fast as ff
 from featcal_fast.layer.solve import MAX_CONDITION_FLOAT32, max_condition
+from featcal_fast.reporting.outcome import LAYER_WORSE, Outcome
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import GroupReport, LayerReport, Report, drift_text, percent_text
 from featcal_fast.reporting.warnings import (
@@ -85,6 +86,11 @@ RUNS = [
         r"0 of 2 linear weights were calibrated; .*1 not included, 1 excluded",
     ),
     (report(kept=dict.fromkeys("abc", "a router")), r"2 of 5 linear weights were calibrated; .*3 a router"),
+    (
+        report(outcome=Outcome(merged=0.1, calibrated=0.2, spread=0.01, worse=True, kept="merged")),
+        r"worse than the merge .* \(drift of the features 0.1000 -> 0.2000, spread 0.0100\): all weights",
+    ),
+    (report(outcome=Outcome(merged=0.1, calibrated=0.2, spread=0.01, worse=True)), r"it was written all the same"),
     (report(storage_error={"a": 0.01, "b": 0.09}), r"expert_storage .* 1 of 2 experts by more than 2% \(most: b"),
 ]
 
@@ -104,8 +110,10 @@ def test_each_kind_is_one_sentence(found: Report, said: str) -> None:
         report(kept=dict.fromkeys("abcdef", "not included")),
         report(storage_error={"a": 0.011}),
         report(layer(0, 0.5, 0.4, group(tokens=0))),
+        report(layer(0, 0.5, 0.4, group(5.0)), outcome=Outcome(merged=0.5, calibrated=0.4, spread=0.01)),
+        report(layer(0, 0.5, 0.5), outcome=Outcome(kept="merged"), kept={"fc1": LAYER_WORSE}),
     ],
-    ids=["a head", "the recipe's choice", "eight bits", "not counted"],
+    ids=["a head", "the recipe's choice", "eight bits", "not counted", "judged", "merged weights kept"],
 )
 def test_what_is_as_it_should_be_is_not_said(found: Report) -> None:
     assert about_run(found) == []

@@ -292,7 +292,7 @@ def _undefined_drift(report: Report) -> str:
 def _change(report: Report) -> str:
     groups = _groups(report)
     large = [(where, group) for where, group in groups if not group.change <= LARGE_CHANGE]
-    if not large:
+    if not large or report.better:  # held-out samples say that it is no noise
         return ""
     where, most = max(large, key=lambda each: each[1].change)
     return (
