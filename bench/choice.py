@@ -35,6 +35,7 @@ GRID = {
 }
 SEEDS = {"digits": range(5), "llama": range(2), "t5": range(3)}
 LOWER_IS_BETTER = ("llama",)
+SCALES = {"digits": 100}  # to per cent
 Data = dict[str, list[Batch]]
 
 
@@ -117,7 +118,7 @@ def summary(rows: list[dict[str, Any]], better: Any) -> dict[str, Any]:
 
 def show(results: dict[str, Any], kind: str) -> str:
     """A line a number of samples."""
-    scale = 1 if kind in LOWER_IS_BETTER else 100
+    scale = SCALES.get(kind, 1)
     lines = []
     for count, found in results["summary"].items():
         told = {"samples a task": str(count)}

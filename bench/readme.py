@@ -26,7 +26,7 @@ from featcal_fast.models import families_table
 PAGES = ("README.md", "bench/README.md", "docs/families.md")
 OURS = "featcal_fast"
 REAL = ("lm", "encoder")
-CHOICES = {"digits": (100, 1, "accuracy, %"), "llama": (1, 3, "bits per byte"), "t5": (100, 1, "exact match, %")}
+CHOICES = {"digits": (100, 1, "accuracy, %"), "llama": (1, 3, "bits per byte"), "t5": (1, 1, "exact match, %")}
 # Columns of the README's table of real models, and their rows.
 REAL_ROWS = {"base": BASE, "experts": EXPERTS, "task arithmetic": ARITHMETIC, "FeatCal 128": "FeatCal 128, chosen"}
 # The comparisons that the README shows, and what it calls them and what is compared.
@@ -225,6 +225,8 @@ def chosen() -> str:
     """Settings that choose themselves beside sixty fixed ones, for each kind of models and number of samples."""
     lines = []
     for kind, (scale, digits, measure) in CHOICES.items():
+        if not (RESULTS / f"choice-{kind}.json").exists():
+            continue
         for count, found in _read(f"choice-{kind}")["summary"].items():
             told = {
                 name: f"{scale * found[name][0]:.{digits}f} ± {scale * found[name][1]:.{digits}f}"
