@@ -308,7 +308,6 @@ def families() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    "choice": chosen,
     "compared": compared,
     "demo": demo,
     "digits": digits,
@@ -326,6 +325,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "real lm full": lambda: real_rows("lm", "full"),
     "real lm lora": lambda: real_rows("lm", "lora"),
     "real sources": lambda: _table(sources.table(), "--r--"),
+    "settings": chosen,
     "t5": lambda: _table(study.lines(_read("accuracy-t5"), "token accuracy, %", 1)),
 }
 

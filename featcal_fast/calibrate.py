@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from featcal_fast.errors import DataError
 from featcal_fast.forward.hooks import Activations
-from featcal_fast.layer.choice import choose
+from featcal_fast.layer.choice import choose, hardest
 from featcal_fast.layer.judge import Judge
 from featcal_fast.layer.layout import find_layout
 from featcal_fast.layer.moments import TaskMoments
@@ -64,10 +64,12 @@ class Output:
     Attributes:
         first: the first layer that is not done yet.
         snapshots: where hidden states are kept to go on from, if they are.
+        was_put_back: whether a run before this one has begun to give layers their merged weights again.
     """
 
     first = 0
     snapshots: Snapshots | None = None
+    was_put_back = False
 
     def __init__(self, write: Write, put_back: Callable[[], None]) -> None:
         self.write, self.put_back = write, put_back
@@ -131,7 +133,8 @@ def calibrate_model(
         progress or Progress(),
         clock,
     )
-    about = about_settings(settings, _condition(settings, merged, len(experts)), MAX_CONDITION_FLOAT32)
+    worst = hardest(settings)
+    about = about_settings(worst, _condition(worst, merged, len(experts)), MAX_CONDITION_FLOAT32)
     report.warnings = [*about, *about_run(report)]
     with clock("finishing"):
         _change(student.structure, updates)
@@ -216,8 +219,9 @@ def calibrate_source(
 def keep_better(report: Report, structure: Structure, output: Output) -> None:
     """Where the calibrated model is worse than the merged one on held-out samples, the latter is what there is."""
     assert report.outcome is not None
-    report.outcome.kept = "merged" if report.outcome.worse else "calibrated"
-    if report.outcome.worse:
+    worse = report.outcome.worse or output.was_put_back
+    report.outcome.kept = "merged" if worse else "calibrated"
+    if worse:
         output.put_back()
         for layer, done in zip(structure.layers, report.layers, strict=True):
             names = (name for group in done.groups for name in group.modules)

@@ -23,6 +23,8 @@ from featcal_fast.version import __version__
 
 if TYPE_CHECKING:
     from featcal_fast.inputs.recipe import Recipe
+    from featcal_fast.planning.duration import Duration
+    from featcal_fast.planning.plan import Plan
 
 EXAMPLE = """
 Repair a merged model: pull its features toward the experts it was made from, layer by layer, in closed form.
@@ -167,7 +169,7 @@ def calibrate(
         featcal-fast calibrate recipe.yaml --out models/calibrated --device cuda
         featcal-fast calibrate --mergekit merged --data math=math.jsonl --data code=code.jsonl --out calibrated
     """
-    from featcal_fast.job.delta import RANK, read_summary
+    from featcal_fast.job.delta import RANK
     from featcal_fast.job.run import calibrate as run
 
     _check_pairs(resume, fresh, no_checkpoint, checkpoint_every, delta, delta_rank)
@@ -190,7 +192,7 @@ def calibrate(
     )
     for table in report.tables():
         console.print(table)
-    console.say(report.summary() + (f"\nWrote {delta}: {read_summary(delta)}" if delta else ""))
+    console.say(report.summary() + _delta_line(delta))
     console.next_steps(Path(report.out or ""))
     raise typer.Exit(NOT_BETTER if require_better and not report.better else 0)
 
@@ -236,9 +238,8 @@ def plan(
     from featcal_fast.planning.planner import plan as make
 
     if rate is not None and not 0 < rate < math.inf:
-        raise typer.BadParameter(
-            f"found {rate}, expected TFLOP/s above 0, such as a run's summary says", param_hint="--rate"
-        )
+        said = f"found {rate}, expected TFLOP/s above 0, such as a run's summary says"
+        raise typer.BadParameter(said, param_hint="--rate")
     configure_process()
     console, job = Terminal(), with_out(_job(recipe, mergekit, data, skip, base, recipe_out, out), out)
     found = make(
@@ -253,14 +254,18 @@ def plan(
         progress=(progress := BarProgress(console)),
     )
     progress.close()
-    for table in found.tables():
-        console.print(table)
-    console.say(found.summary(rate * 1e12) if rate else found.summary(duration=expected(found)))
-    if console.stdout.failed:
-        raise OutputError("standard output cannot be written: the plan is not shown")
+    _show_plan(console, found, rate, expected(found))
     if job.folder and (left := left_behind(job.folder)):
         console.say(left)
     found.check()
+
+
+def _show_plan(console: Terminal, found: Plan, rate: float | None, duration: Duration | None) -> None:
+    for table in found.tables():
+        console.print(table)
+    console.say(found.summary(rate * 1e12) if rate else found.summary(duration=duration))
+    if console.stdout.failed:
+        raise OutputError("standard output cannot be written: the plan is not shown")
 
 
 @app.command()
@@ -405,6 +410,15 @@ def _check_pairs(
         raise typer.BadParameter("found --no-checkpoint too, expected one of the two", param_hint="--checkpoint-every")
     if delta_rank and delta is None:
         raise typer.BadParameter("found no --delta, which it belongs to", param_hint="--delta-rank")
+
+
+def _delta_line(delta: Path | None) -> str:
+    """What was written beside the model."""
+    from featcal_fast.job.delta import read_summary
+
+    if delta is None:
+        return ""
+    return f"\nWrote {delta}: {read_summary(delta)}" if delta.exists() else "\nNo delta: all weights are the merge's"
 
 
 def _judged(job: Path | Recipe, keep_better: bool | None, require_better: bool) -> Recipe:

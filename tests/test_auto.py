@@ -64,21 +64,30 @@ def error(job: pico.Job, model: nn.Module, held_out: dict[str, list[pico.Batch]]
 @pytest.mark.parametrize(
     ("kind", "module"), [("clip", "mlp.fc2"), ("clip", "self_attn.q_proj"), ("llama", "mlp.down_proj")]
 )
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("few", [False, True], ids=["features", "tokens"])
-def test_errors_are_those_of_the_definition(kind: str, module: str, few: bool) -> None:
-    """The curve's differences, whatever side it is solved from, with biases and token weights of one."""
+def test_errors_are_those_of_the_definition(kind: str, module: str, few: bool, bias: bool) -> None:
+    """The curve's differences, whatever side it is solved from, with biases that are solved for or stay."""
     job = pico.job(kind, 2)
+    with torch.no_grad():
+        for number, model in enumerate((job.merged, *job.experts.values())):  # away from the base's
+            for name, value in model.named_parameters():
+                value += (0.3 + 0.1 * number) * name.endswith("bias")
     if few:
         job.batches = {
             task: [{k: v[:1] for k, v in batch.items()} for batch in each[:2]] for task, each in job.batches.items()
         }
     fitted, held_out = halves(job, 1)
-    _, report = calibrated(job, ff.Settings(auto=True, keep_better=False), batches=fitted, held_out=held_out)
+    _, report = calibrated(
+        job, ff.Settings(auto=True, keep_better=False, calibrate_bias=bias), batches=fitted, held_out=held_out
+    )
     curve = report.layers[0].chosen[module].curve
     assert len(curve) >= 3
     found = {}
     for ridge in curve:
-        fixed, _ = calibrated(job, ff.Settings(ridge_scale="trace", ridge_lambda=float(ridge)), batches=fitted)
+        fixed, _ = calibrated(
+            job, ff.Settings(ridge_scale="trace", ridge_lambda=float(ridge), calibrate_bias=bias), batches=fitted
+        )
         found[ridge] = error(job, fixed, held_out, module)
     scale = max(found.values()) - min(found.values())
     first = next(iter(curve))
@@ -107,6 +116,15 @@ def test_every_module_has_the_weights_of_its_choice(kind: str) -> None:
     assert {name for layer in report.layers for name in layer.chosen} == {
         name for layer in report.layers for group in layer.groups for name in group.modules
     }
+
+
+def test_layers_without_a_module_to_solve_are_left_out() -> None:
+    job = pico.job("clip", 2)
+    fitted, held_out = halves(job)
+    settings = ff.Settings(auto=True, exclude=r".*layers\.0\..*(proj|fc\d)")
+    _, report = calibrated(job, settings, batches=fitted, held_out=held_out)
+    assert report.layers[0].chosen == {}
+    assert report.layers[1].chosen
 
 
 def test_few_samples_choose_larger_values_than_many() -> None:

@@ -105,8 +105,18 @@ def test_samples_are_held_out_of_tasks_that_have_others() -> None:
             {"other": job.batches["task0"]},
             "task other: found held-out batches, but none",
         ),
+        ({"task0": job.batches["task0"]}, {"task0": None}, "task task0: found a NoneType of held-out batches"),
         ({"task0": []}, {"task0": job.batches["task0"]}, "task task0: found held-out batches alone"),
         ({"task0": job.batches["task0"]}, {"task0": ["text"]}, "task task0, batch 5: found a str"),
     ]:
         with pytest.raises(DataError, match=message):
             ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches=fitted, held_out=held_out)
+
+
+def test_held_out_samples_without_a_token_that_counts_judge_nothing() -> None:
+    job = pico.job("llama", 1)
+    fitted, held_out = halves(job)
+    for batch in held_out["task0"]:
+        batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
+    with pytest.raises(DataError, match=r"task task0: no token of its held-out samples counts in model.layers"):
+        ff.calibrate_model(job.merged, base=job.base, experts=job.experts, batches=fitted, held_out=held_out)

@@ -9,6 +9,7 @@ The folder holds
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from featcal_fast.reporting.clock import Clock
 from featcal_fast.reporting.drift_report import DriftReport
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import Report
+from featcal_fast.reporting.warnings import about_held_out
 from featcal_fast.streaming.machine import find_device
 from featcal_fast.streaming.sources import CheckpointSource
 
@@ -84,8 +86,13 @@ def drift(
     report = measure_source(merged, other, experts, batches, settings, device, progress, same_heads=same)
     report.recipe = {key: value for key, value in recipe.to_dict().items() if key != "out"}
     report.model = None if calibrated is None else str(calibrated.path)
+    if past is not None and recipe.held_out and not all(report.held_out.values()):
+        late = about_held_out(recipe.held_out, {task: (n, report.held_out[task]) for task, n in report.samples.items()})
+        for warning in late:
+            progress.warning(warning)
+        warnings += late
     report.warnings = warnings
-    if past is not None:
+    if past is not None and same:
         _take_over(report, past)
     report.seconds = sum(clock.seconds.values())
     if folder is not None:
@@ -151,6 +158,8 @@ def _warnings(recipe: Recipe, past: Report | None) -> list[str]:
         )
     mine = recipe.to_dict()
     differing = [key for key in SAMPLING if past.recipe.get(key) != mine.get(key)]
+    if _numbers(past.recipe) != _numbers(mine):
+        differing.append("number of samples of a task")
     if differing:
         found.append(
             f"the model was calibrated by a recipe with another {' and '.join(differing)}: it may have been fitted to "
@@ -159,6 +168,13 @@ def _warnings(recipe: Recipe, past: Report | None) -> list[str]:
     elif not recipe.held_out:
         found.append("no samples are held out: the model is measured on those that it was fitted to (held_out)")
     return found
+
+
+def _numbers(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """By task, how many samples it has of its own; nothing of a recipe of another form."""
+    experts = recipe.get("experts")
+    tasks = experts.items() if isinstance(experts, Mapping) else ()
+    return {task: each.get("samples") for task, each in tasks if isinstance(each, Mapping)}
 
 
 def _take_over(report: DriftReport, past: Report) -> None:
@@ -189,7 +205,8 @@ def _write(report: DriftReport, folder: Path, progress: Progress) -> None:
             for name, text in texts.items():
                 files.write_bytes(work.model / name, text.encode(errors="backslashreplace"))
         if can_draw():
-            report.plot(work.model / PICTURE)
+            with write_errors(folder):
+                report.plot(work.model / PICTURE)
         else:
             progress.warning(f"{PICTURE} is not written, which needs matplotlib: pip install 'featcal-fast[demo]'")
         with write_errors(folder):

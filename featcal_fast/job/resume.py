@@ -228,6 +228,7 @@ class Resumable(Output):
         self._student, self._writer, self._work, self._models = student, writer, work, models
         self._past, self._batches, self._every, self._clock = past, batches, every, clock
         self.first = self._durable = past.layers
+        self.was_put_back = past.put_back
         self._recorded = set(past.hashes)  # tensors
         self._since = time.perf_counter()
         self._cost = 0.0  # seconds that it took the last time

@@ -104,7 +104,7 @@ def calibrate(
         past.check(facts)
         job = _Job(recipe, models, device, progress or Progress(), work, past, checkpoint_every, scan, clock)
         report = job.carry_out(facts, device_memory, host_memory, scratch)
-    if adapter is not None:
+    if adapter is not None and report.calibrated:  # else there is none
         _write_delta(job, folder, adapter, delta_rank)
     return report
 

@@ -56,7 +56,8 @@ class Energies:
 class CapturedEnergy:
     """One layer's: of each task `begin`, then `fit` and `aim` all of its chunks, `fold`; `solve`; `judge` these.
 
-    It takes no more memory than the layer's moments and systems do in calibration, but for a few `[256, in]` a group.
+    It takes the memory of the layer's moments and systems in calibration, if not from the tokens' side, and a
+    few `[256, in]` a group.
 
     Args:
         layout: of the block.

@@ -14,6 +14,7 @@ from featcal_fast.layer.moments import TaskMoments
 from featcal_fast.layer.solve import NotFinite, Update, solve_layer, solve_norms
 from featcal_fast.layer.systems import LayerSystem
 from featcal_fast.reporting.report import ChosenReport
+from featcal_fast.settings import Settings
 
 RIDGES = (
     1e-3,
@@ -22,6 +23,11 @@ RIDGES = (
     1.0,
 )  # of the mean diagonal; smaller ones fit noise, however good they look (`docs/notes.md`)
 START = 1  # the one of these that is tried first
+
+
+def hardest(settings: Settings) -> Settings:
+    """With the smallest ridge that a module may be solved with."""
+    return replace(settings, ridge_scale="trace", ridge_lambda=RIDGES[0]) if settings.auto else settings
 
 
 def choose(
@@ -102,7 +108,7 @@ class Choice:
                 curve[ridge] = math.inf
             return
         errors = self._judge.errors(found)
-        values = torch.stack(list(errors.values())).tolist()
+        values = torch.stack(list(errors.values())).tolist() if errors else []
         for name, value in zip(errors, values, strict=True):
             self.curves[name][ridge] = value if math.isfinite(value) else math.inf
         for each in own.systems:

@@ -49,7 +49,9 @@ class Judge(LayerSystem):
     def __init__(
         self, layout: Layout, anchor: Anchor, settings: Settings, device: torch.device, counts: TokenCounts
     ) -> None:
-        super().__init__(layout, anchor, replace(settings, teacher_alpha=1.0, calibrate_bias=True), device, counts)
+        super().__init__(
+            layout, anchor, replace(settings, teacher_alpha=1.0, calibrate_bias=True, max_change=None), device, counts
+        )
         self._biased: dict[str, list[tuple[Tensor, Tensor]]] = {}  # by module, w_t b_t and m_t of each task
 
     def complete(self) -> None:
@@ -75,7 +77,8 @@ class Judge(LayerSystem):
     def _of_bias(self, system: GroupSystem | RowSystem, name: str, update: Update) -> Tensor | float:
         if name not in system.biases:
             return 0.0
-        sums, own = system.biases[name], self.anchor[f"{name}.bias"].double()
+        # The bias that stays where none is solved for.
+        sums, own = system.biases[name], self.anchor.merged[f"{name}.bias"].double()
 
         def of(weight: Tensor, bias: Tensor) -> Tensor:
             error = 2 * bias @ (matvec(weight, sums.student) - sums.target) + sums.weight * bias.square().sum()

@@ -56,6 +56,7 @@ OUT_OF_RANGE = (
     "the drift, or the change of the weights, leaves float32's range (3.4e+38), though all of both are finite; look at"
     " weights of the merged model, the experts and the base model that are larger than 1e+17"
 )
+TINY = torch.finfo(torch.float32).tiny
 RAISES = (1e-7, 1e-6, 1e-5, 1e-4)  # of the mean of the diagonal
 
 
@@ -152,7 +153,9 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
         for name, rows in solved.rows().items():
             weight = solved.r[rows]
             if settings.max_change is not None:
-                weight *= (settings.max_change / tasks * solved.distances[name] / weight.norm()).clamp(max=1)
+                weight *= (settings.max_change / tasks * solved.distances[name] / weight.norm().clamp_min(TINY)).clamp(
+                    max=1
+                )
             for part in column_blocks(solved.group.in_features):
                 weight[:, part] += layer.anchor.columns(f"{name}.weight", part)
             update.parameters[f"{name}.weight"] = weight

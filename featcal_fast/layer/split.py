@@ -69,6 +69,11 @@ class ModuleErrors:
         group = self._groups[name]
         tokens = self._tokens.memory if group.memory else self._tokens
         assert tokens is not None
+        if not tokens.fit(x):
+            raise UnsupportedModelError(
+                f"{self._path}.{name}: found an input of shape {tuple(x.shape)}, expected one row for each of "
+                f"{tokens.shape[0]} x {tokens.shape[1]} tokens"
+            )
         x = tokens.rows(x)
         for module in group.modules:
             if module not in self._expert:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from featcal_fast.calibrate import forward_expert, forward_student
 from featcal_fast.forward.calls import BatchCalls, move
 from featcal_fast.forward.runner import BlockRunner, should_compile
 from featcal_fast.forward.shared import SharedView
-from featcal_fast.layer.choice import RIDGES
+from featcal_fast.layer.choice import RIDGES, hardest
 from featcal_fast.layer.judge import Judge
 from featcal_fast.layer.layout import InputGroup, Layout, find_layout
 from featcal_fast.layer.moments import GroupMoments, TaskMoments, token_side
@@ -159,7 +159,7 @@ def measure_layer(
         fold_peak, fold = meter.lap()
         fold_peak += _larger_weights(moments, device)
         moment_flops = _moment_flops(moments, tokens)
-    worst = replace(settings, ridge_scale="trace", ridge_lambda=RIDGES[0]) if settings.auto else settings
+    worst = hardest(settings)
     return Footprint(
         layout=layout,
         kept={name.removeprefix(f"{layer.path}."): reason for name, reason in layout.kept.items()},

@@ -21,6 +21,7 @@ from featcal_fast.inputs.models import RecipeModels, check_folders, models_to_ca
 from featcal_fast.inputs.recipe import MOST, Recipe, RecipeLike, with_out
 from featcal_fast.inputs.scan import scan as scan_weights
 from featcal_fast.inputs.task_data import TaskData
+from featcal_fast.layer.choice import hardest
 from featcal_fast.layer.solve import MAX_CONDITION_FLOAT32, max_condition
 from featcal_fast.layer.tokens import TokenCounts
 from featcal_fast.merging.merged import MergedCheckpoint
@@ -147,7 +148,7 @@ def choose_offload(
 
 def _warnings(recipe: Recipe, models: RecipeModels, data: Mapping[str, TaskData], width: int) -> list[str]:
     """What should be known before anything runs."""
-    settings = recipe.settings
+    worst = hardest(recipe.settings)
     same = [task for task, expert in models.experts.items() if expert.path.resolve() == models.base.path.resolve()]
     drawn = {task: each.rows + sum(each.left_out.values()) for task, each in data.items()}
     no_base = recipe.merge is None and models.merged.path.resolve() == models.base.path.resolve()
@@ -160,7 +161,7 @@ def _warnings(recipe: Recipe, models: RecipeModels, data: Mapping[str, TaskData]
         *about_base(no_base),
         *about,
         *about_dequantised(layout.label, layout.stored_bytes(layout.tensors), models.nbytes),
-        *about_settings(settings, max_condition(settings, len(recipe.experts), width), MAX_CONDITION_FLOAT32),
+        *about_settings(worst, max_condition(worst, len(recipe.experts), width), MAX_CONDITION_FLOAT32),
         *about_samples({task: (drawn[task], each.asked) for task, each in data.items()}),
         *about_held_out(recipe.held_out, {task: (each.rows, each.held_out) for task, each in data.items()}),
         *about_ignored(note for each in data.values() for note in each.notes),

@@ -58,7 +58,10 @@ def sample_recipe(
     Raises:
         FeatCalError: as `sample_source`, or a task's data is not usable.
     """
-    experts = {task: replace(each, samples=samples) for task, each in recipe.experts.items()}
+    experts = {  # no more than the plan is of
+        task: replace(each, samples=min(samples, each.samples or recipe.samples))
+        for task, each in recipe.experts.items()
+    }
     batches, _ = load_data(replace(recipe, experts=experts, held_out=0.5), models, device)
     sources = {
         task: CheckpointSource(expert, device, models.tokens[task].table) for task, expert in models.experts.items()

@@ -99,8 +99,9 @@ class Outcome:
         else:
             found.append(f"drift of the features {_change(drift or (), _number)}")
         if loss:
-            experts = _perplexity(fmean(_known(each.loss_expert for each in self.tasks.values())))
-            found.append(f"perplexity {_change(loss, _perplexity)} (experts {experts})")
+            known = list(_known(each.loss_expert for each in self.tasks.values()))
+            experts = f" (experts {_perplexity(fmean(known))})" if known else ""
+            found.append(f"perplexity {_change(loss, _perplexity)}{experts}")
         if agreement:
             found.append(f"the experts' own class in {_change(agreement, _percent)}")
         if output:

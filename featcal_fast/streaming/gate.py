@@ -58,7 +58,9 @@ class Gate:
             else:
                 self._exchange(names, new)
         if best > found.first:
-            self._exchange(update.parameters, original)
+            own = dict(self._block.named_parameters())
+            for name in update.parameters:
+                own[name].copy_(original[name])
             kept = [module for modules in self._parts() for module in modules]
         for name in [name for name in update.parameters if name.rpartition(".")[0] in kept]:
             del update.parameters[name]

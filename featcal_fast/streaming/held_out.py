@@ -28,7 +28,9 @@ def with_held_out(fitted: Batches, held_out: Batches) -> dict[str, Iterable[Mapp
 
     both = dict(fitted)
     for task, batches in held_out.items():
-        if isinstance(batches, Iterable) and isinstance(fitted[task], Iterable):  # else whoever reads them will say
+        if not isinstance(batches, Iterable):
+            raise DataError(f"task {task}: found a {type(batches).__name__} of held-out batches, expected some")
+        if isinstance(fitted[task], Iterable):  # else whoever reads them will say
             marked = (HeldOut(batch) if isinstance(batch, Mapping) else batch for batch in batches)
             both[task] = chain(fitted[task], marked)
     return both

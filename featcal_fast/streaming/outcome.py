@@ -55,7 +55,7 @@ def measure_outcome(
 ) -> Outcome:
     """Compare the merged and the calibrated model with the experts, by features and by outputs.
 
-    The models' heads run on as many samples at a time as make at most 2^26 logits. The host waits for the device once a
+    The models' heads run on as many samples at a time as make at most 2^24 logits. The host waits for the device once a
     task. What a model cannot be run for is left out, with the reason.
 
     Args:

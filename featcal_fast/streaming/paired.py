@@ -32,9 +32,9 @@ def paired(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) 
     before, after, variances = [], [], []
     for one, other in zip(first, second, strict=True):
         count, differences = len(one), [b - a for a, b in zip(one, other, strict=True)]
-        mean = math.fsum(differences) / count
-        before.append(math.fsum(one) / count)
-        after.append(math.fsum(other) / count)
+        mean = math.fsum(differences) / count if all(map(math.isfinite, differences)) else math.nan
+        before.append(sum(one) / count)
+        after.append(sum(other) / count)
         variances.append(math.fsum((each - mean) ** 2 for each in differences) / max(1, count - 1) / count)
     tasks = len(variances)
     return Paired(math.fsum(before) / tasks, math.fsum(after) / tasks, math.sqrt(math.fsum(variances)) / tasks)

@@ -158,6 +158,12 @@ class Streams:
                     f"task {task}: no token counts in {structure.paths[layer.stage]} (every position is padding, or "
                     "without a target); check its attention_mask and labels"
                 )
+        for task, samples in self.drift.held_out.items():
+            if samples and not self.drift.counted(task)[0]:
+                raise DataError(
+                    f"task {task}: no token of its held-out samples counts in {structure.paths[layer.stage]}; check "
+                    "their attention_mask and labels"
+                )
         self.counts = TokenCounts.of(found)
         self._progress.stage(len(self._layers) - max(layer.index, self._first), self.counts.total)
         if self._snapshots is not None:
