@@ -11,10 +11,9 @@ import pytest
 from file_operations import killing, operations
 from runs import EXHAUSTIVE, Case, check_all, contents, exit_code, goes_on
 from safetensors import safe_open
-from typer.testing import CliRunner
 
 import featcal_fast as ff
-from featcal_fast.cli import NOT_BETTER, app
+from featcal_fast.cli import NOT_BETTER
 from featcal_fast.reporting.outcome import LAYER_WORSE, MODEL_WORSE
 
 BAD = {"ridge_lambda": 1e-8, "teacher_alpha": 1.0}
@@ -76,18 +75,27 @@ def test_killed_at_any_file_operation_it_goes_on_to_the_merge(case: Case, tmp_pa
     check_all(check, [number for number in numbers if EXHAUSTIVE or (number > late and number % 5 == 2)])
 
 
-@pytest.mark.parametrize(("keep", "code"), [([], NOT_BETTER), (["--no-keep-better"], NOT_BETTER)])
-def test_the_exit_code_says_so_where_it_is_asked_for(case: Case, keep: list[str], code: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [[], ["--no-keep-better"]])
+def test_the_exit_code_says_so_where_it_is_asked_for(case: Case, keep: list[str], command, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps(case.recipe))
-    command = ["calibrate", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"), "--device", "cpu", *keep]
-    found = CliRunner().invoke(app, [*command, "--require-better"])
-    assert found.exit_code == code
-    assert "held-out: the calibrated model is worse than the merged one" in found.stdout
+    out = ["--out", str(tmp_path / "out"), "--device", "cpu", *keep]
+    code, shown, _ = command("calibrate", str(tmp_path / "recipe.yaml"), *out, "--require-better")
+    assert code == NOT_BETTER
+    assert "held-out: the calibrated model is worse than the merged one" in shown
     assert (tmp_path / "out" / "report.json").is_file()
 
 
-def test_nothing_is_required_of_what_nobody_judges(case: Case, tmp_path: Path) -> None:
+def test_a_merge_has_no_delta_to_itself(case: Case, command, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(json.dumps(case.recipe))
+    out = ["--out", str(tmp_path / "out"), "--delta", str(tmp_path / "delta"), "--device", "cpu"]
+    code, shown, _ = command("calibrate", str(tmp_path / "recipe.yaml"), *out)
+    assert code == 0
+    assert "No delta: all weights are the merge's" in shown
+    assert not (tmp_path / "delta").exists()
+
+
+def test_nothing_is_required_of_what_nobody_judges(case: Case, command, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps({**case.recipe, "held_out": 0}))
-    found = CliRunner().invoke(app, ["calibrate", str(tmp_path / "recipe.yaml"), "--require-better"])
-    assert found.exit_code == 2
-    assert "found held_out: 0, expected samples to judge by" in found.output
+    code, _, told = command("calibrate", str(tmp_path / "recipe.yaml"), "--require-better")
+    assert code == 2
+    assert "found held_out: 0, expected samples to judge by" in told

@@ -13,10 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 import featcal_fast as ff
-from featcal_fast.cli import app
 from featcal_fast.errors import DataError, RecipeError, SolveError
 from featcal_fast.layer import captured
 from featcal_fast.layer.captured import RIDGES, ROWS
@@ -251,14 +249,14 @@ def test_a_plan_with_a_sample(recipe: dict[str, Any], tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_on_the_command_line(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_on_the_command_line(recipe: dict[str, Any], command, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    shown = CliRunner().invoke(app, ["plan", str(tmp_path / "recipe.yaml"), "--device", "cpu", "--sample", "8"])
-    assert shown.exit_code == 0, shown.output
-    assert "will it help: the merge is 0." in shown.output
-    assert "a linear update removes" in " ".join(shown.output.split())
-    wrong = CliRunner().invoke(app, ["plan", str(tmp_path / "recipe.yaml"), "--sample", "2"])
-    assert wrong.exit_code == 2
+    code, shown, told = command("plan", str(tmp_path / "recipe.yaml"), "--device", "cpu", "--sample", "8")
+    assert code == 0, told
+    assert "will it help: the merge is 0." in shown
+    assert "a linear update removes" in " ".join(shown.split())
+    code, _, _ = command("plan", str(tmp_path / "recipe.yaml"), "--sample", "2")
+    assert code == 2
     assert not (tmp_path / "out").exists()
 
 

@@ -50,21 +50,19 @@ def load_batches(
         batch_size: rows of a batch; the last one may be smaller.
         batch_tokens: of texts, in place of `batch_size`: as many rows as have no more positions, padding included.
         seed: of the draw; the same seed and data give the same batches.
-        held_out: the share of the samples that is set aside: the last ones that were drawn, but for those with the
-            content of one that is not; none of one or two.
+        held_out: the share that is set aside (`set_aside`).
         limits: what the model takes.
         targets: the model is an encoder-decoder: texts must be `prompt` and `completion`, or of another kind that asks
             and answers; what is asked becomes `input_ids`, the answer `labels`.
         tokenizer: the folder to take the tokenizer from; by default the first of `folders` that has one.
-        left_out: says which samples the task's expert cannot be given, and is told of them.
+        left_out: says which samples the task's expert cannot be given.
         notes: a list for sentences about what of the source is ignored.
 
     Returns:
         Batches on the CPU. Texts: `input_ids` and `attention_mask`, `[rows, longest of the batch]`, int64,
         padded on the right, shorter sequences first; `labels` are padded with -100. Images: `pixel_values`,
         `[rows, channels, height, width]`, in the image processor's dtype. Ready inputs: every tensor of the
-        file, `[rows, ...]`, rows in drawn order; floating tensors keep their dtype, all others become int64.
-        After all others come batches of samples that are set aside, which are `HeldOut`.
+        file, `[rows, ...]`, in drawn order; floating ones keep their dtype, others become int64. `HeldOut` ones last.
 
     Raises:
         DataError: the source is missing, empty, unreadable or of an unknown kind; a sample is malformed,
@@ -83,8 +81,7 @@ def load_batches(
     # Padding is embedded too, so a pad token added beyond the model's vocabulary will not do.
     if padding is None or padding >= (limits.vocab_size or float("inf")):
         padding = 0
-    aside = set_aside(drawn, held_out)
-    fitted = _batched(drawn, batch_size, batch_tokens, padding)
+    aside, fitted = set_aside(drawn, held_out), _batched(drawn, batch_size, batch_tokens, padding)
     return fitted + [HeldOut(batch) for batch in _batched(aside, batch_size, batch_tokens, padding)]
 
 
