@@ -157,17 +157,14 @@ def measure_layer(
         student_peak, both = meter.lap()
         system.fold(moments, expert_block)
         fold_peak, fold = meter.lap()
-        fold_peak += _larger_weights(moments, device)
         moment_flops = _moment_flops(moments, tokens)
-    worst = hardest(settings)
     return Footprint(
         layout=layout,
         kept={name.removeprefix(f"{layer.path}."): reason for name, reason in layout.kept.items()},
         system=system_bytes,
         scratch=scratch,
-        working=max(expert_peak, student_peak, fold_peak) - full,
-        solving=_solving(layout, solve_dtype(worst, counts.tasks, system.width), counts)
-        + _choosing(layout, counts, worst),
+        working=max(expert_peak, student_peak, fold_peak + _larger_weights(moments, device)) - full,
+        solving=_solving(layout, settings, counts) + _choosing(layout, counts, settings),
         expert=expert_flops,
         student=both - moment_flops,
         moments=moment_flops,
@@ -233,9 +230,11 @@ def _choosing(layout: Layout, counts: TokenCounts, settings: Settings) -> int:
     return kept + worst
 
 
-def _solving(layout: Layout, dtype: torch.dtype, counts: TokenCounts) -> int:
+def _solving(layout: Layout, settings: Settings, counts: TokenCounts) -> int:
     """Bytes beyond system and scratch: none in float32, where a system is solved where it lies, with no more beside it
     than what is planned for the kernels' operands; else a copy of it."""
+    width = max((group.in_features for group in layout.groups), default=1)
+    dtype = solve_dtype(hardest(settings), counts.tasks, width)
     copies = int(dtype == torch.float64)
     needs = [0]
     for group in layout.groups:
