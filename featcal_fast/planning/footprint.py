@@ -141,8 +141,7 @@ def measure_layer(
     present = [(each.hidden, each.calls.args, each.calls.kwargs) for each in states]
     with Meter(present, student_block.state_dict(), expert_block.state_dict()) as meter:
         layout, _ = find_layout(student_block, layer, states[0].hidden, states[0].calls, tokens, settings)
-        start = meter.live
-        anchor = Anchor(student_block, student_block, settings.anchor_rho)
+        start, anchor = meter.live, Anchor(student_block, student_block, settings.anchor_rho)
         system = LayerSystem(layout, anchor, settings, META, counts)
         judge = Judge(layout, anchor, settings, META, counts) if settings.auto else None  # noqa: F841 (is measured)
         system_bytes = meter.live - start
@@ -157,7 +156,7 @@ def measure_layer(
         student_peak, both = meter.lap()
         system.fold(moments, expert_block)
         fold_peak, fold = meter.lap()
-        moment_flops = _moment_flops(moments, tokens)
+    moment_flops = _moment_flops(moments, tokens)
     return Footprint(
         layout=layout,
         kept={name.removeprefix(f"{layer.path}."): reason for name, reason in layout.kept.items()},
