@@ -172,7 +172,7 @@ def calibrate(
     from featcal_fast.job.delta import RANK
     from featcal_fast.job.run import calibrate as run
 
-    _check_pairs(resume, fresh, no_checkpoint, checkpoint_every, delta, delta_rank)
+    _check_pairs(resume, fresh, no_checkpoint, checkpoint_every, delta is not None, delta_rank)
     configure_process()
     console = Terminal()
     report = run(
@@ -395,20 +395,13 @@ def demo(
     run(out, console=Console(), device=device)
 
 
-def _check_pairs(
-    resume: bool,
-    fresh: bool,
-    no_checkpoint: bool,
-    checkpoint_every: int | None,
-    delta: Path | None,
-    delta_rank: int | None,
-) -> None:
+def _check_pairs(resume: bool, fresh: bool, never: bool, every: int | None, delta: bool, rank: int | None) -> None:
     """Refuse options of `calibrate` that exclude each other."""
     if resume and fresh:
         raise typer.BadParameter("found --fresh too, expected one of the two", param_hint="--resume")
-    if no_checkpoint and checkpoint_every:
+    if never and every:
         raise typer.BadParameter("found --no-checkpoint too, expected one of the two", param_hint="--checkpoint-every")
-    if delta_rank and delta is None:
+    if rank and not delta:
         raise typer.BadParameter("found no --delta, which it belongs to", param_hint="--delta-rank")
 
 

@@ -16,6 +16,7 @@ with A = Z'Z and R' = Z'M.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ class NormSums:
         return cls(energy, mean, target_weight, target_bias)
 
 
-class InputSystem:
+class InputSystem(ABC):
     """What the two kinds of system of one input group share.
 
     Attributes:
@@ -138,9 +139,9 @@ class InputSystem:
         self.biases: dict[str, BiasSums] = {}
         self.distances: dict[str, Tensor] = {}
 
+    @abstractmethod
     def mean_diagonal(self) -> Tensor:
         """Of the sum over tasks: a scalar on the device, float64."""
-        raise NotImplementedError
 
     def find_ridge(self, settings: Settings) -> float | Tensor:
         """What is added to the diagonal for `ridge_lambda`."""
