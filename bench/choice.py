@@ -94,6 +94,7 @@ def run(kind: Digits | Language, count: int) -> dict[str, Any]:
             row[name] = measured(model)
     row["seconds"] = {name: min(each) for name, each in seconds.items()}
     row["chosen"] = [{name: each.ridge_lambda for name, each in layer.chosen.items()} for layer in report.layers]
+    row["alphas"] = [layer.alpha.teacher_alpha for layer in report.layers if layer.alpha is not None]
     row["ungated"] = measured(calibrated(replace(ff.PRESETS["auto"], keep_better=False), True)[0])
     return row
 

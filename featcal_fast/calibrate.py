@@ -27,7 +27,6 @@ from featcal_fast.layer.solve import (
     MAX_CONDITION_FLOAT32,
     Update,
     check_finite,
-    load_update,
     loaded,
     max_condition,
     relative_changes,
@@ -42,7 +41,7 @@ from featcal_fast.reporting.warnings import about_run, about_settings
 from featcal_fast.settings import Settings
 from featcal_fast.streaming.chunks import Chunk
 from featcal_fast.streaming.culprit import Culprits
-from featcal_fast.streaming.gate import Gate
+from featcal_fast.streaming.gate import Gate, load_best
 from featcal_fast.streaming.held_out import with_held_out
 from featcal_fast.streaming.hidden_states import HOST, HiddenStates, Offload
 from featcal_fast.streaming.machine import find_device, forget_device_peak, peak_device_bytes, peak_resident_bytes
@@ -257,19 +256,21 @@ def calibrate_layer(
 
     fold_tasks(layer, streams, student, moments, system, judge)
     with Culprits(streams, layer, layout), clock("solving"):
-        update, chosen = choose(system, moments, counts.tasks, judge)
+        updates, chosen = choose(system, moments, counts.tasks, judge)
         streams.drift.advance_merged(layer, student)
         with clock("judging"):
             gate = Gate(streams, layer, layout, student) if settings.keep_better and streams.drift.judges else None
-        changes = relative_changes(layout, update, student)
-        load_update(student, update)
+        changes = {alpha: relative_changes(layout, update, student) for alpha, update in updates.items()}
         with clock("judging"):
-            judged = None if gate is None else gate.keep_better(update)
+            best, tried = load_best(streams, layer, student, updates)
+            update = updates[best]
+            del updates
+            judged = None if gate is None else gate.keep_better(update, tried)
         parameters = streams.to_host(loaded(student, update))
         streams.drift.advance_calibrated(layer, student)
         # Besides the solve and the gate, the one time that the host waits for the device.
         before, after, changed, sums, repeats = read_scalars(
-            *streams.drift.distances(), changes, update.sums, streams.drift.repeats()
+            *streams.drift.distances(), changes[best], update.sums, streams.drift.repeats()
         )
         streams.drift.check_repeats(layer, repeats)
         check_finite(system.systems, sums, [*before, *after, *changed])
@@ -287,6 +288,7 @@ def calibrate_layer(
         norms=[name for name in moments.norms if name not in kept],
         tasks=dict(zip(streams.tasks, map(TaskDrift, before, after), strict=True)),
         chosen=chosen,
+        alpha=None if tried is None else tried.report,
         gate=judged,
     )
     reasons = {f"{layer.path}.{name}": LAYER_WORSE for group in groups for name in kept & {*group.modules}}

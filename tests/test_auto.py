@@ -1,4 +1,4 @@
-"""`settings: auto`: each module's ridge_lambda is the one that is best on samples that nothing was fitted to."""
+"""`settings: auto`: each module's ridge_lambda, and each layer's teacher_alpha, is best on samples not fitted to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import featcal_fast as ff
 from featcal_fast import reference
 from featcal_fast.errors import DataError, RecipeError
 from featcal_fast.forward.calls import stage_inputs
-from featcal_fast.layer.choice import RIDGES
+from featcal_fast.layer.choice import ALPHAS, RIDGES
 from featcal_fast.models import find_structure
 
 
@@ -74,15 +74,13 @@ def test_errors_are_those_of_the_definition(kind: str, module: str, few: bool, b
             for name, value in model.named_parameters():
                 value += (0.3 + 0.1 * number) * name.endswith("bias")
     if few:
-        job.batches = {
-            task: [{k: v[:1] for k, v in batch.items()} for batch in each[:2]] for task, each in job.batches.items()
-        }
+        few_samples(job)
     fitted, held_out = halves(job, 1)
     _, report = calibrated(
         job, ff.Settings(auto=True, keep_better=False, calibrate_bias=bias), batches=fitted, held_out=held_out
     )
     curve = report.layers[0].chosen[module].curve
-    assert len(curve) >= 3
+    assert len(curve) >= 2
     found = {}
     for ridge in curve:
         fixed, _ = calibrated(
@@ -96,26 +94,82 @@ def test_errors_are_those_of_the_definition(kind: str, module: str, few: bool, b
         assert (value - curve[first]) == pytest.approx((found[ridge] - found[first]) * span, abs=2e-3 * span * scale)
 
 
-@pytest.mark.parametrize("kind", ["clip", "llama"])
-def test_every_module_has_the_weights_of_its_choice(kind: str) -> None:
-    job = pico.job(kind, 2)
-    fitted, held_out = halves(job)
-    chosen, report = calibrated(job, ff.Settings(auto=True, keep_better=False), batches=fitted, held_out=held_out)
-    structure = find_structure(chosen, "model")
+def with_choice(job: pico.Job, report: ff.Report, fitted: dict[str, list[pico.Batch]], alpha: float, **more: object):
+    """The first layer as fixed settings make it, each module with the ridge that was chosen for it."""
+    block = copy.deepcopy(find_structure(job.merged, "model").blocks[0])
     for ridge in RIDGES:
-        fixed, _ = calibrated(job, ff.Settings(ridge_scale="trace", ridge_lambda=ridge), batches=fitted)
-        block = find_structure(fixed, "model").blocks[0]
+        settings = ff.Settings(ridge_scale="trace", ridge_lambda=ridge, teacher_alpha=alpha, **more)
+        fixed = find_structure(calibrated(job, settings, batches=fitted)[0], "model").blocks[0]
         for name, found in report.layers[0].chosen.items():
-            same = torch.equal(structure.blocks[0].get_submodule(name).weight, block.get_submodule(name).weight)
-            assert same == (found.ridge_lambda == ridge)
+            if found.ridge_lambda == ridge:
+                block.get_submodule(name).load_state_dict(fixed.get_submodule(name).state_dict())
+    norms = find_structure(calibrated(job, ff.Settings(), batches=fitted)[0], "model").blocks[0]
+    for name in report.layers[0].norms:
+        block.get_submodule(name).load_state_dict(norms.get_submodule(name).state_dict())
+    return block
+
+
+def few_samples(job: pico.Job) -> None:
+    """So few that layers are solved from the token side."""
+    for task, each in job.batches.items():
+        job.batches[task] = [{k: v[:1] for k, v in batch.items()} for batch in each[:3]]
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["features", "tokens"])
+@pytest.mark.parametrize(
+    ("kind", "more"), [("clip", {}), ("clip", {"max_change": 0.5}), ("llama", {"calibrate_bias": False})]
+)
+def test_every_module_has_the_weights_of_its_choice(kind: str, more: dict[str, object], few: bool) -> None:
+    job = pico.job(kind, 2)
+    if few:
+        few_samples(job)
+    fitted, held_out = halves(job)
+    settings = ff.Settings(auto=True, keep_better=False, **more)
+    chosen, report = calibrated(job, settings, batches=fitted, held_out=held_out)
+    own = dict(find_structure(chosen, "model").blocks[0].named_parameters())
+    merged = dict(find_structure(job.merged, "model").blocks[0].named_parameters())
+    expected = with_choice(job, report, fitted, report.layers[0].alpha.teacher_alpha, **more)
+    for name, value in expected.named_parameters():
+        assert (own[name] - value).norm() <= 1e-4 * (merged[name] - value).norm(), name
     for layer in report.layers:
         for found in layer.chosen.values():
             assert found.curve[f"{found.ridge_lambda:g}"] == min(found.curve.values())
-            assert list(found.curve)[:2] == ["0.01", "0.001"]
-            assert len(found.curve) >= 3
+            assert list(found.curve)[:2] == ["0.001", "0.01"]
     assert {name for layer in report.layers for name in layer.chosen} == {
         name for layer in report.layers for group in layer.groups for name in group.modules
     }
+
+
+@pytest.mark.parametrize("kind", ["clip", "llama"])
+def test_every_layer_has_the_alpha_that_is_best_for_its_output(kind: str) -> None:
+    """The curve is that of the definition: `||h - h_e||^2 / ||h_e||^2`, a mean over tokens, samples and tasks."""
+    job = pico.job(kind, 2)
+    fitted, held_out = halves(job)
+    _, report = calibrated(job, ff.Settings(auto=True, keep_better=False), batches=fitted, held_out=held_out)
+    for layer in report.layers:
+        curve = layer.alpha.curve
+        assert list(map(float, curve)) == list(ALPHAS)
+        assert curve[f"{layer.alpha.teacher_alpha:g}"] == min(curve.values())
+    for alpha, found in report.layers[0].alpha.curve.items():
+        block = with_choice(job, report, fitted, float(alpha))
+        means = [
+            torch.cat([relative(job, task, batch, block) for batch in batches]).mean()
+            for task, batches in held_out.items()
+        ]
+        assert found == pytest.approx(float(sum(means) / len(means)) ** 0.5, rel=1e-5)
+
+
+@torch.no_grad()
+def relative(job: pico.Job, task: str, batch: pico.Batch, block: nn.Module) -> Tensor:
+    """Of each sample, the mean over its tokens of the first layer's relative squared distance from the expert's."""
+    expert = find_structure(job.experts[task], task)
+    (h, calls), (h_e, expert_calls) = (
+        stage_inputs(structure, batch) for structure in (find_structure(job.merged, "model"), expert)
+    )
+    made, wanted = calls.run(0, block, h).double(), expert_calls.run(0, expert.blocks[0], h_e).double()
+    ratio = (made - wanted).square().sum(2) / wanted.square().sum(2)
+    mask = batch.get("attention_mask", torch.ones(ratio.shape))
+    return (ratio * mask).sum(1) / mask.sum(1)
 
 
 def test_layers_without_a_module_to_solve_are_left_out() -> None:

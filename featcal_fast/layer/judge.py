@@ -50,7 +50,11 @@ class Judge(LayerSystem):
         self, layout: Layout, anchor: Anchor, settings: Settings, device: torch.device, counts: TokenCounts
     ) -> None:
         super().__init__(
-            layout, anchor, replace(settings, teacher_alpha=1.0, calibrate_bias=True, max_change=None), device, counts
+            layout,
+            anchor,
+            replace(settings, auto=False, teacher_alpha=1.0, calibrate_bias=True, max_change=None),
+            device,
+            counts,
         )
         self._biased: dict[str, list[tuple[Tensor, Tensor]]] = {}  # by module, w_t b_t and m_t of each task
 

@@ -150,20 +150,35 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
             update.solved(rows_system, _solve_rows(rows_system, layer.anchor, settings, dtype, split))
 
     for solved in layer.systems:
-        for name, rows in solved.rows().items():
-            weight = solved.r[rows]
-            if settings.max_change is not None:
-                weight *= (settings.max_change / tasks * solved.distances[name] / weight.norm().clamp_min(TINY)).clamp(
-                    max=1
-                )
-            for part in column_blocks(solved.group.in_features):
-                weight[:, part] += layer.anchor.columns(f"{name}.weight", part)
-            update.parameters[f"{name}.weight"] = weight
-            if name in solved.biases:
-                update.parameters[f"{name}.bias"] = _solve_bias(layer, solved, name, weight)
+        for name in solved.group.modules:
+            update.parameters |= new_parameters(layer, solved, name, tasks, settings.teacher_alpha, solved.ridge)
         update.sums.append(solved.r.sum())
     update.parameters |= solve_norms(layer)
     return update
+
+
+def new_parameters(
+    layer: LayerSystem, system: InputSystem, module: str, tasks: int, alpha: float, ridge: float | Tensor
+) -> dict[str, Tensor]:
+    """A module's new weight and, where it is solved for, bias.
+
+    Args:
+        layer: the sums.
+        system: the one of the module, solved.
+        module: by its name in the block.
+        tasks: how many tasks were folded.
+        alpha: of the teacher; without effect unless what it multiplies is kept apart.
+        ridge: that the system was solved with.
+    """
+    cap, weight = layer.settings.max_change, system.change(module, alpha)
+    if cap is not None:
+        weight *= (cap / tasks * system.distances[module] / weight.norm().clamp_min(TINY)).clamp(max=1)
+    for part in column_blocks(system.group.in_features):
+        weight[:, part] += layer.anchor.columns(f"{module}.weight", part)
+    found = {f"{module}.weight": weight}
+    if module in system.biases:
+        found[f"{module}.bias"] = _solve_bias(layer, system, module, weight, alpha, ridge)
+    return found
 
 
 def solve_norms(layer: LayerSystem) -> dict[str, Tensor]:
@@ -263,10 +278,14 @@ def check_finite(systems: Sequence[InputSystem], sums: Sequence[float], others: 
         raise NotFinite(groups)
 
 
-def _solve_bias(layer: LayerSystem, system: InputSystem, name: str, weight: Tensor) -> Tensor:
+def _solve_bias(
+    layer: LayerSystem, system: InputSystem, name: str, weight: Tensor, alpha: float, ridge: float | Tensor
+) -> Tensor:
     """`b = (sum_t w_t (b_t + W_t m_t - W m_s) + lambda b_a) / (sum_t w_t + lambda)`, float64 inside."""
-    sums, ridge = system.biases[name], system.ridge
+    sums = system.biases[name]
     target = sums.target - matvec(weight, sums.student) + ridge * layer.anchor[f"{name}.bias"].double()
+    if system.apart:
+        target += alpha * sums.teacher
     return (target / (sums.weight + ridge).clamp_min(torch.finfo(torch.float32).eps)).float()
 
 

@@ -12,6 +12,9 @@ the other,
     M = sqrt(w/n D) (alpha (Xe - Xs) W_t' + Xs (W_t - W_a)')          [tokens, out]
 
 with A = Z'Z and R' = Z'M.
+
+Where settings choose themselves, what alpha multiplies is kept apart, below the rest: R is `[2 out, in]`, M `[tokens,
+2 out]`. The change is linear in alpha, so that one solve gives it for every alpha.
 """
 
 from __future__ import annotations
@@ -99,7 +102,8 @@ def column_blocks(size: int, width: int = BLOCK) -> list[slice]:
 class BiasSums:
     """The task-weighted sums that one module's bias update needs, float64 (paper appendix G)."""
 
-    target: Tensor  # sum_t w_t (b_t + W_t m_t), [out]
+    target: Tensor  # sum_t w_t (b_t + W_t m_t), [out]; where alpha is kept apart, as for an alpha of 0
+    teacher: Tensor  # sum_t w_t W_t (m_e - m_s), [out], where alpha is kept apart
     student: Tensor  # sum_t w_t m_s, [in]
     weight: Tensor  # sum_t w_t
 
@@ -123,8 +127,13 @@ class NormSums:
 class InputSystem(ABC):
     """What the two kinds of system of one input group share.
 
+    Args:
+        group: of modules.
+        apart: whether what alpha multiplies is kept apart.
+
     Attributes:
-        r: `[sum of out, in]`, the right-hand side, and when it is solved the change.
+        r: `[sum of out, in]`, the right-hand side, and when it is solved the change; `[2 sum of out, in]` if what alpha
+            multiplies is kept apart, as the second half.
         tokens: how many there were, of all tasks.
         distances: by module, sum over tasks of `||W_t - W_a||_F`, on the device; where `max_change` asks for it.
         ridge: what `ridge_lambda` amounts to, once `find_ridge` was asked for it.
@@ -133,8 +142,8 @@ class InputSystem(ABC):
     r: Tensor
     ridge: float | Tensor
 
-    def __init__(self, group: InputGroup) -> None:
-        self.group = group
+    def __init__(self, group: InputGroup, apart: bool) -> None:
+        self.group, self.apart = group, apart
         self.tokens = 0
         self.biases: dict[str, BiasSums] = {}
         self.distances: dict[str, Tensor] = {}
@@ -148,6 +157,16 @@ class InputSystem(ABC):
         scale = self.mean_diagonal() if settings.ridge_scale == "trace" else 1
         self.ridge = settings.ridge_lambda * scale
         return self.ridge
+
+    @property
+    def parts(self) -> Tensor:
+        """`r` as `[parts, sum of out, in]`: one, or what alpha does not multiply and what it does."""
+        return self.r.view(1 + self.apart, -1, self.group.in_features)
+
+    def change(self, module: str, alpha: float) -> Tensor:
+        """A module's change once it is solved: its place in `r`, or new where what alpha multiplies is kept apart."""
+        first, *teacher = self.parts[:, self.rows()[module]]
+        return torch.add(first, teacher[0], alpha=alpha) if teacher else first
 
     def measure(self, expert: Mapping[str, Tensor], anchor: Anchor) -> None:
         """Add how far a task's expert is from the anchor."""
@@ -173,12 +192,13 @@ class GroupSystem(InputSystem):
     Args:
         group: of modules.
         a: `[in, in]` zeros, the upper triangle counts.
+        apart: whether what alpha multiplies is kept apart.
     """
 
-    def __init__(self, group: InputGroup, a: Tensor) -> None:
-        super().__init__(group)
+    def __init__(self, group: InputGroup, a: Tensor, apart: bool = False) -> None:
+        super().__init__(group, apart)
         self.a = a
-        self.r = torch.zeros(sum(group.out_features), group.in_features, device=a.device)
+        self.r = torch.zeros((1 + apart) * sum(group.out_features), group.in_features, device=a.device)
 
     def copied(self) -> GroupSystem:
         """With buffers of its own."""
@@ -192,7 +212,8 @@ class GroupSystem(InputSystem):
     def add(self, scratch: InputMoments, expert: Mapping[str, Tensor], anchor: Anchor, settings: Settings) -> Tensor:
         """Add a task's sums, and use them up; its weight `w`, a scalar on the device that the host never reads."""
         assert isinstance(scratch, GroupMoments)
-        alpha, s, t = settings.teacher_alpha, symmetrize_(scratch.s), scratch.t
+        alpha, s, t = 1.0 if self.apart else settings.teacher_alpha, symmetrize_(scratch.s), scratch.t
+        r, teacher = self.parts[0], self.parts[-1]
         task_weight = (frobenius(s) / scratch.n).clamp_min(settings.covariance_eps).reciprocal()
         scale = task_weight / scratch.n
         add_scaled_(self.a, s, scale)
@@ -203,19 +224,21 @@ class GroupSystem(InputSystem):
             for name, (_, rows) in modules.items():
                 if (bias := expert.get(f"{name}.bias")) is not None:
                     t[rows].addr_(bias.float(), scratch.sum_student.float(), alpha=-1)
-                add_scaled_(self.r[rows], t[rows], scale * alpha)
+                add_scaled_(teacher[rows], t[rows], scale * alpha)
         for part in column_blocks(self.group.in_features, fold_columns(scratch, s.device)):
             # Packed once for all modules; and 16-bit weights take fewer products as they are stored.
             right, right_t = pack(s[part]), None if scratch.output_space else pack(t[part])
             for name, (stored, rows) in modules.items():
                 precision = fold_precision(anchor.merged[f"{name}.weight"], settings)
                 weight = stored[:, part].to(torch.float32, copy=True)
-                if right_t is None:
-                    weight *= 1 - alpha
+                if right_t is not None:
+                    addmm_(teacher[rows], stored[:, part], right_t, scale * alpha, precision=precision)
+                elif self.apart:
+                    addmm_(teacher[rows], stored[:, part], right, -scale, precision=precision)
                 else:
-                    addmm_(self.r[rows], stored[:, part], right_t, scale * alpha, precision=precision)
+                    weight *= 1 - alpha
                 anchor.subtract_from_(weight, f"{name}.weight", part)
-                addmm_(self.r[rows], weight, right, scale, precision=precision)
+                addmm_(r[rows], weight, right, scale, precision=precision)
         return task_weight
 
 
@@ -226,11 +249,12 @@ class RowSystem(InputSystem):
         group: of modules.
         tokens: of all tasks.
         device: where they live.
+        apart: whether what alpha multiplies is kept apart.
     """
 
-    def __init__(self, group: InputGroup, tokens: int, device: torch.device) -> None:
-        super().__init__(group)
-        out = sum(group.out_features)
+    def __init__(self, group: InputGroup, tokens: int, device: torch.device, apart: bool = False) -> None:
+        super().__init__(group, apart)
+        out = (1 + apart) * sum(group.out_features)
         self._z = torch.empty(tokens, group.in_features, device=device)
         self._m = torch.empty(tokens, out, device=device)
         self._filled = 0
@@ -261,13 +285,15 @@ class RowSystem(InputSystem):
         task_weight = (frobenius(xs @ xs.mT) / scratch.n).clamp_min(settings.covariance_eps).reciprocal()
         scale = (task_weight / scratch.n).sqrt().float()
         torch.mul(xs, scale, out=self._z[own])
+        alpha = 1.0 if self.apart else settings.teacher_alpha
+        parts = self._m[own].zero_().unflatten(1, (1 + self.apart, -1))
         for name, rows in self.rows().items():
-            m = self._m[own, rows].zero_()
+            m, teacher = parts[:, 0, rows], parts[:, -1, rows]
             for part in column_blocks(self.group.in_features):
                 weight = expert[f"{name}.weight"][:, part].float()
-                m.addmm_(difference[:, part], weight.mT, alpha=settings.teacher_alpha)
+                teacher.addmm_(difference[:, part], weight.mT, alpha=alpha)
                 m.addmm_(xs[:, part], (weight - anchor.columns(f"{name}.weight", part)).mT)
-            m *= scale
+        self._m[own] *= scale
         return task_weight
 
 
@@ -287,9 +313,9 @@ class LayerSystem:
     ) -> None:
         self.anchor, self.settings = anchor, settings
         self.systems: list[GroupSystem | RowSystem] = [
-            RowSystem(group, counts.total, device)
+            RowSystem(group, counts.total, device, settings.auto)
             if token_side(group, counts)
-            else GroupSystem(group, torch.zeros(group.in_features, group.in_features, device=device))
+            else GroupSystem(group, torch.zeros(group.in_features, group.in_features, device=device), settings.auto)
             for group in layout.groups
         ]
         self.norms: dict[str, NormSums] = {}
@@ -323,16 +349,18 @@ class LayerSystem:
         self, system: InputSystem, scratch: InputMoments, task_weight: Tensor, expert: Mapping[str, Tensor]
     ) -> None:
         mean_student, mean_expert = scratch.sum_student / scratch.n, scratch.sum_expert / scratch.n
-        mean_target = torch.lerp(mean_student, mean_expert, self.settings.teacher_alpha)
+        mean_target = torch.lerp(mean_student, mean_expert, 0.0 if system.apart else self.settings.teacher_alpha)
         for name in system.group.modules:
             bias = expert.get(f"{name}.bias")
             if bias is None:
                 continue
             if name not in system.biases:
                 zero = torch.zeros_like(bias, dtype=torch.float64)
-                system.biases[name] = BiasSums(zero, 0 * mean_student, 0 * task_weight)
+                system.biases[name] = BiasSums(zero, zero.clone(), 0 * mean_student, 0 * task_weight)
             sums = system.biases[name]
             sums.target += task_weight * (bias.double() + matvec(expert[f"{name}.weight"], mean_target))
+            if system.apart:
+                sums.teacher += task_weight * matvec(expert[f"{name}.weight"], mean_expert - mean_student)
             sums.student += task_weight * mean_student
             sums.weight += task_weight
 

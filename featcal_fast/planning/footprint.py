@@ -210,21 +210,29 @@ def _solve_flops(group: InputGroup, counts: TokenCounts, settings: Settings) -> 
     """Cholesky, and two triangular solves; from the token side two more products. To choose, with every value, at most,
     and a product each time to judge it."""
     size, out, n = group.in_features, sum(group.out_features), counts.total
+    right = _parts(settings) * out
     if token_side(group, counts):
-        once, judged = 2.0 * n * n * size + n**3 / 3 + 2.0 * n * n * out + 4.0 * n * size * out, 2.0 * n * size * out
+        once = 2.0 * n * n * size + n**3 / 3 + 2.0 * n * n * right + 4.0 * n * size * right
+        judged = 2.0 * n * size * out
     else:
-        once, judged = size**3 / 3 + 2.0 * size * size * out, 2.0 * size * size * out
+        once, judged = size**3 / 3 + 2.0 * size * size * right, 2.0 * size * size * out
     return len(RIDGES) * (once + judged) if settings.auto else once
 
 
+def _parts(settings: Settings) -> int:
+    """Right-hand sides: what alpha multiplies is kept apart where it is chosen."""
+    return 1 + settings.auto
+
+
 def _choosing(layout: Layout, counts: TokenCounts, settings: Settings) -> int:
-    """Bytes of the sums' copy that is solved, of the best solution so far, and of a module's change that is judged."""
+    """Bytes of the sums' copy that is solved, of the weights that it gives, of the best solution so far, and of a
+    module's change that is judged. The updates of all alphas take less, when the copy is gone."""
     if not settings.auto:
         return 0
     kept = worst = 0
     for group in layout.groups:
         size, outs = group.in_features, group.out_features
-        kept += 4 * size * (2 * sum(outs) + (0 if token_side(group, counts) else size))
+        kept += 4 * size * ((1 + 2 * _parts(settings)) * sum(outs) + (0 if token_side(group, counts) else size))
         worst = max(worst, 4 * size * 3 * max(outs))
     return kept + worst
 
@@ -237,7 +245,7 @@ def _solving(layout: Layout, settings: Settings, counts: TokenCounts) -> int:
     copies = int(dtype == torch.float64)
     needs = [0]
     for group in layout.groups:
-        size, out, n = group.in_features, sum(group.out_features), counts.total
+        size, out, n = group.in_features, _parts(settings) * sum(group.out_features), counts.total
         if token_side(group, counts):
             change = (dtype.itemsize + 4 * copies) * out * size
             needs.append(dtype.itemsize * (n * n + n * out + copies * n * size) + change)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from featcal_fast.inputs.models import RecipeModels, check_folders, models_to_ca
 from featcal_fast.inputs.recipe import MOST, Recipe, RecipeLike, with_out
 from featcal_fast.inputs.scan import scan as scan_weights
 from featcal_fast.inputs.task_data import TaskData
-from featcal_fast.layer.choice import hardest
+from featcal_fast.layer.choice import ALPHAS, hardest
 from featcal_fast.layer.solve import MAX_CONDITION_FLOAT32, max_condition
 from featcal_fast.layer.tokens import TokenCounts
 from featcal_fast.merging.merged import MergedCheckpoint
@@ -65,6 +65,7 @@ def plan(
     checkpoint_every: int | None = None,
     scan: bool = False,
     sample: int | None = None,
+    planned: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """What a recipe will need, from headers, configs and data alone; nothing is computed, unless asked for, or written.
@@ -81,6 +82,7 @@ def plan(
         scan: read all weights too, to see that they are finite; counted apart, as `scan`.
         sample: pass so many samples of each task, 3 at least, through all models, to see whether it will help; no job
             that does not fit is sampled.
+        planned: given the plan as soon as it is made: before that, which takes longer and may fail.
         progress: told how that goes.
 
     Returns:
@@ -104,6 +106,8 @@ def plan(
             found.warnings += [said] if (said := taken(recipe.folder)) else []
     if scan:
         found.bytes_read["scan"] = scan_weights(recipe, models, progress or Progress())
+    if planned is not None:
+        planned(found)
     if sample is not None and not found.problems:
         found.sample = sample_recipe(recipe, models, device, sample, found.chunk, progress or Progress())
     return found
@@ -260,8 +264,10 @@ class Planner:
     ) -> LayerPlan:
         """Layers that are called alike with weights of one form are measured once."""
         chosen = self.recipe.settings.include is not None or self.recipe.settings.exclude is not None
-        # The merged model's, the expert's and the calibrated one's own; for the gate, the last with both weights.
-        held_out_passes = 5 if self.recipe.settings.keep_better else 3
+        # The merged model's, the expert's and the calibrated one's own; for the gate, the last with both weights; for a
+        # choice of alpha, with each one's, which the gate takes its own from.
+        gate = int(self.recipe.settings.keep_better)
+        held_out_passes = 3 + gate + (len(ALPHAS) if self.recipe.settings.auto else gate)
         forward = moments = fold = 0.0
         found: list[Footprint] = []
         for task, expert in self.models.experts.items():

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from featcal_fast.version import __version__
 if TYPE_CHECKING:  # only terminals need it, and bench.gpu runs without
     from rich.table import Table
 
+T = TypeVar("T")
 LARGEST = 1000  # number that is shown with all of its digits
 SCHEMA_VERSION = 1  # of `report.json`; a key that is gone, or means something else, makes it the next one
 
@@ -84,6 +85,20 @@ class ChosenReport:
 
 
 @dataclass
+class AlphaReport:
+    """What was chosen for a layer on held-out samples, given what the calibrated layers before it make of them.
+
+    Attributes:
+        teacher_alpha: that its linear modules were solved with.
+        curve: for every value that was tried, as text, the root of the mean of `||h - h_expert||^2 / ||h_expert||^2`
+            of its output, as `GateReport` has it.
+    """
+
+    teacher_alpha: float
+    curve: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
 class GateReport:
     """What a layer makes of held-out samples, given what the calibrated layers before it make of them.
 
@@ -115,6 +130,7 @@ class LayerReport:
         norms: names of its LayerNorms that were updated.
         tasks: the drift of each task.
         chosen: by linear module, the settings, where they choose themselves.
+        alpha: likewise, of the layer.
         gate: how it was judged, where samples are held out.
     """
 
@@ -126,6 +142,7 @@ class LayerReport:
     norms: list[str]
     tasks: dict[str, TaskDrift] = field(default_factory=dict)
     chosen: dict[str, ChosenReport] = field(default_factory=dict)
+    alpha: AlphaReport | None = None
     gate: GateReport | None = None
 
 
@@ -236,12 +253,7 @@ class Report:
         Raises:
             CheckpointError: it is none, or a later version's.
         """
-        try:
-            values = parse_json(text)
-            check_version(values)
-            return build(cls, values)
-        except (DocumentError, FormError) as error:
-            raise CheckpointError(f"report: it cannot be read: {error}") from error
+        return read_report(cls, text, "report", cls.schema_version)
 
     def summary(self) -> str:
         """A line of how many weights, how long, how much drift is left; some on held-out samples; and one a warning."""
@@ -328,6 +340,20 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def read_report(cls: type[T], text: str, kind: str, known: int) -> T:
+    """A report of a class from its JSON text: one of its `kind`, of the version `known` or of one before it.
+
+    Raises:
+        CheckpointError: it is none, or a later version's.
+    """
+    try:
+        values = parse_json(text)
+        check_version(values, known)
+        return build(cls, values)
+    except (DocumentError, FormError) as error:
+        raise CheckpointError(f"{kind}: it cannot be read: {error}") from error
 
 
 def check_version(values: object, known: int = SCHEMA_VERSION) -> None:

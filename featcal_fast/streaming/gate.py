@@ -1,23 +1,62 @@
 """The gate: what a layer makes of held-out samples, calibrated against merged; what got worse keeps its merged weights.
 
-Both are given the same hidden states, those of the calibrated layers before it.
+Before that, of several updates, the one that is best by the same measure. All are given the same hidden states, those
+of the calibrated layers before it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from featcal_fast.layer.layout import Layout
-from featcal_fast.layer.solve import Update
+from featcal_fast.layer.solve import Update, load_update
 from featcal_fast.models.structure import Layer
-from featcal_fast.reporting.report import GateReport
+from featcal_fast.reporting.report import AlphaReport, GateReport
 from featcal_fast.streaming.drift import Distance
-from featcal_fast.streaming.paired import paired
+from featcal_fast.streaming.paired import mean, paired
 from featcal_fast.streaming.streams import Streams
+
+
+def load_best(
+    streams: Streams, layer: Layer, block: nn.Module, updates: Mapping[float, Update]
+) -> tuple[float, Tried | None]:
+    """Load the update that is best on held-out samples into a layer.
+
+    Args:
+        streams: of the run.
+        layer: that was solved.
+        block: of it.
+        updates: by teacher_alpha.
+
+    Returns:
+        Of which alpha; and what was found, if there was a choice.
+    """
+    if len(updates) == 1:
+        ((best, update),) = updates.items()
+        load_update(block, update)
+        return best, None
+    tried, curve = {}, {}
+    for alpha, update in updates.items():
+        load_update(block, update)
+        tried[alpha] = _read(streams.drift.trial(layer, block))
+        curve[alpha] = mean(tried[alpha])
+    # Numbers that are not finite are somebody else's to tell of.
+    best = min(curve, key=lambda alpha: curve[alpha] if math.isfinite(curve[alpha]) else math.inf)
+    load_update(block, updates[best])
+    told = AlphaReport(best, {f"{alpha:g}": math.sqrt(value) for alpha, value in curve.items()})
+    return best, Tried(told, tried[best])
+
+
+class Tried(NamedTuple):
+    """What was chosen among updates, and every held-out sample's distance with it, by task."""
+
+    report: AlphaReport
+    distances: list[list[float]]
 
 
 class Gate:
@@ -34,13 +73,14 @@ class Gate:
         self._streams, self._layer, self._layout, self._block = streams, layer, layout, block
         self._merged = streams.drift.trial(layer, block)
 
-    def keep_better(self, update: Update) -> GateReport:
+    def keep_better(self, update: Update, tried: Tried | None) -> GateReport:
         """Take merged weights back, of groups and norms as far as that helps or else of all, if the layer got worse.
 
         Args:
             update: was loaded into the block; what is taken back is no longer in it.
+            tried: with it, if it was.
         """
-        merged, calibrated = _read(self._merged), self._tried()
+        merged, calibrated = _read(self._merged), self._tried() if tried is None else tried.distances
         found = paired(merged, calibrated)
         report = GateReport(math.sqrt(found.first), math.sqrt(found.second), found.spread)
         if not found.second > found.first:  # nor of numbers that are not finite: that is somebody else's to say

@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
+def mean(numbers: Sequence[Sequence[float]]) -> float:
+    """Over samples, tasks weighing the same."""
+    return math.fsum(sum(each) / len(each) for each in numbers) / len(numbers)
+
+
 class Paired(NamedTuple):
     """Two means over samples, tasks weighing the same, and the standard error of their difference."""
 
@@ -29,12 +34,9 @@ def paired(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) 
     Returns:
         Means and spread; a task with one sample adds nothing to the latter.
     """
-    before, after, variances = [], [], []
+    variances = []
     for one, other in zip(first, second, strict=True):
         count, differences = len(one), [b - a for a, b in zip(one, other, strict=True)]
-        mean = math.fsum(differences) / count if all(map(math.isfinite, differences)) else math.nan
-        before.append(sum(one) / count)
-        after.append(sum(other) / count)
-        variances.append(math.fsum((each - mean) ** 2 for each in differences) / max(1, count - 1) / count)
-    tasks = len(variances)
-    return Paired(math.fsum(before) / tasks, math.fsum(after) / tasks, math.sqrt(math.fsum(variances)) / tasks)
+        middle = math.fsum(differences) / count if all(map(math.isfinite, differences)) else math.nan
+        variances.append(math.fsum((each - middle) ** 2 for each in differences) / max(1, count - 1) / count)
+    return Paired(mean(first), mean(second), math.sqrt(math.fsum(variances)) / len(variances))
