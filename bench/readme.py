@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 from bench.gpu import goals, moments
@@ -26,6 +27,7 @@ from featcal_fast.models import families_table
 PAGES = ("README.md", "bench/README.md", "docs/families.md")
 OURS = "featcal_fast"
 REAL = ("lm", "encoder")
+FIXED = ("preset", "chosen")  # of those that were compared on them
 CHOICES = {"digits": (100, 1, "accuracy, %"), "llama": (1, 3, "bits per byte"), "t5": (1, 1, "exact match, %")}
 # Columns of the README's table of real models, and their rows.
 REAL_ROWS = {"base": BASE, "experts": EXPERTS, "task arithmetic": ARITHMETIC, "FeatCal 128": "FeatCal 128, chosen"}
@@ -247,6 +249,22 @@ def chosen() -> str:
     return _table(lines)
 
 
+def chosen_real() -> str:
+    """Settings that choose themselves, and the gate, beside fixed settings on real models' validation texts."""
+    lines: dict[str, dict[str, object]] = {}
+    for name in REAL:
+        found = _read(f"settings-real-{name}")
+        held_out = found["with held-out samples"]
+        named = {each: next(key for key, repair in found["grid"].items() if repair == found[each]) for each in FIXED}
+        rows = {f"{each}, all texts": (found, key) for each, key in (*named.items(), ("best fixed", found["best"]))}
+        rows |= {key: (held_out, key) for key in held_out["grid"]}
+        for count, (row, (part, key)) in product(found["samples"], rows.items()):
+            score, line = part["scores"][f"{key}, {count}"], lines.setdefault(row, {"settings": row})
+            mean, seconds = f"{found['scale'] * score['mean']:.{found['digits']}f}", _seconds(score["took"]["seconds"])
+            line[f"{found['study']}, {count} texts a task: {found['measure']} (seconds)"] = f"{mean} ({seconds})"
+    return _table(list(lines.values()))
+
+
 def real() -> str:
     """Of each study on real models, the merge that was tuned, the repairs of it, and how sure the difference is."""
     lines = []
@@ -326,6 +344,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "real lm lora": lambda: real_rows("lm", "lora"),
     "real sources": lambda: _table(sources.table(), "--r--"),
     "settings": chosen,
+    "settings real": chosen_real,
     "t5": lambda: _table(study.lines(_read("accuracy-t5"), "token accuracy, %", 1)),
 }
 

@@ -29,7 +29,6 @@ from featcal_fast.layer.solve import (
     check_finite,
     loaded,
     max_condition,
-    relative_changes,
 )
 from featcal_fast.layer.systems import Anchor, LayerSystem
 from featcal_fast.models.structure import Layer, Structure
@@ -260,17 +259,14 @@ def calibrate_layer(
         streams.drift.advance_merged(layer, student)
         with clock("judging"):
             gate = Gate(streams, layer, layout, student) if settings.keep_better and streams.drift.judges else None
-        changes = {alpha: relative_changes(layout, update, student) for alpha, update in updates.items()}
-        with clock("judging"):
-            best, tried = load_best(streams, layer, student, updates)
-            update = updates[best]
+            found = load_best(streams, layer, layout, student, updates)
             del updates
-            judged = None if gate is None else gate.keep_better(update, tried)
-        parameters = streams.to_host(loaded(student, update))
+            judged = None if gate is None else gate.keep_better(found)
+        parameters = streams.to_host(loaded(student, found.update))
         streams.drift.advance_calibrated(layer, student)
         # Besides the solve and the gate, the one time that the host waits for the device.
         before, after, changed, sums, repeats = read_scalars(
-            *streams.drift.distances(), changes[best], update.sums, streams.drift.repeats()
+            *streams.drift.distances(), found.changes, found.update.sums, streams.drift.repeats()
         )
         streams.drift.check_repeats(layer, repeats)
         check_finite(system.systems, sums, [*before, *after, *changed])
@@ -278,7 +274,7 @@ def calibrate_layer(
     with clock("writing"):
         write(layer.index, parameters.synchronize())  # while a GPU advances
 
-    kept, groups = set(judged.kept if judged else ()), _group_reports(system, moments, update, changed)
+    kept, groups = set(judged.kept if judged else ()), _group_reports(system, moments, found.update, changed)
     report = LayerReport(
         layer.index,
         drift_before=statistics.fmean(before),
@@ -288,7 +284,7 @@ def calibrate_layer(
         norms=[name for name in moments.norms if name not in kept],
         tasks=dict(zip(streams.tasks, map(TaskDrift, before, after), strict=True)),
         chosen=chosen,
-        alpha=None if tried is None else tried.report,
+        alpha=found.alpha,
         gate=judged,
     )
     reasons = {f"{layer.path}.{name}": LAYER_WORSE for group in groups for name in kept & {*group.modules}}

@@ -7,7 +7,9 @@ import math
 import signal
 import sys
 import traceback
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +17,7 @@ import typer
 from rich.console import Console
 
 from featcal_fast import files
-from featcal_fast.errors import FeatCalError, OutputError, printable, shown
+from featcal_fast.errors import FeatCalError, printable, shown
 from featcal_fast.job.interrupts import ENDING
 from featcal_fast.streaming.malloc import configure_process
 from featcal_fast.terminal import BarProgress, Terminal, complain
@@ -23,8 +25,6 @@ from featcal_fast.version import __version__
 
 if TYPE_CHECKING:
     from featcal_fast.inputs.recipe import Recipe
-    from featcal_fast.planning.duration import Duration
-    from featcal_fast.planning.plan import Plan
 
 EXAMPLE = """
 Repair a merged model: pull its features toward the experts it was made from, layer by layer, in closed form.
@@ -175,24 +175,23 @@ def calibrate(
     _check_pairs(resume, fresh, no_checkpoint, checkpoint_every, delta is not None, delta_rank)
     configure_process()
     console = Terminal()
-    report = run(
-        _judged(_job(recipe, mergekit, data, skip, base, recipe_out, out), keep_better, require_better),
-        out=out,
-        device=device,
-        progress=BarProgress(console),
-        device_memory=device_memory,
-        host_memory=host_memory,
-        scratch=scratch,
-        resume=resume,
-        fresh=fresh,
-        checkpoint_every=0 if no_checkpoint else checkpoint_every,
-        scan=scan,
-        delta=delta,
-        delta_rank=delta_rank or RANK,
-    )
-    for table in report.tables():
-        console.print(table)
-    console.say(report.summary() + _delta_line(delta))
+    with closing(BarProgress(console)) as progress:
+        report = run(
+            _judged(_job(recipe, mergekit, data, skip, base, recipe_out, out), keep_better, require_better),
+            out=out,
+            device=device,
+            progress=progress,
+            device_memory=device_memory,
+            host_memory=host_memory,
+            scratch=scratch,
+            resume=resume,
+            fresh=fresh,
+            checkpoint_every=0 if no_checkpoint else checkpoint_every,
+            scan=scan,
+            delta=delta,
+            delta_rank=delta_rank or RANK,
+        )
+    console.show(report.tables(), report.summary() + _delta_line(delta))
     console.next_steps(Path(report.out or ""))
     raise typer.Exit(NOT_BETTER if require_better and not report.better else 0)
 
@@ -233,39 +232,30 @@ def plan(
         featcal-fast plan recipe.yaml --sample 8
     """
     from featcal_fast.inputs.recipe import with_out
-    from featcal_fast.job.resume import left_behind
-    from featcal_fast.job.throughput import expected
     from featcal_fast.planning.planner import plan as make
 
     if rate is not None and not 0 < rate < math.inf:
         said = f"found {rate}, expected TFLOP/s above 0, such as a run's summary says"
         raise typer.BadParameter(said, param_hint="--rate")
     configure_process()
-    console, job = Terminal(), with_out(_job(recipe, mergekit, data, skip, base, recipe_out, out), out)
-    found = make(
-        job,
-        device=device,
-        device_memory=device_memory,
-        host_memory=host_memory,
-        scratch=scratch,
-        checkpoint_every=0 if no_checkpoint else None,
-        scan=scan,
-        sample=sample,
-        progress=(progress := BarProgress(console)),
-    )
-    progress.close()
-    _show_plan(console, found, rate, expected(found))
-    if job.folder and (left := left_behind(job.folder)):
-        console.say(left)
+    console = Terminal()
+    job = with_out(_job(recipe, mergekit, data, skip, base, recipe_out, out), out)
+    with closing(BarProgress(console)) as progress:
+        found = make(
+            job,
+            device=device,
+            device_memory=device_memory,
+            host_memory=host_memory,
+            scratch=scratch,
+            checkpoint_every=0 if no_checkpoint else None,
+            scan=scan,
+            sample=sample,
+            planned=partial(console.show_plan, job.folder, rate),
+            progress=progress,
+        )
+    if found.sample is not None:
+        console.show_sample(found.sample)
     found.check()
-
-
-def _show_plan(console: Terminal, found: Plan, rate: float | None, duration: Duration | None) -> None:
-    for table in found.tables():
-        console.print(table)
-    console.say(found.summary(rate * 1e12) if rate else found.summary(duration=duration))
-    if console.stdout.failed:
-        raise OutputError("standard output cannot be written: the plan is not shown")
 
 
 @app.command()
@@ -343,9 +333,7 @@ def drift(
     configure_process()
     console = Terminal()
     found = run(recipe, model=model, out=out, device=device, progress=BarProgress(console))
-    for table in found.tables():
-        console.print(table)
-    console.say(found.summary() + ("" if out is None else f"\nWrote {out}; look at {out / PAGE}"))
+    console.show(found.tables(), found.summary() + ("" if out is None else f"\nWrote {out}; look at {out / PAGE}"))
 
 
 @app.command()

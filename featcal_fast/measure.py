@@ -58,7 +58,7 @@ def measure_source(
         batches: by task, as of `calibrate_model`, read once; of a task with some that are `HeldOut`, only these count.
         settings: of which only `forward_dtype` is used.
         device: where to compute; hidden states wait in host memory.
-        progress: told how it goes.
+        progress: told how it goes, and closed at its end.
         same_heads: whether the calibrated model is the merged one outside of its layers, so that what the two give in
             the end can be compared too, on samples that are held out.
 

@@ -107,8 +107,8 @@ class Settings:
             number, `(tasks + lambda) / lambda`, allows it, and float64 beyond.
         compile_blocks: whether layers' forwards go through torch.compile; None for on a GPU only. What they make is the
             same within the rounding of its dtype.
-        auto: choose the ridge of each linear module, relative to its features, by what it makes of held-out samples;
-            LayerNorms keep `ridge_lambda`.
+        auto: choose the ridge of each linear module, relative to its features, and `teacher_alpha` of each layer, by
+            what they make of held-out samples; LayerNorms keep `ridge_lambda`.
         keep_better: where samples are held out, a layer that its new weights make worse on them keeps merged ones, of
             as many modules as that takes; and so does the whole model.
         include: calibrate only the modules of these names: a string is a regular expression that the full name

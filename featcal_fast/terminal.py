@@ -5,24 +5,30 @@ from __future__ import annotations
 import io
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from textwrap import indent
-from typing import TextIO, cast
+from typing import TYPE_CHECKING, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
 
 from featcal_fast import files
 from featcal_fast.checkpoints.nested import model_folder
-from featcal_fast.errors import printable
+from featcal_fast.errors import OutputError, printable
 from featcal_fast.planning.plan import format_bytes
 from featcal_fast.reporting.outcome import WORSE
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import LayerReport, drift_text
 from featcal_fast.reporting.usage import shell_quoted, usage
 from featcal_fast.untrusted.documents import parse_json
+
+if TYPE_CHECKING:
+    from featcal_fast.planning.plan import Plan
+    from featcal_fast.planning.sampled import Sampled
 
 
 class BarProgress(Progress):
@@ -140,6 +146,35 @@ class Terminal(Console):
         for line in text.split("\n"):
             style = next((style for start, style in STYLES.items() if line.startswith(start)), None)
             self.print(printable(line), style=style, soft_wrap=True)
+
+    def show(self, tables: Iterable[Table], text: str) -> None:
+        """Tables, and lines of text below them."""
+        for table in tables:
+            self.print(table)
+        self.say(text)
+
+    def show_plan(self, out: Path | None, rate: float | None, plan: Plan) -> None:
+        """A plan, at a rate of so many TFLOP/s or at what runs took; and what a run has left in the folder to write.
+
+        Raises:
+            OutputError: there is nowhere to show it.
+        """
+        from featcal_fast.job.resume import left_behind
+        from featcal_fast.job.throughput import expected
+
+        self.show(plan.tables(), plan.summary(rate * 1e12) if rate else plan.summary(duration=expected(plan)))
+        if out and (left := left_behind(out)):
+            self.say(left)
+        self._check_shown()
+
+    def show_sample(self, sample: Sampled) -> None:
+        """Whether it will help. Raises as `show_plan`."""
+        self.show([sample.table()], sample.line())
+        self._check_shown()
+
+    def _check_shown(self) -> None:
+        if self.stdout.failed:
+            raise OutputError("standard output cannot be written: the plan is not shown")
 
     def next_steps(self, out: Path) -> None:
         """Where a calibrated model is, and what to do with it, as snippets to copy."""

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
+import featcal_fast as ff
 from bench import readme
 from bench.harness.results import ROOT, SOURCES, Results
 from bench.real import command, plots, summary
 from bench.real.paired import HeldOut, difference
+from bench.real.repairs import Repair, compare
 from bench.real.sources import SourceError
 from bench.real.units import ARITHMETIC, BASE, EXPERTS, ITEMS, SECTION, Rows, Unit
 
@@ -275,6 +277,34 @@ def test_rows_depend_on_all_code_that_measures_them() -> None:
             paths = {module.replace(".", "/") + ".py" for module in modules | {package for package, _ in names}}
             used = {path for path in paths if (ROOT / path).is_file()}
             assert not {path for path in used if not path.startswith(tuple(known))}, file
+
+
+def test_repairs_are_compared_by_the_mean_over_numbers_of_samples() -> None:
+    grid = {name: Repair(scaling, ff.Settings()) for name, scaling in (("a", 1.0), ("b", 2.0))}
+    found = compare(grid, (1, 10), Rows(Results(None, {})), lambda repair, n: {"mean": n * repair.scaling}, max)
+    assert found["means"] == {"a": 5.5, "b": 11}
+    assert found["best"] == "b"
+    assert [row["mean"] for row in found["scores"].values()] == [1, 2, 10, 20]
+
+
+def test_the_readme_shows_held_out_samples_beside_fixed_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which fixed ones the preset and the chosen ones are is found by their values, and the best one is named."""
+    seconds = {"preset": 1.0, "chosen": 20.0, "other": 3.0, "auto": 4.0}
+    for name in readme.REAL:
+        scores = {f"{key}, 32": {"mean": took / 100, "took": {"seconds": took}} for key, took in seconds.items()}
+        grid = {key: {"scaling": number} for number, key in enumerate(("preset", "chosen", "other"))}
+        found = {"study": name, "measure": "bits", "digits": 2, "scale": 1, "samples": [32], "best": "other"}
+        found |= {"preset": grid["preset"], "chosen": grid["chosen"], "grid": grid, "scores": scores}
+        found["with held-out samples"] = {"grid": {"auto": {}}, "scores": scores}
+        (tmp_path / f"settings-real-{name}.json").write_text(json.dumps(found))
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    head, _, *lines = readme.chosen_real().splitlines()
+    assert head.count("32 texts a task: bits (seconds)") == 2
+    fixed = {"preset": "0.01 (1.0)", "chosen": "0.20 (20)", "best fixed": "0.03 (3.0)"}
+    cells = {f"{name}, all texts": cell for name, cell in fixed.items()} | {"auto": "0.04 (4.0)"}
+    assert lines == [f"| {name} | {cell} | {cell} |" for name, cell in cells.items()]
 
 
 def test_the_readme_shows_both_studies_in_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from data_files import save_tokenizer
+from torch import nn
 from transformers import BertConfig, BertModel
 
+import featcal_fast as ff
 from bench.harness.results import Results
 from bench.real import encoder, finetune_encoder, models_encoder
 from bench.real.finetune_encoder import Batches, Labelled, Training, expert, features, fit, head
+from bench.real.finetune_lm import padded
+from bench.real.repairs import Repair, decided
 from bench.real.tasks import Task
 from bench.real.units import ANCHORS, ARITHMETIC, BASE, EXPERTS, ITEMS, SECTION, TIES, Rows, Unit
 from bench.workers.common import load_model
@@ -107,6 +111,20 @@ def test_an_expert_is_trained_once_for_its_settings_and_has_the_other_files_of_i
     assert not list(tmp_path.rglob("*.part"))
 
 
+def in_memory(by: Any, repair: Repair, count: int) -> tuple[nn.Module, ff.Report]:
+    """The calibrated model, without starting a process and reading."""
+    pool = models_encoder.pool_of(by)
+    model = models_encoder.Line(pool.base, encoder.task_arithmetic(pool, 1.0)).at(repair.scaling)
+    batches, held_out = {}, {}
+    for task, numbers in by.calibration(count).items():
+        ids = [by.texts[task]["training"].ids[n] for n in numbers]
+        fitted = len(ids) - round(repair.held_out * len(ids))
+        batches[task] = [padded(ids[:fitted])]
+        held_out |= {task: [padded(ids[fitted:])]} if ids[fitted:] else {}
+    given: dict[str, Any] = {"base": pool.base, "experts": pool.experts, "batches": batches, "held_out": held_out}
+    return model, ff.calibrate_model(model, **given, settings=repair.settings)
+
+
 @pytest.fixture
 def study(base: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Any]]:
     """The study in small, and what calibrations it asked for."""
@@ -118,11 +136,10 @@ def study(base: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Any]]:
     monkeypatch.setattr(encoder, "QUICK", replace(TRAINING, steps=4))
     monkeypatch.setattr(encoder.surgery.train, "__defaults__", (encoder.surgery.Training(steps=20),))
 
-    def calibrated(by: Any, repair: Any, count: int) -> Any:
+    def calibrated(by: Any, repair: Repair, count: int) -> Any:
         asked.append((count, repair))
-        pool = models_encoder.pool_of(by)
-        added = models_encoder.Line(pool.base, encoder.task_arithmetic(pool, 1.0))
-        return models_encoder.calibrated_here(by, pool, added, repair, count), {"seconds": 1.0}
+        model, report = in_memory(by, repair, count)
+        return model, {"took": {"seconds": 1.0}, **decided(report)}
 
     monkeypatch.setattr(encoder, "calibrated", calibrated)
     return asked
@@ -151,14 +168,13 @@ def test_a_run_has_every_row_and_measures_none_twice(study: list[tuple[int, Any]
 def test_calibration_reads_the_same_texts_as_a_user_gives_them(study: list[tuple[int, Any]], tmp_path: Path) -> None:
     """Folders and files of texts, in a process of its own, make the model that token ids in memory make."""
     by = models_encoder.given({}, tmp_path, 0, TRAINING, encoder.MOST)
-    pool = models_encoder.pool_of(by)
-    added = models_encoder.Line(pool.base, encoder.task_arithmetic(pool, 1.0))
-    model, took = models_encoder.calibrated(by, encoder.PRESET, 8)
-    here = models_encoder.calibrated_here(by, pool, added, encoder.PRESET, 8)
+    model, found = models_encoder.calibrated(by, encoder.PRESET, 8)
+    here, _ = in_memory(by, encoder.PRESET, 8)
     for name, value in here.named_parameters():
         assert torch.allclose(model.get_parameter(name), value, atol=1e-4), name
-    assert took["plan"]["host"] > 0
-    assert took["calibrated_weights"] == 12
+    assert found["took"]["plan"]["host"] > 0
+    assert found["took"]["calibrated_weights"] == 12
+    assert set(found) == {"took"}  # all are fitted to
     assert not list(by.folder.glob(".calibrate-*"))
     small, large = by.calibration(4), by.calibration(8)
     assert all(large[task][:4] == numbers for task, numbers in small.items())
@@ -169,9 +185,17 @@ def test_settings_are_compared_on_the_validation_part(
 ) -> None:
     monkeypatch.setattr(encoder, "GRID", encoder.GRID[:2])
     found = encoder.choose({}, tmp_path, Rows(Results(None, {})), quick=True)
-    assert found["best"] in found["grid"]
+    judged = found["with held-out samples"]
+    for part in (found, judged):
+        assert part["means"][part["best"]] == max(part["means"].values())
     assert len(found["means"]) == 2
-    assert found["means"][found["best"]] == max(found["means"].values())
+    assert [repair["settings"]["anchor_rho"] for repair in judged["grid"].values()] == [2, 3, 3, 3, 3]
+    for name, repair in judged["grid"].items():
+        score = judged["scores"][f"{name}, 8"]
+        assert score["held_out"] == {"a": 2, "b": 2}
+        assert score["outcome"]["merged"] > 0
+        assert sum(score["ridges"].values()) == (12 if repair["settings"]["auto"] else 0)
+        assert score["outcome"]["kept"] if repair["settings"]["keep_better"] else not score["kept"]
     json.dumps(found)
 
 

@@ -25,7 +25,7 @@ from bench.real import finetune_lm, lm, measure_lm, summary
 from bench.real.finetune_lm import Training, expert, load, padded
 from bench.real.measure_lm import Sample
 from bench.real.models_lm import Sizes
-from bench.real.repairs import Repair
+from bench.real.repairs import Repair, with_held_out
 from bench.real.texts import PARTS, Text
 from bench.real.units import ITEMS, SECTION, Rows, Unit
 from bench.workers import ours
@@ -213,8 +213,10 @@ def test_settings_are_compared_on_the_validation_part(
     study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = [Repair(0.3, ff.Settings(ridge_lambda=ridge)) for ridge in (1e-3, 1e3)]
+    judged = with_held_out(lm.CHOSEN)
     monkeypatch.setattr(lm, "GRID", grid)
-    monkeypatch.setattr(lm, "CHOSEN_WITH", (2, 4))
+    monkeypatch.setattr(lm, "with_held_out", lambda _: {name: judged[name] for name in ("auto", "chosen, no gate")})
+    monkeypatch.setattr(lm, "CHOSEN_WITH", (4,))
     measured = []
     bits = lm.bits
     monkeypatch.setattr(lm, "bits", lambda model, samples: measured.append(samples) or bits(model, samples))
@@ -226,11 +228,15 @@ def test_settings_are_compared_on_the_validation_part(
     assert set(found["means"]) == set(found["grid"])
     assert found["means"][found["best"]] == min(found["means"].values())
     for name in found["grid"]:
-        scores = [found["scores"][f"{name}, {count}"] for count in (2, 4)]
-        assert found["means"][name] == pytest.approx(sum(score["mean"] for score in scores) / 2)
-        for score in scores:
-            assert score["mean"] == pytest.approx((score["one"] + score["two"]) / 2)
+        score = found["scores"][f"{name}, 4"]
+        assert found["means"][name] == score["mean"] == pytest.approx((score["one"] + score["two"]) / 2)
     assert found["scores"]["own expert"]["mean"] < found["scores"]["base"]["mean"]
+    scores = found["with held-out samples"]["scores"]
+    assert all(each["held_out"] == {"one": 1, "two": 1} for each in scores.values())
+    assert [each["outcome"]["measure"] for each in scores.values()] == ["KL of the outputs"] * 2
+    assert sum(scores["auto, 4"]["ridges"].values()) == 14  # of seven modules in each of two layers
+    assert sum(scores["auto, 4"]["alphas"].values()) == 2
+    assert [scores["chosen, no gate, 4"][what] for what in ("kept", "ridges", "alphas")] == [{}, {}, {}]
 
 
 def test_without_other_texts_only_the_domains_are_measured(

@@ -1,16 +1,14 @@
-"""Drift, measured: its split against a plain loop in float64; the report, the page, and the folder that holds them."""
+"""Drift, measured: its split against a plain loop in float64; and the folder that a report is written to."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
 import json
-import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import fields, replace
-from html.parser import HTMLParser
+from dataclasses import fields
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,18 @@ import pico
 import pytest
 import torch
 from jsonschema import Draft202012Validator
+from runs import Stop
 from torch import Tensor, nn
 
 import featcal_fast as ff
 from featcal_fast import measure
-from featcal_fast.errors import CheckpointError, FeatCalError, OutputError
+from featcal_fast.checkpoints.manifest import Manifest
+from featcal_fast.errors import FeatCalError, OutputError
 from featcal_fast.measure import measure_source
 from featcal_fast.models import find_structure
 from featcal_fast.reporting.drift_page import page
 from featcal_fast.reporting.progress import Progress
-from featcal_fast.reporting.splits import LayerSplit, ModuleError, Split
+from featcal_fast.reporting.splits import Split
 from featcal_fast.streaming.held_out import HeldOut
 from featcal_fast.streaming.sources import ModuleSource
 
@@ -266,7 +266,7 @@ def test_any_model_like_it_may_be_compared(saved: tuple[Path, dict[str, Any]]) -
 def test_samples_that_were_fitted_to_are_warned_of(saved: tuple[Path, dict[str, Any]]) -> None:
     folder, recipe = saved
     other = ff.drift(recipe | {"held_out": 0.4, "seed": 3}, model=folder / "out", device="cpu")
-    assert "another held_out and seed" in other.warnings[0]
+    assert "differs in held_out and seed" in other.warnings[0]
     assert "warning: the model was calibrated" in other.summary()
 
 
@@ -294,18 +294,38 @@ def test_a_report_that_cannot_be_read_does_not_count(
     ("where", "said"),
     [
         ("task0/drift", "lies in the input folder"),
-        ("out/drift", "lies in the input folder"),
+        ("full/../base/a/b", "lies in the input folder"),
+        ("link/drift", "lies in the input folder"),
+        ("task1.safetensors", "task1.safetensors"),
+        ("out", "holds something"),
+        ("out/drift", "lies in .*out, a calibrated model"),
+        ("link-to-out/a/b", "lies in .*out, a calibrated model"),
         ("full", "holds something"),
+        ("mine", "lies in the recipe's own out"),
+        ("full/../mine/drift", "lies in the recipe's own out"),
+        (".mine.partial/drift", "lies in the recipe's own out"),
+        ("left", "is what a calibration into .*left has left"),
     ],
 )
-def test_where_nothing_may_be_written(saved: tuple[Path, dict[str, Any]], where: str, said: str) -> None:
+def test_where_nothing_may_be_written(
+    saved: tuple[Path, dict[str, Any]], where: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said before anything is read of the data, and nothing is changed."""
     folder, recipe = saved
-    (folder / "full").mkdir(exist_ok=True)
+    for name in ("full", ".left.partial"):
+        (folder / name).mkdir(exist_ok=True)
     (folder / "full" / "a").touch()
+    for link, target in (("link", "merged"), ("link-to-out", "out")):
+        if not (folder / link).is_symlink():
+            (folder / link).symlink_to(target)
+    if not (folder / ".left.partial" / "manifest").exists():
+        Manifest(folder / ".left.partial" / "manifest").append({"fingerprint": {}, "finished": True})
+        (folder / ".left.partial" / "model").mkdir()
     before = everything(folder)
+    monkeypatch.setattr("featcal_fast.job.drift.load_data", lambda *_: pytest.fail("data is read"))
     with pytest.raises(OutputError, match=said):
-        ff.drift(recipe, model=folder / "out", out=folder / where, device="cpu")
-    assert everything(folder) == before
+        ff.drift(recipe | {"out": str(folder / "mine")}, out=folder / where, device="cpu")
+    assert {name: text for name, text in everything(folder).items() if not name.endswith("/lock")} == before
 
 
 def test_what_fails_leaves_no_folder(
@@ -316,6 +336,22 @@ def test_what_fails_leaves_no_folder(
     with pytest.raises(ZeroDivisionError):
         ff.drift(recipe, out=tmp_path / "drift", device="cpu")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_interrupted_leaves_no_folder(saved: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        ff.drift(saved[1], out=tmp_path / "drift", device="cpu", progress=Stop(1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_measurement_has_left_is_in_nobody_s_way(
+    saved: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / ".drift.partial" / "model").mkdir(parents=True)
+    (tmp_path / ".drift.partial" / "model" / "drift.json").write_text("{")
+    report = ff.drift(saved[1], out=tmp_path / "drift", device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["drift"]
+    assert (tmp_path / "drift" / "drift.json").read_text() == report.to_json()
 
 
 def test_without_matplotlib_there_is_no_picture(
@@ -336,129 +372,3 @@ def test_without_matplotlib_there_is_no_picture(
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(FeatCalError, match="plots need matplotlib"):
         ff.DriftReport.from_json((tmp_path / "drift" / "drift.json").read_text()).plot(tmp_path / "a.png")
-
-
-# The report and its page
-
-
-def made_up(layers: int, tasks: list[str], module: str = "mlp.up_proj") -> ff.DriftReport:
-    """A report of so many layers and tasks, each with seven modules."""
-
-    def split(part: float) -> Split:
-        return Split(part, 0.3 * part, 0.9 * part, -0.1 * part, 1.1 * part)
-
-    found = [
-        LayerSplit(
-            number,
-            f"model.layers.{number}",
-            {task: split(0.123456 * (1 + number)) for task in tasks},
-            {task: split(0.0987654 * (1 + number)) for task in tasks},
-            {f"{module}{each}": {task: ModuleError(1.0, 0.1 * each + 0.5) for task in tasks} for each in range(7)},
-            {f"{module}{each}": 10.0 ** -((number + each) % 4) for each in range(7)},
-            {f"{module}0": f"it is worse: {module}"} if number % 3 else {},
-        )
-        for number in range(layers)
-    ]
-    return ff.DriftReport(
-        "a family",
-        "cpu",
-        dict.fromkeys(tasks, 51),
-        dict.fromkeys(tasks, 51),
-        found,
-        model="out",
-        settings=ff.Settings(),
-    )
-
-
-class Loads(HTMLParser):
-    """Everything in a page that could load or run something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.attributes: set[str] = set()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attrs}
-
-
-def of_page(text: str) -> Loads:
-    found = Loads()
-    found.feed(text)
-    return found
-
-
-def test_a_page_of_many_layers_and_tasks_is_small_and_loads_nothing() -> None:
-    text = page(made_up(80, [f"task number {number}" for number in range(20)]))
-    assert len(text.encode()) < 2**20
-    found = of_page(text)
-    assert not found.tags & {"script", "link", "img", "image", "iframe", "object", "embed", "use", "a", "base", "form"}
-    assert not found.attributes & {"src", "href", "srcset", "xlink:href", "data", "action", "onload"}
-    assert "http" not in text.replace("http-equiv", "")
-    assert not re.search(r"url\(|@import", text)
-    assert "default-src 'none'" in text
-    assert text.count("<figure>") == 1 + 2 + 20
-
-
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "\"><img src=x onerror='a'>",
-    "</title></style><b>",
-    "a&amp;b",
-    "$\\frac{$",
-    "e" * 200,
-]
-
-
-def test_names_are_only_text() -> None:
-    report = made_up(3, HOSTILE, module="<svg onload='a'>")
-    report.warnings, report.model = [HOSTILE[0]], HOSTILE[1]
-    text = page(report)
-    plain = of_page(page(made_up(3, [str(number) for number in range(len(HOSTILE))])))
-    found = of_page(text)
-    assert found.tags == plain.tags
-    assert found.attributes == plain.attributes
-    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 3
-    assert "a&amp;amp;b" in text
-
-
-def test_a_picture_of_hostile_names_can_be_drawn(tmp_path: Path) -> None:
-    made_up(3, HOSTILE, module="$\\frac{").plot(tmp_path / "a.png")
-    assert (tmp_path / "a.png").stat().st_size > 1000
-
-
-@pytest.mark.parametrize("value", [0.0, 1e-300, 1e300, float("nan"), float("inf")])
-def test_there_is_a_page_however_odd_the_numbers(value: float, tmp_path: Path) -> None:
-    report = made_up(2, ["a", "b"])
-    report.layers[0].merged["a"] = Split(*[value] * 5)
-    report.layers[1].calibrated["b"] = Split(*[value] * 5)
-    report.layers[1].modules["mlp.up_proj0"]["a"] = ModuleError(value, 1.0)
-    report.layers[1].picked["mlp.up_proj0"] = value
-    assert not re.search(r'="-?(nan|inf)', page(report))
-    report.plot(tmp_path / "a.svg")
-    json.loads(report.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert len(report.tables()) == 2
-    assert report.summary()
-
-
-def test_the_schema_has_the_code_s_keys() -> None:
-    Draft202012Validator.check_schema(SCHEMA)
-    assert SCHEMA["$id"] == f"urn:featcal-fast:drift:{ff.DriftReport.schema_version}"
-    parts = {"layer": LayerSplit, "split": Split, "module": ModuleError}
-    for name, cls in parts.items():
-        keys = SCHEMA["$defs"][name]["properties"]
-        assert keys.keys() == {item.name for item in fields(cls)} | ({"mean", "removed"} if name == "layer" else set())
-        assert set(SCHEMA["$defs"][name]["required"]) == set(keys)
-        assert all(each["description"] for each in keys.values())
-    assert SCHEMA["properties"].keys() == {item.name for item in fields(ff.DriftReport)} | {"schema_version"}
-
-
-def test_what_is_read_of_a_report() -> None:
-    text = made_up(2, ["a"]).to_json()
-    VALIDATOR.validate(json.loads(text))
-    assert ff.DriftReport.from_json(text) == replace(made_up(2, ["a"]))
-    later = json.loads(text) | {"schema_version": 2}
-    for wrong in ("", "[]", json.dumps(later), text.replace('"index": 0', '"index": "0"')):
-        with pytest.raises(CheckpointError, match="drift: it cannot be read"):
-            ff.DriftReport.from_json(wrong)

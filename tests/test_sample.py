@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from featcal_fast.planning.sampled import Sampled, SampledGroup, SampledLayer
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.streaming.held_out import HeldOut
 from featcal_fast.streaming.sources import ModuleSource
+from featcal_fast.terminal import BarProgress
 
 CPU = torch.device("cpu")
 Features = dict[str, Tensor]  # by full name of a module, what it is given; of a block, what it makes: `[tokens, d]`
@@ -264,6 +266,60 @@ def test_a_job_that_does_not_fit_is_not_sampled(recipe: dict[str, Any]) -> None:
     plan = ff.plan(recipe, device="cpu", host_memory=1000, sample=8)
     assert plan.problems
     assert plan.sample is None
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "said"),
+    [
+        (DataError("task task0: found no rows"), 1, "error: task task0: found no rows"),
+        (ZeroDivisionError("division by zero"), 70, "unexpected error: ZeroDivisionError"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_a_sample_that_fails_leaves_the_plan(
+    recipe: dict[str, Any],
+    command: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
+    code: int,
+    said: str,
+) -> None:
+    closed: list[BarProgress] = []
+
+    def fail(self: BarProgress, *_: Any) -> None:
+        assert self._bar is not None
+        raise failure
+
+    close = BarProgress.close
+    monkeypatch.setattr(BarProgress, "task", fail)
+    monkeypatch.setattr(BarProgress, "close", lambda self: (close(self), closed.append(self)))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    found, shown, told = command("plan", str(tmp_path / "recipe.yaml"), "--device", "cpu", "--sample", "8")
+    assert found == code
+    assert "fits: " in shown
+    assert "will it help" not in shown
+    assert said in told
+    assert closed[-1]._bar is None
+
+
+def test_a_scan_that_fails_leaves_no_bar(
+    recipe: dict[str, Any],
+    command: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = Path(recipe["experts"]["task1"]["model"]) / "model.safetensors"
+    save_file({name: tensor.fill_(float("nan")) for name, tensor in load_file(path).items()}, path)
+    bars: list[BarProgress] = []
+    start = BarProgress._start
+    monkeypatch.setattr(BarProgress, "_start", lambda self, total: (start(self, total), bars.append(self)))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for name in ("plan", "calibrate"):
+        code, _, told = command(name, str(tmp_path / "recipe.yaml"), "--device", "cpu", "--scan")
+        assert code == 1
+        assert "NaN or Inf" in told
+    assert [each._bar for each in bars] == [None, None]
 
 
 @pytest.mark.parametrize("wrong", [2, 0, -1, True, 8.0, "8", 2**31])

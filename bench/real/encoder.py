@@ -22,8 +22,8 @@ from bench.language.study import CHOSEN_SEED
 from bench.mergers import Pool, Ties, task_arithmetic, ties
 from bench.real import texts
 from bench.real.finetune_encoder import Training, features
-from bench.real.models_encoder import Given, Line, Operations, calibrated, calibrated_here, given, mean, pool_of
-from bench.real.repairs import Repair, compare
+from bench.real.models_encoder import Given, Line, Operations, calibrated, given, mean, pool_of
+from bench.real.repairs import Repair, compare, named, with_held_out
 from bench.real.sources import SOURCES, base_encoder
 from bench.real.tasks import tasks
 from bench.real.units import ANCHORS, ARITHMETIC, BASE, EXPERTS, ITEMS, TIES, Rows, Unit
@@ -142,8 +142,8 @@ def _tuned(by: Given, models: Line, scalings: Sequence[float]) -> dict[str, Any]
 
 
 def _calibrated(by: Given, repair: Repair, count: int) -> dict[str, Any]:
-    model, took = calibrated(by, repair, count)
-    return {"items": by.measured(model, "test"), "took": took}
+    model, found = calibrated(by, repair, count)
+    return {"items": by.measured(model, "test"), **found}
 
 
 def choose(archives: dict[str, Path], folder: Path, rows: Rows, quick: bool) -> dict[str, Any]:
@@ -157,16 +157,24 @@ def choose(archives: dict[str, Path], folder: Path, rows: Rows, quick: bool) -> 
         return {"tasks": {task: statistics.fmean(items) for task, items in found.items()}, "mean": mean(found)}
 
     plain = {f"task arithmetic {s:g}": rows.measure(f"{s:g}", lambda s=s: score(added.at(s))) for s in (0.0, *SCALINGS)}  # type: ignore[misc]
+
+    def tried(repair: Repair, count: int) -> dict[str, Any]:
+        model, found = calibrated(by, repair, count)
+        return {**score(model), **found}
+
     counts = (8,) if quick else CHOSEN_WITH
-    found = compare(GRID, counts, rows, lambda repair, n: score(calibrated_here(by, pool, added, repair, n)), max)
+    found, held_out = (compare(grid, counts, rows, tried, max) for grid in (named(GRID), with_held_out(CHOSEN)))
     return {
         "study": TITLE,
-        "measure": "accuracy on validation texts",
+        "measure": "accuracy on validation texts, %",
+        "digits": DIGITS,
+        "scale": SCALE,
         "form": FORM,
         "seed": by.seed,
         **describe(quick),
         **found,
         "scores": plain | found["scores"],
+        "with held-out samples": held_out,
     }
 
 

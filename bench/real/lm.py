@@ -24,7 +24,7 @@ from bench.real import texts
 from bench.real.finetune_lm import FORMS, Training, load
 from bench.real.measure_lm import Sample, bits, divergences
 from bench.real.models_lm import Given, Sizes, calibrated, digest, merged
-from bench.real.repairs import Repair, compare
+from bench.real.repairs import Repair, compare, named, with_held_out
 from bench.real.sources import SOURCES, base_lm
 from bench.real.texts import domains, other
 from bench.real.units import ANCHORS, ARITHMETIC, BASE, EXPERTS, ITEMS, TIES, Rows, Unit
@@ -183,21 +183,25 @@ def choose(archives: dict[str, Path], folder: Path, rows: Rows, quick: bool) -> 
     for method, scalings in (("task_arithmetic", SCALINGS), ("ties", TIES_SCALINGS)):
         models |= {f"{method} {s:g}": lambda m=method, s=s: merged(by, m, s) for s in scalings}
     scores = {key: rows.measure(key, lambda m=make: validated(by, m())) for key, make in models.items()}  # type: ignore[misc]
-    found = compare(GRID, (8,) if quick else CHOSEN_WITH, rows, lambda repair, n: _tried(by, repair, n), min)
+
+    def tried(repair: Repair, count: int) -> dict[str, Any]:
+        model, found = calibrated(by, repair, count)
+        return {**validated(by, model), **found}
+
+    counts = (8,) if quick else CHOSEN_WITH
+    found, held_out = (compare(grid, counts, rows, tried, min) for grid in (named(GRID), with_held_out(CHOSEN)))
     return {
         "study": TITLE,
         "measure": "bits a byte of validation texts",
+        "digits": DIGITS,
+        "scale": SCALE,
         "form": by.form,
         "seed": by.seed,
         **describe(quick),
         **found,
         "scores": scores | found["scores"],
+        "with held-out samples": held_out,
     }
-
-
-def _tried(by: Given, repair: Repair, count: int) -> dict[str, Any]:
-    model, found = calibrated(by, repair, count)
-    return {**validated(by, model), **found}
 
 
 def _training(form: str, quick: bool) -> Training:

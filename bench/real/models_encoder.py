@@ -23,8 +23,7 @@ from bench.harness import process
 from bench.language.study import stream
 from bench.mergers import Pool, State, state, with_state
 from bench.real.finetune_encoder import Labelled, Training, expert, features, head, labelled
-from bench.real.finetune_lm import padded
-from bench.real.repairs import Repair
+from bench.real.repairs import Repair, decided
 from bench.real.sources import base_encoder
 from bench.real.tasks import Task, tasks
 from bench.workers.common import load_model
@@ -129,7 +128,7 @@ class Line:
 
 
 def calibrated(by: Given, repair: Repair, count: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The calibrated model and what it took.
+    """The calibrated model, what it took, and what held-out samples decided.
 
     As its user runs it: texts and folders in, a folder out, in a process of its own. Nothing stays of them.
     """
@@ -138,7 +137,8 @@ def calibrated(by: Given, repair: Repair, count: int) -> tuple[nn.Module, dict[s
         (work / "recipe.json").write_text(json.dumps(_recipe(by, repair, count, work)))
         command = [sys.executable, "-m", "bench.workers.ours", str(work), str(work / "out"), "--plan"]
         took = process.last_json(command, OMP_NUM_THREADS="1")
-        return load_model(work / "out", torch.float32), took
+        report = ff.Report.from_json((work / "out" / "report.json").read_text())
+        return load_model(work / "out", torch.float32), {"took": took, **decided(report)}
 
 
 def _recipe(by: Given, repair: Repair, count: int, work: Path) -> dict[str, Any]:
@@ -155,20 +155,10 @@ def _recipe(by: Given, repair: Repair, count: int, work: Path) -> dict[str, Any]
         "merge": {"method": "task_arithmetic", "scaling": repair.scaling},
         "experts": experts,
         "samples": count,
-        "held_out": 0,
+        "held_out": repair.held_out,
         "max_length": by.training.max_length,
         "settings": asdict(repair.settings),
     }
-
-
-def calibrated_here(by: Given, pool: Pool, added: Line, repair: Repair, count: int) -> nn.Module:
-    """The same in this process, without starting and reading: for the many of a grid."""
-    model, batches = added.at(repair.scaling), {}
-    for task, numbers in by.calibration(count).items():
-        ids = sorted((by.texts[task]["training"].ids[n] for n in numbers), key=len)
-        batches[task] = [padded(ids[start : start + 32]) for start in range(0, len(ids), 32)]
-    ff.calibrate_model(model, base=pool.base, experts=pool.experts, batches=batches, settings=repair.settings)
-    return model
 
 
 class Operations:

@@ -19,7 +19,7 @@ import featcal_fast as ff
 from bench.harness import process
 from bench.real.finetune_lm import Training, expert, load
 from bench.real.measure_lm import Sample, continuations, encode
-from bench.real.repairs import Repair
+from bench.real.repairs import Repair, decided
 from bench.real.texts import PARTS, Text
 
 
@@ -137,7 +137,7 @@ def merged(by: Given, method: str, scaling: float) -> Any:
 
 
 def calibrated(by: Given, repair: Repair, count: int) -> tuple[Any, dict[str, Any]]:
-    """The calibrated model, what it took, and each layer's drift before and after.
+    """The calibrated model, what it took, each layer's drift before and after, and what held-out samples decided.
 
     As its user runs it: texts and folders in, a folder out, in a process of its own. Nothing stays of them.
     """
@@ -150,14 +150,15 @@ def calibrated(by: Given, repair: Repair, count: int) -> tuple[Any, dict[str, An
             "samples": count,
             "max_length": by.sizes.length,
             "seed": by.seed,
+            "held_out": repair.held_out,
             "settings": {name: value for name, value in asdict(repair.settings).items() if value is not None},
         }
         (work / "recipe.json").write_text(json.dumps(recipe))
         command = [sys.executable, "-m", "bench.workers.ours", str(work), str(work / "out"), "--plan"]
         took = process.last_json(command, OMP_NUM_THREADS="1")
-        report = json.loads((work / "out" / "report.json").read_text())
-        drift = [[layer["drift_before"], layer["drift_after"]] for layer in report["layers"]]
-        return load(work / "out"), {"took": took, "drift": drift}
+        report = ff.Report.from_json((work / "out" / "report.json").read_text())
+        drift = [[layer.drift_before, layer.drift_after] for layer in report.layers]
+        return load(work / "out"), {"took": took, "drift": drift, **decided(report)}
 
 
 @contextmanager
@@ -176,5 +177,4 @@ def _recipe(by: Given, method: str, scaling: float, data: Path) -> dict[str, Any
             domain: {"model": str(path.resolve()), "data": f"{data}/{domain}.jsonl"}
             for domain, path in by.experts.items()
         },
-        "held_out": 0,
     }

@@ -10,13 +10,22 @@ The folder holds
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from featcal_fast import files
-from featcal_fast.checkpoints import REPORT, Checkpoint, WorkFolder, check_output, find_checkpoint, write_errors
+from featcal_fast.checkpoints import (
+    REPORT,
+    Checkpoint,
+    WorkFolder,
+    check_output,
+    find_checkpoint,
+    work_path,
+    write_errors,
+)
 from featcal_fast.errors import FeatCalError, OutputError, told
 from featcal_fast.inputs.load import load_data
 from featcal_fast.inputs.models import RecipeModels, input_folders, models_to_calibrate
@@ -67,11 +76,27 @@ def drift(
         FeatCalError: the recipe, a model, the data or the folder to write is not usable, or memory will not do. The
             folder is not there, then.
     """
-    clock, progress, device = Clock(), progress or Progress(), find_device(device)
+    progress, device = progress or Progress(), find_device(device)
     recipe = Recipe.load(recipe)
-    models = models_to_calibrate(recipe, device)
     calibrated = None if model is None else _find_model(model)
-    folder = None if out is None else _check_out(out, recipe, models, calibrated)
+    models = models_to_calibrate(recipe, device)
+    if out is None:
+        return _measured(recipe, models, calibrated, device, progress)
+    with WorkFolder(_check_out(out, recipe, models, calibrated)) as work:
+        if not work.published and (work.finished or read_past(work.manifest).layers):
+            raise OutputError(f"out: {work.path} is what a calibration into {work.out} has left; choose another folder")
+        with write_errors(work.out):
+            work.clear()
+        report = _measured(recipe, models, calibrated, device, progress)
+        _write(report, work, progress)
+    return report
+
+
+def _measured(
+    recipe: Recipe, models: RecipeModels, calibrated: Checkpoint | None, device: torch.device, progress: Progress
+) -> DriftReport:
+    """All but the folder."""
+    clock = Clock()
     past, warnings = (None, []) if calibrated is None else _read_report(calibrated.path)
     warnings += _warnings(recipe, past)
     for warning in warnings:
@@ -95,8 +120,6 @@ def drift(
     if past is not None and same:
         _take_over(report, past)
     report.seconds = sum(clock.seconds.values())
-    if folder is not None:
-        _write(report, folder, progress)
     return report
 
 
@@ -105,9 +128,21 @@ def _find_model(model: str | Path) -> Checkpoint:
 
 
 def _check_out(out: str | Path, recipe: Recipe, models: RecipeModels, calibrated: Checkpoint | None) -> Path:
+    """Raises:
+    OutputError: the folder cannot be written, holds something, or lies where a model is or will be."""
     folder = working_directory() / checked_path("out", out)
     inputs = input_folders(recipe, models) | ({} if calibrated is None else {calibrated.label: calibrated.path})
     check_output(folder, inputs, ROOM)
+    around = [files.resolve(folder), *files.resolve(folder).parents]
+    with suppress(OSError):  # the recipe's out leads nowhere
+        if recipe.folder is not None and {files.resolve(recipe.folder), work_path(recipe.folder)}.intersection(around):
+            raise OutputError(
+                f"out: {folder} lies in the recipe's own out, {recipe.folder}, where calibrate writes; choose another "
+                "folder"
+            )
+    for each in around:
+        if _read_report(each)[0] is not None:
+            raise OutputError(f"out: {folder} lies in {each}, a calibrated model; choose another folder")
     return folder
 
 
@@ -159,11 +194,11 @@ def _warnings(recipe: Recipe, past: Report | None) -> list[str]:
     mine = recipe.to_dict()
     differing = [key for key in SAMPLING if past.recipe.get(key) != mine.get(key)]
     if _numbers(past.recipe) != _numbers(mine):
-        differing.append("number of samples of a task")
+        differing.append("the number of samples of a task")
     if differing:
         found.append(
-            f"the model was calibrated by a recipe with another {' and '.join(differing)}: it may have been fitted to "
-            "samples that are measured on; use the recipe in its report.json"
+            f"the model was calibrated by a recipe that differs in {' and '.join(differing)}: it may have been fitted "
+            "to samples that are measured on; use the recipe in its report.json"
         )
     elif not recipe.held_out:
         found.append("no samples are held out: the model is measured on those that it was fitted to (held_out)")
@@ -190,26 +225,22 @@ def _take_over(report: DriftReport, past: Report) -> None:
         }
 
 
-def _write(report: DriftReport, folder: Path, progress: Progress) -> None:
+def _write(report: DriftReport, work: WorkFolder, progress: Progress) -> None:
     """The folder, whole or not at all."""
     from featcal_fast.reporting.drift_page import page
     from featcal_fast.reporting.picture import can_draw
 
     texts = {JSON: report.to_json(), PAGE: page(report)}
-    with WorkFolder(folder) as work:
-        if not work.published and (work.finished or read_past(work.manifest).layers):
-            raise OutputError(f"out: {work.path} is what a calibration into {folder} has left; choose another folder")
-        with write_errors(folder):
-            work.clear()
-            files.make_folder(work.model)
-            for name, text in texts.items():
-                files.write_bytes(work.model / name, text.encode(errors="backslashreplace"))
-        if can_draw():
-            with write_errors(folder):
-                report.plot(work.model / PICTURE)
-        else:
-            progress.warning(f"{PICTURE} is not written, which needs matplotlib: pip install 'featcal-fast[demo]'")
-        with write_errors(folder):
-            files.sync_folder(work.model)
-        with finish_first():
-            work.publish()
+    with write_errors(work.out):
+        files.make_folder(work.model)
+        for name, text in texts.items():
+            files.write_bytes(work.model / name, text.encode(errors="backslashreplace"))
+    if can_draw():
+        with write_errors(work.out):
+            report.plot(work.model / PICTURE)
+    else:
+        progress.warning(f"{PICTURE} is not written, which needs matplotlib: pip install 'featcal-fast[demo]'")
+    with write_errors(work.out):
+        files.sync_folder(work.model)
+    with finish_first():
+        work.publish()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 
@@ -88,7 +88,7 @@ def sample_source(
         batches: by task, as of `calibrate_model`, read once: those that are `HeldOut` are judged by.
         settings: which modules to look at, and `forward_dtype`.
         device: where to compute; hidden states wait in host memory.
-        progress: told how it goes.
+        progress: told how it goes, and closed at its end.
         chunk: tokens that pass a layer at a time; None for a batch's.
 
     Returns:
@@ -107,7 +107,7 @@ def sample_source(
     sample = _Sample(merged, experts, batches, settings, device, progress, chunk)
     found = Sampled(sample.fitted, sample.judged)
     with ExitStack() as stack:
-        for each in (ieee_float32(), explain_out_of_memory(device), sample.transfers, sample.blocks):
+        for each in (closing(progress), ieee_float32(), explain_out_of_memory(device), sample.transfers, sample.blocks):
             stack.enter_context(each)
         for layer in merged.structure.layers:
             sample.enter(layer)
@@ -199,7 +199,7 @@ class _Sample:
         if not halves[1]:
             raise DataError(
                 f"task {task}: found {self.fitted[task]} samples that differ, expected at least {LEAST}: a linear "
-                "update is fitted to some, and judged by others"
+                "update is fitted to some, and judged by others; add data, or raise `samples` of the recipe"
             )
         return halves[0], halves[1]
 

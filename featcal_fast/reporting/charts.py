@@ -173,6 +173,28 @@ def step_of(largest: float) -> float:
     return power * next(each for each in (0.2, 0.5, 1.0, 2.0, 5.0) if largest <= 6 * each * power or each == 5.0)
 
 
+def short_names(names: Sequence[str], most: int) -> list[str]:
+    """Names for an axis: of a long one, what is left out is marked by `…`, and two that differ still do.
+
+    Args:
+        names: all that are on the axis.
+        most: characters of each that there is room for.
+
+    Returns:
+        As many names.
+    """
+    for head in sorted(range(most), key=lambda each: abs(each - most // 3)):
+        found = [_short(name, head, most) for name in names]
+        if len(set(found)) == len(set(names)):
+            return found
+    room = most - len(f" {len(names)}")  # they differ where no end of them reaches
+    return [f"{_short(name, room // 3, room)} {number}" for number, name in enumerate(names, 1)]
+
+
+def _short(name: str, head: int, most: int) -> str:
+    return name if len(name) <= most else f"{name[:head]}…{name[len(name) - (most - 1 - head) :]}"
+
+
 def numbered(count: int, most: int) -> range:
     """Which of so many layers have their number written: `most` at most."""
     return range(0, count, max(1, math.ceil(count / most)))

@@ -8,13 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from featcal_fast.errors import CheckpointError, printable
-from featcal_fast.reporting.forms import FormError, build
+from featcal_fast.errors import printable
 from featcal_fast.reporting.outcome import Outcome
-from featcal_fast.reporting.report import check_version, drift_text, finite, versions
+from featcal_fast.reporting.report import drift_text, finite, read_report, versions
 from featcal_fast.reporting.splits import CALIBRATED, MERGED, LayerSplit, Split
 from featcal_fast.settings import Settings
-from featcal_fast.untrusted.documents import DocumentError, parse_json
 
 if TYPE_CHECKING:  # only terminals need it
     from rich.table import Table
@@ -88,12 +86,7 @@ class DriftReport:
         Raises:
             CheckpointError: it is none, or a later version's.
         """
-        try:
-            values = parse_json(text)
-            check_version(values, SCHEMA_VERSION)
-            return build(cls, values)
-        except (DocumentError, FormError) as error:
-            raise CheckpointError(f"drift: it cannot be read: {error}") from error
+        return read_report(cls, text, "drift", cls.schema_version)
 
     def summary(self) -> str:
         """A line on the drift of what leaves the last layer, and on what it is measured; the outcome; warnings."""

@@ -9,10 +9,11 @@ from textwrap import shorten
 from typing import Any
 
 from featcal_fast.errors import FeatCalError
-from featcal_fast.reporting.charts import COLOURS, Heat, Panel, numbered, stack
+from featcal_fast.reporting.charts import COLOURS, Heat, Panel, numbered, short_names, stack
 
 MISSING = "plots need matplotlib: pip install 'featcal-fast[demo]'"
 ACROSS = 2  # panels beside each other, of several
+NAME = 60  # characters of a module's name that are shown
 
 
 def can_draw() -> bool:
@@ -38,15 +39,14 @@ def draw(charts: Sequence[Panel | Heat], path: str | Path) -> None:
     heights = [_height(row[0]) for row in rows]
     width = 6.4 if len(charts) == 1 else 6.4 * ACROSS
     figure = Figure(figsize=(width, sum(heights)), layout="constrained", dpi=150 if len(charts) == 1 else 110)
-    grid = figure.add_gridspec(len(rows), ACROSS, height_ratios=heights)
-    for number, row in enumerate(rows):
-        places = [grid[number, :]] if len(row) == 1 else [grid[number, column] for column in range(ACROSS)]
-        for chart, place in zip(row, places, strict=False):
-            axes = figure.add_subplot(place)
+    parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]  # each with its own margins
+    for row, part in zip(rows, parts, strict=True):
+        for chart, axes in zip(row, part.subplots(1, len(row), squeeze=False)[0], strict=True):
             if len(charts) > 1:
-                axes.set_title(_plain(shorten(chart.title, 80, placeholder="...")), fontsize=11, loc="left")
+                title = _plain(shorten(chart.title, 80, placeholder="..."))
+                axes.set_title(title, fontsize=11, loc="left", pad=16 if chart.stages else 6)
             if isinstance(chart, Heat):
-                _draw_heat(figure, axes, chart)
+                _draw_heat(part, axes, chart)
             else:
                 _draw_panel(axes, chart)
     figure.savefig(path)
@@ -85,14 +85,16 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
             axes.plot(numbers, heights, color=COLOURS[curve.kind], zorder=order, clip_on=False, **look)
     low, high = panel.limits
     ticks = [each for each in panel.ticks if low <= each[0] <= high]
-    axes.set(ylim=(low, high), xlabel="layer", ylabel=panel.unit, xlim=(-0.6, max(count - 0.4, 0.6)))
+    named = bool(axes.get_legend_handles_labels()[1])
+    top = high + (0.13 * (high - low) if named else 0)  # names are above all values
+    axes.set(ylim=(low, top), xlabel="layer", ylabel=panel.unit, xlim=(-0.6, max(count - 0.4, 0.6)))
     axes.set_yticks([value for value, _ in ticks], [text for _, text in ticks])
     if low < 0:
         axes.axhline(0, color="#333", lw=0.8)
     _number_layers(axes, panel)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, ncols=2)
+    if named:
+        axes.legend(ncols=2, loc="upper left", borderaxespad=0, facecolor="w", edgecolor="w", framealpha=1)
 
 
 def _draw_heat(figure: Any, axes: Any, heat: Heat) -> None:
@@ -111,9 +113,7 @@ def _draw_heat(figure: Any, axes: Any, heat: Heat) -> None:
     )
     for row, number in heat.marked:
         axes.plot(number, heat.rows.index(row), "o", mfc="none", mec="#333", ms=5)
-    axes.set_yticks(
-        range(len(heat.rows)), [_plain(shorten(row, 40, placeholder="...")) for row in heat.rows], fontsize=8
-    )
+    axes.set_yticks(range(len(heat.rows)), map(_plain, short_names(heat.rows, NAME)), fontsize=8)
     axes.set_xlabel("layer" + (" (circle: kept its merged weights)" if heat.marked else ""))
     _number_layers(axes, heat)
     figure.colorbar(image, ax=axes, format=lambda value, _: heat.long(value), fraction=0.03, pad=0.01)
@@ -126,7 +126,7 @@ def _number_layers(axes: Any, chart: Panel | Heat) -> None:
         if first:
             axes.axvline(first - 0.5, color="#333", lw=0.8, ls="--")
         axes.annotate(
-            _plain(name), (max(first - 0.4, -0.4), 1.0), xycoords=("data", "axes fraction"), fontsize=8, color="#666"
+            _plain(name), (max(first - 0.4, -0.4), 1.02), xycoords=("data", "axes fraction"), fontsize=8, color="#666"
         )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from html import escape
 
 from featcal_fast.errors import printable
-from featcal_fast.reporting.charts import COLOURS, Curve, Heat, Panel, numbered, stack
+from featcal_fast.reporting.charts import COLOURS, Curve, Heat, Panel, numbered, short_names, stack
 
 RIGHT, TOP, BOTTOM = 16, 20, 48  # margins, in pixels
 LEGEND = 20  # pixels above the rest, where there is one
@@ -137,14 +137,14 @@ class _Canvas:
 
 def heat_svg(heat: Heat) -> str:
     """A heat map, without its title, as wide as it needs to be."""
-    left = 16 + round(7.2 * max(min(NAME, len(each)) for each in heat.rows))
+    names = short_names(heat.rows, NAME)
+    left = 16 + round(7.2 * max(map(len, names)))
     count = len(heat.layers)
     cell = min(44, max(8, PAGE // count))
     width, foot = max(left + cell * count + RIGHT, left + 330), TOP + ROW * len(heat.rows)
     lines = [opening(width, foot + 92, False, heat.title)]
-    for row, name in enumerate(heat.rows):
+    for row, (name, short) in enumerate(zip(heat.rows, names, strict=True)):
         y = TOP + ROW * row
-        short = name if len(name) <= NAME else f"…{name[1 - NAME :]}"
         lines.append(_text(left - 8, y + 16, short, 'text-anchor="end"', name))
         for number, layer in enumerate(heat.layers):
             value = heat.values.get((name, number))

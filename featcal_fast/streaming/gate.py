@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from featcal_fast.layer.layout import Layout
-from featcal_fast.layer.solve import Update, load_update
+from featcal_fast.layer.solve import Update, load_update, relative_changes
 from featcal_fast.models.structure import Layer
 from featcal_fast.reporting.report import AlphaReport, GateReport
 from featcal_fast.streaming.drift import Distance
@@ -22,24 +22,39 @@ from featcal_fast.streaming.paired import mean, paired
 from featcal_fast.streaming.streams import Streams
 
 
+class Loaded(NamedTuple):
+    """The update that a layer has now.
+
+    Attributes:
+        update: that was best.
+        changes: by group, `relative_changes`.
+        alpha: what it was chosen by, if there was a choice.
+        distances: every held-out sample's with it, by task, likewise.
+    """
+
+    update: Update
+    changes: list[Tensor]
+    alpha: AlphaReport | None = None
+    distances: list[list[float]] | None = None
+
+
 def load_best(
-    streams: Streams, layer: Layer, block: nn.Module, updates: Mapping[float, Update]
-) -> tuple[float, Tried | None]:
+    streams: Streams, layer: Layer, layout: Layout, block: nn.Module, updates: Mapping[float, Update]
+) -> Loaded:
     """Load the update that is best on held-out samples into a layer.
 
     Args:
         streams: of the run.
         layer: that was solved.
-        block: of it.
-        updates: by teacher_alpha.
-
-    Returns:
-        Of which alpha; and what was found, if there was a choice.
+        layout: of its block.
+        block: with merged weights.
+        updates: by teacher_alpha; a single one is loaded as it is.
     """
+    changes = {alpha: relative_changes(layout, update, block) for alpha, update in updates.items()}
     if len(updates) == 1:
-        ((best, update),) = updates.items()
+        ((alpha, update),) = updates.items()
         load_update(block, update)
-        return best, None
+        return Loaded(update, changes[alpha])
     tried, curve = {}, {}
     for alpha, update in updates.items():
         load_update(block, update)
@@ -49,14 +64,7 @@ def load_best(
     best = min(curve, key=lambda alpha: curve[alpha] if math.isfinite(curve[alpha]) else math.inf)
     load_update(block, updates[best])
     told = AlphaReport(best, {f"{alpha:g}": math.sqrt(value) for alpha, value in curve.items()})
-    return best, Tried(told, tried[best])
-
-
-class Tried(NamedTuple):
-    """What was chosen among updates, and every held-out sample's distance with it, by task."""
-
-    report: AlphaReport
-    distances: list[list[float]]
+    return Loaded(updates[best], changes[best], told, tried[best])
 
 
 class Gate:
@@ -73,14 +81,14 @@ class Gate:
         self._streams, self._layer, self._layout, self._block = streams, layer, layout, block
         self._merged = streams.drift.trial(layer, block)
 
-    def keep_better(self, update: Update, tried: Tried | None) -> GateReport:
+    def keep_better(self, loaded: Loaded) -> GateReport:
         """Take merged weights back, of groups and norms as far as that helps or else of all, if the layer got worse.
 
         Args:
-            update: was loaded into the block; what is taken back is no longer in it.
-            tried: with it, if it was.
+            loaded: into the block; of its update, what is taken back is no longer there.
         """
-        merged, calibrated = _read(self._merged), self._tried() if tried is None else tried.distances
+        update, distances = loaded.update, loaded.distances
+        merged, calibrated = _read(self._merged), self._tried() if distances is None else distances
         found = paired(merged, calibrated)
         report = GateReport(math.sqrt(found.first), math.sqrt(found.second), found.spread)
         if not found.second > found.first:  # nor of numbers that are not finite: that is somebody else's to say
