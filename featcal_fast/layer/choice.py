@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from featcal_fast.errors import SolveError
 from featcal_fast.layer.judge import Judge
 from featcal_fast.layer.moments import TaskMoments
-from featcal_fast.layer.solve import NotFinite, Update, new_parameters, solve_layer, solve_norms
-from featcal_fast.layer.systems import LayerSystem
+from featcal_fast.layer.solve import NotFinite, Update, new_parameters, solve_layer, solve_norms, solve_systems
+from featcal_fast.layer.systems import GroupSystem, LayerSystem, RowSystem
 from featcal_fast.reporting.report import ChosenReport
 from featcal_fast.settings import Settings
 
@@ -22,6 +23,8 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 # shrinks its own. So the layer's output chooses (`streaming/gate.py`).
 ALPHAS = (0.2, 0.3, 0.4)
 MIDDLE = 0.3  # with which ridges are judged
+
+Curve = dict[float, float]  # of a module: by ridge, in the order that they were tried, `Judge.errors`
 
 
 def hardest(settings: Settings) -> Settings:
@@ -43,25 +46,30 @@ def choose(
     judge.complete()
     choice = Choice(system, moments, tasks, judge)
     return choice.updates(), {
-        module: ChosenReport(choice.chosen(module), {f"{ridge:g}": error for ridge, error in curve.items()})
+        module: ChosenReport(best(curve), {f"{ridge:g}": error for ridge, error in curve.items()})
         for module, curve in choice.curves.items()
     }
 
 
-class Choice:
-    """A layer solved with the two smallest of `RIDGES`, and with more as long as a module gets better.
+def best(curve: Mapping[float, float]) -> float:
+    """The ridge with the smallest error, the smaller one of equals."""
+    return min(curve, key=curve.__getitem__)
 
-    Each is relative to the mean diagonal (`ridge_scale: trace`). LayerNorms are solved with the settings' own value: it
-    means something else for them.
+
+class Choice:
+    """A layer solved with each module's best ridge, one input group after the other.
+
+    Ridges are relative to the mean diagonal (`ridge_scale: trace`). LayerNorms are solved with the settings' own value:
+    it means something else for them.
 
     Args:
-        system: complete sums, what alpha multiplies apart; in the end they hold what was chosen.
+        system: complete sums, what alpha multiplies apart; solved in the end.
         moments: scratch, as `solve_layer` takes it.
         tasks: how many tasks were folded.
         judge: complete.
 
     Attributes:
-        curves: by module and value, in the order that they were tried, `Judge.errors`; Inf where there was no solution.
+        curves: by module; Inf where there was no solution.
 
     Raises:
         NotFinite: features are not, or their sums.
@@ -70,26 +78,13 @@ class Choice:
 
     def __init__(self, system: LayerSystem, moments: TaskMoments, tasks: int, judge: Judge) -> None:
         self._system, self._moments, self._tasks, self._judge = system, moments, tasks, judge
-        self.curves: dict[str, dict[float, float]] = {
-            name: {} for each in system.systems for name in each.group.modules
-        }
-        self._error: SolveError | None = None
-        self._best: dict[str, Tensor] = {}  # by group leader, `[2, sum of out, in]`
-        self._ridges: dict[str, float | Tensor] = {}  # by module, what the chosen value amounts to
+        self.curves: dict[str, Curve] = {}
+        self._ridges: dict[str, float | Tensor] = {}  # by module, what the best value amounts to
         self._notes = Update()
-        for number, ridge in enumerate(RIDGES):
-            self._attempt(ridge)
-            if number and not any(curve[ridge] == min(curve.values()) for curve in self.curves.values()):
-                break
-        if len(self._best) < len(system.systems) and self._error is not None:
-            raise self._error
         for each in system.systems:
-            each.r = self._best[each.group.leader].flatten(0, 1)
-
-    def chosen(self, module: str) -> float:
-        """The value that was best for a module."""
-        curve = self.curves[module]
-        return min(curve, key=curve.__getitem__)
+            curves = self._try(each)
+            self.curves |= curves
+            self._solve(each, {module: best(curve) for module, curve in curves.items()})
 
     def updates(self) -> dict[float, Update]:
         """The layer's updates with each module's best ridge, by alpha."""
@@ -107,31 +102,49 @@ class Choice:
             update.parameters |= norms
         return found
 
-    def _attempt(self, ridge: float) -> None:
-        settings = replace(self._system.settings, ridge_scale="trace", ridge_lambda=ridge, teacher_alpha=MIDDLE)
-        own = self._system.copied(settings)
-        try:
-            found = solve_layer(own, self._moments, self._tasks)
-        except NotFinite:
-            raise
-        except SolveError as error:
-            self._error = error
-            for curve in self.curves.values():
-                curve[ridge] = math.inf
-            return
-        errors = self._judge.errors(found)
-        values = torch.stack(list(errors.values())).tolist() if errors else []
-        for name, value in zip(errors, values, strict=True):
-            self.curves[name][ridge] = value if math.isfinite(value) else math.inf
-        for each in own.systems:
-            leader = each.group.leader
-            better = [name for name in each.group.modules if self.chosen(name) == ridge]
-            if leader not in self._best:  # whatever it is: that it is not finite is found out later
-                self._best[leader], better = torch.empty_like(each.parts), list(each.group.modules)
-            for name in better:
-                rows = each.rows()[name]
-                self._best[leader][:, rows] = each.parts[:, rows]
-                self._ridges[name] = each.ridge
-            if better:
-                self._notes.solver[leader], self._notes.steps[leader] = found.solver[leader], found.steps[leader]
-                self._notes.raised |= {k: v for k, v in found.raised.items() if k == leader}
+    def _with(self, ridge: float) -> Settings:
+        return replace(self._system.settings, ridge_scale="trace", ridge_lambda=ridge)
+
+    def _try(self, system: GroupSystem | RowSystem) -> dict[str, Curve]:
+        """With the two smallest of `RIDGES`, and more as long as a module gets better.
+
+        In float32 where it goes: what that gets wrong lies where features hardly are, and so does not show in errors.
+        """
+        curves: dict[str, Curve] = {name: {} for name in system.group.modules}
+        failed = None
+        for number, ridge in enumerate(RIDGES):
+            settings = self._with(ridge)
+            if settings.solve_dtype == "auto":
+                settings = replace(settings, solve_dtype="float32")
+            values = [math.inf] * len(curves)
+            try:
+                found = solve_layer(self._system.of(system.at(MIDDLE), settings), self._moments, self._tasks)
+                values = torch.stack(list(self._judge.errors(found).values())).tolist()
+            except NotFinite:
+                raise
+            except SolveError as error:
+                failed = error
+            for curve, value in zip(curves.values(), values, strict=True):
+                curve[ridge] = value if math.isfinite(value) else math.inf
+            if number and not any(curve[ridge] == min(curve.values()) for curve in curves.values()):
+                break
+        if failed is not None and all(math.isinf(min(curve.values())) for curve in curves.values()):
+            raise failed
+        return curves
+
+    def _solve(self, system: GroupSystem | RowSystem, chosen: Mapping[str, float]) -> None:
+        """For both parts of the right-hand side, each module with its own ridge."""
+        leader, solution = system.group.leader, None
+        for ridge in sorted(set(chosen.values())):
+            own = system.copied()
+            notes = solve_systems(self._system.of(own, self._with(ridge)), self._moments, self._tasks)
+            if solution is None:
+                solution = own.parts
+            for name, rows in system.rows().items():
+                if chosen[name] == ridge:
+                    solution[:, rows] = own.parts[:, rows]
+                    self._ridges[name] = own.ridge
+            self._notes.solver[leader], self._notes.steps[leader] = notes.solver[leader], notes.steps[leader]
+            self._notes.raised |= notes.raised
+        assert solution is not None
+        system.r = solution.flatten(0, 1)

@@ -65,13 +65,16 @@ class Judge(LayerSystem):
                 symmetrize_(system.a)
 
     def errors(self, update: Update) -> dict[str, Tensor]:
-        """Each module's error with new weights, against that with the anchor's: scalars on the device, float64.
+        """The error of each module in `update` with its new weights, against that with the anchor's: scalars on the
+        device, float64.
 
         They are relative to `sum_t w_t E||W_a x_s||^2`, and negative where the new weights are better.
         """
         found: dict[str, Tensor] = {}
         for system in self.systems:
             for name, rows in system.rows().items():
+                if f"{name}.weight" not in update.parameters:
+                    continue
                 anchor = self.anchor[f"{name}.weight"]
                 change = update.parameters[f"{name}.weight"] - anchor
                 error = _quadratic(system, change, rows) + self._of_bias(system, name, update)

@@ -108,7 +108,18 @@ def solve_dtype(settings: Settings, tasks: int, width: int) -> torch.dtype:
 
 
 def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
-    """Solve a layer's systems, in place in `layer`'s buffers (they are used up).
+    """A layer's new parameters; they take the place of `layer`'s sums. Arguments and errors are `solve_systems`'s."""
+    update = solve_systems(layer, scratch, tasks)
+    for solved in layer.systems:
+        for name in solved.group.modules:
+            update.parameters |= new_parameters(layer, solved, name, tasks, layer.settings.teacher_alpha, solved.ridge)
+        update.sums.append(solved.r.sum())
+    update.parameters |= solve_norms(layer)
+    return update
+
+
+def solve_systems(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
+    """Solve a layer's systems for the changes, in place in `layer`'s buffers (they are used up).
 
     The device is read once, unless the ladder is needed; whether the result is finite is for `check_finite` to say.
 
@@ -116,6 +127,9 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
         layer: complete sums.
         scratch: the layer's task moments; their `s` buffers, free by now, hold copies of the systems for the ladder.
         tasks: how many tasks were folded.
+
+    Returns:
+        How they were solved; without parameters.
 
     Raises:
         NotFinite: features are not, or their sums.
@@ -148,12 +162,6 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
     for rows_system in layer.systems:
         if isinstance(rows_system, RowSystem):
             update.solved(rows_system, _solve_rows(rows_system, layer.anchor, settings, dtype, split))
-
-    for solved in layer.systems:
-        for name in solved.group.modules:
-            update.parameters |= new_parameters(layer, solved, name, tasks, settings.teacher_alpha, solved.ridge)
-        update.sums.append(solved.r.sum())
-    update.parameters |= solve_norms(layer)
     return update
 
 

@@ -22,7 +22,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from featcal_kernels import add_scaled_, addmm_, frobenius, pack, panel_rows, symmetrize_
@@ -124,6 +125,9 @@ class NormSums:
         return cls(energy, mean, target_weight, target_bias)
 
 
+System = TypeVar("System", bound="InputSystem")
+
+
 class InputSystem(ABC):
     """What the two kinds of system of one input group share.
 
@@ -163,6 +167,22 @@ class InputSystem(ABC):
         """`r` as `[parts, sum of out, in]`: one, or what alpha does not multiply and what it does."""
         return self.r.view(1 + self.apart, -1, self.group.in_features)
 
+    @abstractmethod
+    def copied(self) -> InputSystem:
+        """To be solved without using this one up."""
+
+    @abstractmethod
+    def at(self, alpha: float) -> InputSystem:
+        """Of a system that keeps what alpha multiplies apart, a copy for one alpha."""
+
+    def _with_one_part(self: System, alpha: float) -> System:
+        other = copy(self)
+        other.apart = False
+        other.biases = {
+            name: replace(sums, target=sums.target + alpha * sums.teacher) for name, sums in self.biases.items()
+        }
+        return other
+
     def change(self, module: str, alpha: float) -> Tensor:
         """A module's change once it is solved: its place in `r`, or new where what alpha multiplies is kept apart."""
         first, *teacher = self.parts[:, self.rows()[module]]
@@ -201,9 +221,13 @@ class GroupSystem(InputSystem):
         self.r = torch.zeros((1 + apart) * sum(group.out_features), group.in_features, device=a.device)
 
     def copied(self) -> GroupSystem:
-        """With buffers of its own."""
         other = copy(self)
         other.a, other.r = self.a.clone(), self.r.clone()
+        return other
+
+    def at(self, alpha: float) -> GroupSystem:
+        other = self._with_one_part(alpha)
+        other.a, other.r = self.a.clone(), torch.add(*self.parts, alpha=alpha)
         return other
 
     def mean_diagonal(self) -> Tensor:
@@ -268,8 +292,12 @@ class RowSystem(InputSystem):
         return self._m[: self._filled]
 
     def copied(self) -> RowSystem:
-        """Which is solved without using up the rows."""
-        return copy(self)
+        return copy(self)  # the rows stay as they are
+
+    def at(self, alpha: float) -> RowSystem:
+        other = self._with_one_part(alpha)
+        other._m = torch.add(*self._m.chunk(2, 1), alpha=alpha)
+        return other
 
     def mean_diagonal(self) -> Tensor:
         energy: Tensor = self.z.norm(dtype=torch.float64).square()
@@ -325,10 +353,10 @@ class LayerSystem:
         """Inputs of the largest system."""
         return max((system.group.in_features for system in self.systems), default=1)
 
-    def copied(self, settings: Settings) -> LayerSystem:
-        """The same sums under other settings, to be solved without using these up."""
+    def of(self, system: GroupSystem | RowSystem, settings: Settings) -> LayerSystem:
+        """A layer of one system and no LayerNorms, under other settings."""
         other = copy(self)
-        other.settings, other.systems = settings, [system.copied() for system in self.systems]
+        other.settings, other.systems, other.norms = settings, [system], {}
         return other
 
     def fold(self, moments: TaskMoments, expert: nn.Module) -> None:

@@ -16,7 +16,7 @@ from featcal_fast.calibrate import forward_expert, forward_student
 from featcal_fast.forward.calls import BatchCalls, move
 from featcal_fast.forward.runner import BlockRunner, should_compile
 from featcal_fast.forward.shared import SharedView
-from featcal_fast.layer.choice import RIDGES, hardest
+from featcal_fast.layer.choice import ALPHAS, RIDGES, hardest
 from featcal_fast.layer.judge import Judge
 from featcal_fast.layer.layout import InputGroup, Layout, find_layout
 from featcal_fast.layer.moments import GroupMoments, TaskMoments, token_side
@@ -156,14 +156,14 @@ def measure_layer(
         student_peak, both = meter.lap()
         system.fold(moments, expert_block)
         fold_peak, fold = meter.lap()
-    moment_flops = _moment_flops(moments, tokens)
+    moment_flops, (choosing, updates) = _moment_flops(moments, tokens), _choosing(layout, counts, settings)
     return Footprint(
         layout=layout,
         kept={name.removeprefix(f"{layer.path}."): reason for name, reason in layout.kept.items()},
         system=system_bytes,
         scratch=scratch,
         working=max(expert_peak, student_peak, fold_peak + _larger_weights(moments, device)) - full,
-        solving=_solving(layout, settings, counts) + _choosing(layout, counts, settings),
+        solving=max(_solving(layout, settings, counts) + choosing, updates),
         expert=expert_flops,
         student=both - moment_flops,
         moments=moment_flops,
@@ -208,15 +208,18 @@ def triangle(size: int) -> int:
 
 def _solve_flops(group: InputGroup, counts: TokenCounts, settings: Settings) -> float:
     """Cholesky, and two triangular solves; from the token side two more products. To choose, with every value, at most,
-    and a product each time to judge it."""
+    and a product each time to judge it; then for both right-hand sides with one."""
     size, out, n = group.in_features, sum(group.out_features), counts.total
-    right = _parts(settings) * out
-    if token_side(group, counts):
-        once = 2.0 * n * n * size + n**3 / 3 + 2.0 * n * n * right + 4.0 * n * size * right
-        judged = 2.0 * n * size * out
-    else:
-        once, judged = size**3 / 3 + 2.0 * size * size * right, 2.0 * size * size * out
-    return len(RIDGES) * (once + judged) if settings.auto else once
+
+    def once(right: int) -> float:
+        if token_side(group, counts):
+            return 2.0 * n * n * size + n**3 / 3 + 2.0 * n * n * right + 4.0 * n * size * right
+        return size**3 / 3 + 2.0 * size * size * right
+
+    if not settings.auto:
+        return once(out)
+    judged = 2.0 * size * out * (n if token_side(group, counts) else size)
+    return len(RIDGES) * (once(out) + judged) + once(_parts(settings) * out)
 
 
 def _parts(settings: Settings) -> int:
@@ -224,17 +227,18 @@ def _parts(settings: Settings) -> int:
     return 1 + settings.auto
 
 
-def _choosing(layout: Layout, counts: TokenCounts, settings: Settings) -> int:
-    """Bytes of the sums' copy that is solved, of the weights that it gives, of the best solution so far, and of a
-    module's change that is judged. The updates of all alphas take less, when the copy is gone."""
+def _choosing(layout: Layout, counts: TokenCounts, settings: Settings) -> tuple[int, int]:
+    """Bytes of what a choice takes beyond system, scratch and solve: of a group's sums that are solved, and of its
+    solution, if its modules differ in what is best; and afterwards, of the updates of all alphas."""
     if not settings.auto:
-        return 0
-    kept = worst = 0
-    for group in layout.groups:
-        size, outs = group.in_features, group.out_features
-        kept += 4 * size * ((1 + 2 * _parts(settings)) * sum(outs) + (0 if token_side(group, counts) else size))
-        worst = max(worst, 4 * size * 3 * max(outs))
-    return kept + worst
+        return 0, 0
+    group_bytes = [
+        4 * group.in_features * (2 * _parts(settings) * sum(group.out_features))
+        + (0 if token_side(group, counts) else 4 * group.in_features**2)
+        for group in layout.groups
+    ]
+    weights = sum(4 * group.in_features * sum(group.out_features) for group in layout.groups)
+    return max(group_bytes, default=0), len(ALPHAS) * weights
 
 
 def _solving(layout: Layout, settings: Settings, counts: TokenCounts) -> int:
