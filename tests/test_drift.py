@@ -208,7 +208,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     """A folder with a job, and its calibration in `out`."""
     folder = tmp_path_factory.mktemp("saved")
     job = pico.job("llama", 2, layers=2)
-    recipe = pico.save(job, folder) | {"held_out": 0.2, "settings": {"ridge_lambda": 0.01}}
+    recipe = pico.save(job, folder) | {"held_out": 0.2, "settings": "auto"}
     ff.calibrate(recipe, out=folder / "out", device="cpu")
     return folder, recipe
 
@@ -225,6 +225,7 @@ def test_a_job_is_measured_and_written(saved: tuple[Path, dict[str, Any]], tmp_p
     assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["drift", "drift.html", "drift.json", "drift.png"]
     assert (tmp_path / "drift" / "drift.html").read_text() == page(report)
     assert (tmp_path / "drift" / "drift.png").read_bytes()[:4] == b"\x89PNG"
+    assert "teacher_alpha as it was chosen: 0." in page(report)
     text = (tmp_path / "drift" / "drift.json").read_text()
     assert text == report.to_json()
     VALIDATOR.validate(json.loads(text))
@@ -237,6 +238,8 @@ def test_a_job_is_measured_and_written(saved: tuple[Path, dict[str, Any]], tmp_p
         assert layer.mean("merged").drift == pytest.approx(done.drift_before, rel=1e-4)
         assert layer.mean("calibrated").drift == pytest.approx(done.drift_after, rel=1e-4)
         assert layer.picked == {module: each.ridge_lambda for module, each in done.chosen.items()}
+        assert layer.picked
+        assert layer.alpha == done.alpha.teacher_alpha
     assert report.settings == calibration.settings
     assert report.outcome is not None
     assert report.outcome.tasks.keys() == recipe["experts"].keys()

@@ -219,6 +219,7 @@ def _take_over(report: DriftReport, past: Report) -> None:
     report.settings = past.settings
     for layer, done in zip(report.layers, past.layers, strict=True):
         layer.picked = {module: each.ridge_lambda for module, each in done.chosen.items()}
+        layer.alpha = None if done.alpha is None else done.alpha.teacher_alpha
         prefix = f"{layer.path}."
         layer.kept = {
             name.removeprefix(prefix): reason for name, reason in past.kept.items() if name.startswith(prefix)

@@ -14,7 +14,7 @@ from featcal_fast.reporting.drift_charts import Charts, charts
 from featcal_fast.reporting.drift_report import DriftReport
 from featcal_fast.reporting.outcome import COLUMNS, outcome_pair
 from featcal_fast.reporting.report import drift_text
-from featcal_fast.reporting.splits import Split
+from featcal_fast.reporting.splits import LayerSplit, Split
 from featcal_fast.reporting.svg import HOVERS, heat_svg, panel_svg, safe
 
 STYLE = """
@@ -144,13 +144,25 @@ def _settings(report: DriftReport, found: Charts) -> list[str]:
     settings = report.settings
     if settings is None:
         return []
-    names = [*([] if found.picked else ["ridge_lambda"]), "anchor_rho", "teacher_alpha"]
+    alphas = _alphas(report.layers)
+    chosen = {"ridge_lambda": found.picked, "teacher_alpha": alphas}
+    names = [name for name in ("ridge_lambda", "anchor_rho", "teacher_alpha") if not chosen.get(name)]
     same = ", ".join(f"{name} {getattr(settings, name):g}" for name in names)
     return [
         "<h2>Settings</h2>",
         f"<p>{safe(same)}{'; ridge_lambda was chosen for each module' if found.picked else ''}.</p>",
         "" if found.picked is None else f'<div class="scroll">{heat_svg(found.picked)}</div>',
+        f"<p>teacher_alpha as it was chosen: {safe(alphas)}.</p>" if alphas else "",
     ]
+
+
+def _alphas(layers: Sequence[LayerSplit]) -> str:
+    """Which value was chosen in which layers."""
+    found: dict[float, list[str]] = {}
+    for layer in layers:
+        if layer.alpha is not None:
+            found.setdefault(layer.alpha, []).append(str(layer.index))
+    return "; ".join(f"{alpha:g} in layers {', '.join(found[alpha])}" for alpha in sorted(found))
 
 
 def _end(report: DriftReport) -> list[str]:

@@ -71,6 +71,7 @@ class LayerSplit:
         picked: by linear module, the `ridge_lambda` that was chosen for it, where the calibrated model's report says
             so.
         kept: its linear modules that kept their merged weights, each with the reason, likewise.
+        alpha: the `teacher_alpha` that was chosen for it, likewise.
     """
 
     index: int
@@ -80,6 +81,7 @@ class LayerSplit:
     modules: dict[str, dict[str, ModuleError]] = field(default_factory=dict)
     picked: dict[str, float] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    alpha: float | None = None
 
     def splits(self, model: str) -> dict[str, Split]:
         """Drift by task of the `model` `"merged"` or `"calibrated"`."""
