@@ -249,7 +249,7 @@ def calibrate_layer(
     layout, made = find_layout(student, layer, *streams.drift.sample(), settings)
     streams.drift.begin(layer, student, made)
     counts = streams.counts if not settings.auto else streams.counts.at_least(streams.drift.counts)
-    system = LayerSystem(layout, anchor, settings, streams.device, counts)
+    system = LayerSystem(layout, anchor, settings, streams.device, counts, apart=settings.auto)
     judge = Judge(layout, anchor, settings, streams.device, counts) if settings.auto else None
     moments = TaskMoments(layout, student, counts, settings, streams.device)
 
@@ -264,7 +264,7 @@ def calibrate_layer(
             judged = None if gate is None else gate.keep_better(found)
         parameters = streams.to_host(loaded(student, found.update))
         streams.drift.advance_calibrated(layer, student)
-        # Besides the solve and the gate, the one time that the host waits for the device.
+        # Besides the solve, the choice and the gate, the one time that the host waits for the device.
         before, after, changed, sums, repeats = read_scalars(
             *streams.drift.distances(), found.changes, found.update.sums, streams.drift.repeats()
         )

@@ -89,7 +89,8 @@ class Settings:
             1, so the same value means less with more tasks. 0 to 1e6; zero leaves only `covariance_eps`.
         anchor_rho: the anchor is `rho * merged + (1 - rho) * base` (eq. 11), -100 to 100; above 1 it extrapolates
             past the merge.
-        teacher_alpha: the target feature is `alpha * expert + (1 - alpha) * student` (eq. 10), 0 to 1.
+        teacher_alpha: the target feature is `alpha * expert + (1 - alpha) * student` (eq. 10), 0 to 1; without
+            effect with `auto`.
         covariance_eps: added to the diagonal (eq. 17), and the floor of the task weights' denominators; 1e-12 to 1.
         ridge_scale: what `ridge_lambda` is relative to: `absolute`, the paper's; `trace`, the mean diagonal of the sum
             over tasks, so that it means the same for every linear module, model and number of tasks.

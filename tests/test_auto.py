@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 import featcal_fast as ff
 from featcal_fast import reference
-from featcal_fast.errors import DataError, RecipeError
+from featcal_fast.errors import DataError, RecipeError, SolveError
 from featcal_fast.forward.calls import stage_inputs
-from featcal_fast.layer.choice import ALPHAS, RIDGES
+from featcal_fast.layer.choice import ALPHAS, RIDGES, Choice
+from featcal_fast.layer.judge import Judge
+from featcal_fast.layer.layout import InputGroup, Layout
+from featcal_fast.layer.systems import Anchor, GroupSystem, fold_precision
+from featcal_fast.layer.tokens import TokenCounts
 from featcal_fast.models import find_structure
 
 
@@ -140,6 +144,29 @@ def test_every_module_has_the_weights_of_its_choice(kind: str, more: dict[str, o
     }
 
 
+def test_modules_of_a_group_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own ridge's weights, and the hardest solve is told."""
+    job = pico.job("clip", 2)
+    fitted, held_out = halves(job)
+    own = {"self_attn.q_proj": 1.0, "self_attn.k_proj": 1e-3, "self_attn.v_proj": 1e-2}
+    tried = Choice._try
+
+    def forced(self: Choice, system: GroupSystem) -> dict[str, dict[float, float]]:
+        curves = tried(self, system)
+        return {name: {own[name]: -1.0} if name in own else curve for name, curve in curves.items()}
+
+    monkeypatch.setattr(Choice, "_try", forced)
+    settings = ff.Settings(auto=True, keep_better=False)
+    chosen, report = calibrated(job, settings, batches=fitted, held_out=held_out)
+    group = report.layers[0].groups[0]
+    assert group.modules == list(own)
+    assert group.solver == group.solver_steps[-1] == "float64"
+    expected = dict(with_choice(job, report, fitted, report.layers[0].alpha.teacher_alpha).named_parameters())
+    merged = dict(find_structure(job.merged, "model").blocks[0].named_parameters())
+    for name, value in find_structure(chosen, "model").blocks[0].named_parameters():
+        assert (expected[name] - value).norm() <= 1e-4 * (merged[name] - value).norm(), name
+
+
 @pytest.mark.parametrize("kind", ["clip", "llama"])
 def test_every_layer_has_the_alpha_that_is_best_for_its_output(kind: str) -> None:
     """The curve is that of the definition: `||h - h_e||^2 / ||h_e||^2`, a mean over tokens, samples and tasks."""
@@ -178,7 +205,40 @@ def test_layers_without_a_module_to_solve_are_left_out() -> None:
     settings = ff.Settings(auto=True, exclude=r".*layers\.0\..*(proj|fc\d)")
     _, report = calibrated(job, settings, batches=fitted, held_out=held_out)
     assert report.layers[0].chosen == {}
+    assert report.layers[0].alpha is None
     assert report.layers[1].chosen
+    assert report.layers[1].alpha is not None
+
+
+def test_a_given_alpha_is_not_used() -> None:
+    job = pico.job("clip", 2, layers=1)
+    fitted, held_out = halves(job)
+    (one, report), (other, _) = (
+        calibrated(job, ff.Settings(auto=True, teacher_alpha=alpha), batches=fitted, held_out=held_out)
+        for alpha in (0.0, 0.3)
+    )
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+    assert not [said for said in report.warnings if "teacher_alpha" in said]
+
+
+def test_a_judge_is_as_precise_as_what_it_judges() -> None:
+    settings = ff.Settings(auto=True, ridge_lambda=1.0)
+    block = nn.Linear(8, 8, dtype=torch.bfloat16)
+    counts = TokenCounts.of({"a": 64})
+    layout = Layout((InputGroup(("",), 8, (8,), None),), {}, "")
+    judge = Judge(layout, Anchor(block, block, 1.0), settings, torch.device("cpu"), counts)
+    assert fold_precision(block.weight, judge.settings) == fold_precision(block.weight, settings) == "fp16x3"
+
+
+def test_held_out_features_that_overflow_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = pico.job("clip", 2, layers=1)
+    fitted, held_out = halves(job)
+    errors = Judge.errors
+    monkeypatch.setattr(
+        Judge, "errors", lambda self, update: {k: v * float("inf") for k, v in errors(self, update).items()}
+    )
+    with pytest.raises(SolveError, match=r"layers\.0: .*leaves float32's range"):
+        calibrated(job, ff.Settings(auto=True), batches=fitted, held_out=held_out)
 
 
 def test_few_samples_choose_larger_values_than_many() -> None:

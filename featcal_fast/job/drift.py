@@ -128,8 +128,11 @@ def _find_model(model: str | Path) -> Checkpoint:
 
 
 def _check_out(out: str | Path, recipe: Recipe, models: RecipeModels, calibrated: Checkpoint | None) -> Path:
-    """Raises:
-    OutputError: the folder cannot be written, holds something, or lies where a model is or will be."""
+    """The folder to write.
+
+    Raises:
+        OutputError: it cannot be written, holds something, or lies where a model is or will be.
+    """
     folder = working_directory() / checked_path("out", out)
     inputs = input_folders(recipe, models) | ({} if calibrated is None else {calibrated.label: calibrated.path})
     check_output(folder, inputs, ROOM)

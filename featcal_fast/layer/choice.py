@@ -22,7 +22,7 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 # Of the teacher. A module's own error says nothing of it: least squares against features that the student does not have
 # shrinks its own. So the layer's output chooses (`streaming/gate.py`).
 ALPHAS = (0.2, 0.3, 0.4)
-MIDDLE = 0.3  # with which ridges are judged
+JUDGED_ALPHA = 0.3  # with which ridges are judged
 
 Curve = dict[float, float]  # of a module: by ridge, in the order that they were tried, `Judge.errors`
 
@@ -38,10 +38,10 @@ def choose(
     """Solve a layer; arguments are those of `Choice`.
 
     Returns:
-        By teacher_alpha, the layer's update: one, or those of `ALPHAS` if there is a judge. And then, what was chosen
-        for each module.
+        By teacher_alpha, the layer's update: one, or those of `ALPHAS` if there are a judge and modules. And then, what
+        was chosen for each module.
     """
-    if judge is None:
+    if judge is None or not system.systems:
         return {system.settings.teacher_alpha: solve_layer(system, moments, tasks)}, {}
     judge.complete()
     choice = Choice(system, moments, tasks, judge)
@@ -72,7 +72,7 @@ class Choice:
         curves: by module; Inf where there was no solution.
 
     Raises:
-        NotFinite: features are not, or their sums.
+        NotFinite: features are not, or their sums, those of held-out samples included.
         SolveError: there is no solution for any value.
     """
 
@@ -102,7 +102,7 @@ class Choice:
             update.parameters |= norms
         return found
 
-    def _with(self, ridge: float) -> Settings:
+    def _settings(self, ridge: float) -> Settings:
         return replace(self._system.settings, ridge_scale="trace", ridge_lambda=ridge)
 
     def _try(self, system: GroupSystem | RowSystem) -> dict[str, Curve]:
@@ -113,12 +113,12 @@ class Choice:
         curves: dict[str, Curve] = {name: {} for name in system.group.modules}
         failed = None
         for number, ridge in enumerate(RIDGES):
-            settings = self._with(ridge)
+            settings = self._settings(ridge)
             if settings.solve_dtype == "auto":
                 settings = replace(settings, solve_dtype="float32")
             values = [math.inf] * len(curves)
             try:
-                found = solve_layer(self._system.of(system.at(MIDDLE), settings), self._moments, self._tasks)
+                found = solve_layer(self._system.alone(system.at(JUDGED_ALPHA), settings), self._moments, self._tasks)
                 values = torch.stack(list(self._judge.errors(found).values())).tolist()
             except NotFinite:
                 raise
@@ -128,16 +128,16 @@ class Choice:
                 curve[ridge] = value if math.isfinite(value) else math.inf
             if number and not any(curve[ridge] == min(curve.values()) for curve in curves.values()):
                 break
-        if failed is not None and all(math.isinf(min(curve.values())) for curve in curves.values()):
-            raise failed
+        if all(math.isinf(min(curve.values())) for curve in curves.values()):
+            raise failed or NotFinite()  # of held-out samples, or their sums
         return curves
 
     def _solve(self, system: GroupSystem | RowSystem, chosen: Mapping[str, float]) -> None:
-        """For both parts of the right-hand side, each module with its own ridge."""
+        """For both parts of the right-hand side, each module with its own ridge. The smallest one's solve is told."""
         leader, solution = system.group.leader, None
-        for ridge in sorted(set(chosen.values())):
+        for ridge in sorted(set(chosen.values()), reverse=True):
             own = system.copied()
-            notes = solve_systems(self._system.of(own, self._with(ridge)), self._moments, self._tasks)
+            notes = solve_systems(self._system.alone(own, self._settings(ridge)), self._moments, self._tasks)
             if solution is None:
                 solution = own.parts
             for name, rows in system.rows().items():
@@ -145,6 +145,8 @@ class Choice:
                     solution[:, rows] = own.parts[:, rows]
                     self._ridges[name] = own.ridge
             self._notes.solver[leader], self._notes.steps[leader] = notes.solver[leader], notes.steps[leader]
+            self._notes.raised.pop(leader, None)
             self._notes.raised |= notes.raised
+            del own  # before the next is copied
         assert solution is not None
         system.r = solution.flatten(0, 1)

@@ -42,7 +42,7 @@ class Judge(LayerSystem):
 
     Args:
         layout, anchor, device: as of the system that is judged.
-        settings: likewise; of a teacher_alpha nothing is taken.
+        settings: likewise; of a teacher_alpha nothing is taken, and there is one right-hand side.
         counts: of the held-out tokens to come.
     """
 
@@ -52,7 +52,7 @@ class Judge(LayerSystem):
         super().__init__(
             layout,
             anchor,
-            replace(settings, auto=False, teacher_alpha=1.0, calibrate_bias=True, max_change=None),
+            replace(settings, teacher_alpha=1.0, calibrate_bias=True, max_change=None),
             device,
             counts,
         )

@@ -334,16 +334,23 @@ class LayerSystem:
         settings: the constants.
         device: where the sums live.
         counts: of the tokens to come.
+        apart: whether what alpha multiplies is kept apart.
     """
 
     def __init__(
-        self, layout: Layout, anchor: Anchor, settings: Settings, device: torch.device, counts: TokenCounts
+        self,
+        layout: Layout,
+        anchor: Anchor,
+        settings: Settings,
+        device: torch.device,
+        counts: TokenCounts,
+        apart: bool = False,
     ) -> None:
         self.anchor, self.settings = anchor, settings
         self.systems: list[GroupSystem | RowSystem] = [
-            RowSystem(group, counts.total, device, settings.auto)
+            RowSystem(group, counts.total, device, apart)
             if token_side(group, counts)
-            else GroupSystem(group, torch.zeros(group.in_features, group.in_features, device=device), settings.auto)
+            else GroupSystem(group, torch.zeros(group.in_features, group.in_features, device=device), apart)
             for group in layout.groups
         ]
         self.norms: dict[str, NormSums] = {}
@@ -353,7 +360,7 @@ class LayerSystem:
         """Inputs of the largest system."""
         return max((system.group.in_features for system in self.systems), default=1)
 
-    def of(self, system: GroupSystem | RowSystem, settings: Settings) -> LayerSystem:
+    def alone(self, system: GroupSystem | RowSystem, settings: Settings) -> LayerSystem:
         """A layer of one system and no LayerNorms, under other settings."""
         other = copy(self)
         other.settings, other.systems, other.norms = settings, [system], {}

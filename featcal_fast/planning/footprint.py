@@ -142,7 +142,7 @@ def measure_layer(
     with Meter(present, student_block.state_dict(), expert_block.state_dict()) as meter:
         layout, _ = find_layout(student_block, layer, states[0].hidden, states[0].calls, tokens, settings)
         start, anchor = meter.live, Anchor(student_block, student_block, settings.anchor_rho)
-        system = LayerSystem(layout, anchor, settings, META, counts)
+        system = LayerSystem(layout, anchor, settings, META, counts, apart=settings.auto)
         judge = Judge(layout, anchor, settings, META, counts) if settings.auto else None  # noqa: F841 (is measured)
         system_bytes = meter.live - start
         moments = TaskMoments(layout, student_block, counts, settings, META)
@@ -163,7 +163,7 @@ def measure_layer(
         system=system_bytes,
         scratch=scratch,
         working=max(expert_peak, student_peak, fold_peak + _larger_weights(moments, device)) - full,
-        solving=max(_solving(layout, settings, counts) + choosing, updates),
+        solving=max(_solving(layout, settings, counts) + choosing, updates and updates + expert_peak - full),
         expert=expert_flops,
         student=both - moment_flops,
         moments=moment_flops,
@@ -208,7 +208,7 @@ def triangle(size: int) -> int:
 
 def _solve_flops(group: InputGroup, counts: TokenCounts, settings: Settings) -> float:
     """Cholesky, and two triangular solves; from the token side two more products. To choose, with every value, at most,
-    and a product each time to judge it; then for both right-hand sides with one."""
+    and a product each time to judge it; then for both right-hand sides with one: more, if modules differ in theirs."""
     size, out, n = group.in_features, sum(group.out_features), counts.total
 
     def once(right: int) -> float:
@@ -229,11 +229,12 @@ def _parts(settings: Settings) -> int:
 
 def _choosing(layout: Layout, counts: TokenCounts, settings: Settings) -> tuple[int, int]:
     """Bytes of what a choice takes beyond system, scratch and solve: of a group's sums that are solved, and of its
-    solution, if its modules differ in what is best; and afterwards, of the updates of all alphas."""
+    solution, if its modules differ in what is best, or of what a trial is judged by; and afterwards, of the updates of
+    all alphas."""
     if not settings.auto:
         return 0, 0
     group_bytes = [
-        4 * group.in_features * (2 * _parts(settings) * sum(group.out_features))
+        4 * group.in_features * 6 * sum(group.out_features)
         + (0 if token_side(group, counts) else 4 * group.in_features**2)
         for group in layout.groups
     ]

@@ -63,7 +63,7 @@ def about_settings(settings: Settings, condition: float, trusted: float) -> list
             f"settings: covariance_eps {settings.covariance_eps:g} beside ridge_lambda {ridge:g}: it pulls weights to "
             "zero; leave it at 1e-8"
         )
-    if settings.teacher_alpha == 0:
+    if settings.teacher_alpha == 0 and not settings.auto:
         found.append(
             "settings: teacher_alpha 0: the experts' features are not used, only their weights; take one above 0, "
             "such as 0.3"

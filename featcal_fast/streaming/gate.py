@@ -29,7 +29,7 @@ class Loaded(NamedTuple):
         update: that was best.
         changes: by group, `relative_changes`.
         alpha: what it was chosen by, if there was a choice.
-        distances: every held-out sample's with it, by task, likewise.
+        distances: every held-out sample's with it, by task, if there was a choice.
     """
 
     update: Update
@@ -99,9 +99,9 @@ class Gate:
         for modules in self._parts():
             names = [name for name in update.parameters if name.rpartition(".")[0] in modules]
             new = self._exchange(names, original)
-            mean = paired(merged, self._tried()).second
-            if mean < best:
-                best = mean
+            tried = mean(self._tried())
+            if tried < best:
+                best = tried
                 kept += modules
             else:
                 self._exchange(names, new)
