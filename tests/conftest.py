@@ -84,6 +84,14 @@ def datasets(tmp_path, monkeypatch):
     return datasets
 
 
+@pytest.fixture(autouse=True)
+def _set_up_for_no_other() -> Iterator[None]:
+    """What a test sets this process up for, as programs do, says nothing of the next test's."""
+    yield
+    if (malloc := sys.modules.get("featcal_fast.streaming.malloc")) is not None:
+        malloc._configured = False
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable]:
     """Does in this process what would be typed, quicker than in one of its own; exit code, output and errors."""
