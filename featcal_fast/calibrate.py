@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from featcal_fast.errors import DataError
 from featcal_fast.forward.hooks import Activations
-from featcal_fast.layer.choice import choose, hardest
+from featcal_fast.layer.chain import Chain
+from featcal_fast.layer.choice import hardest
+from featcal_fast.layer.dealt import solve_together
 from featcal_fast.layer.judge import Judge
-from featcal_fast.layer.layout import find_layout
 from featcal_fast.layer.moments import TaskMoments
 from featcal_fast.layer.selection import check_settings
 from featcal_fast.layer.solve import (
@@ -31,9 +32,12 @@ from featcal_fast.layer.solve import (
     max_condition,
 )
 from featcal_fast.layer.systems import Anchor, LayerSystem
+from featcal_fast.layer.tokens import TokenCounts
 from featcal_fast.models.structure import Layer, Structure
+from featcal_fast.ranks.shares import Part, Shares
+from featcal_fast.ranks.world import World
 from featcal_fast.reporting.clock import Clock
-from featcal_fast.reporting.outcome import LAYER_WORSE, MODEL_WORSE
+from featcal_fast.reporting.outcome import LAYER_WORSE, MODEL_WORSE, Outcome
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import GroupReport, LayerReport, Peaks, Report, TaskDrift
 from featcal_fast.reporting.warnings import about_run, about_settings
@@ -44,6 +48,7 @@ from featcal_fast.streaming.gate import Gate, load_best
 from featcal_fast.streaming.held_out import with_held_out
 from featcal_fast.streaming.hidden_states import HOST, HiddenStates, Offload
 from featcal_fast.streaming.machine import find_device, forget_device_peak, peak_device_bytes, peak_resident_bytes
+from featcal_fast.streaming.outcome import Compared, judge_outputs
 from featcal_fast.streaming.scratch import Snapshots
 from featcal_fast.streaming.sources import ModuleSource, Source, check_same_architecture
 from featcal_fast.streaming.streams import Streams, check_tasks
@@ -61,12 +66,12 @@ class Output:
 
     Attributes:
         first: the first layer that is not done yet.
-        snapshots: where hidden states are kept to go on from, if they are.
+        snapshots: for a part of a task, by its number, where hidden states are kept to go on from, if they are.
         was_put_back: whether a run before this one has begun to give layers their merged weights again.
     """
 
     first = 0
-    snapshots: Snapshots | None = None
+    snapshots: Callable[[int], Snapshots] | None = None
     was_put_back = False
 
     def __init__(self, write: Write, put_back: Callable[[], None]) -> None:
@@ -168,30 +173,45 @@ def calibrate_source(
     clock: Clock,
     offload: Offload = HOST,
     chunk: int | None = None,
+    shares: Shares | None = None,
+    world: World | None = None,
 ) -> Report:
     """Calibrate a model whose blocks arrive one at a time, each being read while the one before it is in use.
 
     `output` takes each layer's new parameters, and knows which are done already; `clock` is told what each moment is
     for, which the report does not hold yet; `offload` is where hidden states wait between layers; `chunk` is how many
     tokens pass a layer at a time, by default a batch's. A task's batches are gone through once, and dropped before the
-    next task's are. Everything else is as in `calibrate_model`.
+    next task's are. `shares` says whose samples are whose among the ranks of `world`: `experts` and `batches` are those
+    of this rank's. Everything else is as in `calibrate_model`.
     """
     forget_device_peak(device)
     structure = student.structure
-    check_tasks(experts, batches)
+    shares, world = shares or Shares(tuple(experts), settings.sample_shards), world or World()
+    check_tasks(shares.tasks, experts, batches)
     check_same_architecture(student, {"base": base, **experts})
     check_settings(structure, settings)
-    report = Report(settings, structure.family.name, str(device), dict.fromkeys(experts, 0))
+    report = Report(settings, structure.family.name, str(device), dict.fromkeys(shares.tasks, 0))
     report.kept |= structure.outside
     sources = student, base, experts
     with Streams(
-        *sources, batches, settings, device, progress, clock, offload, chunk, output.snapshots, output.first
+        *sources,
+        batches,
+        settings,
+        device,
+        progress,
+        clock,
+        offload,
+        chunk,
+        output.snapshots,
+        output.first,
+        shares,
+        world,
     ) as streams:
         for layer in structure.layers:
             for task, count in streams.enter(layer).items():
                 report.tokens[task] += count
-            report.held_out = dict(streams.drift.held_out)
-            if settings.auto and not streams.drift.judges:
+            report.held_out = dict(streams.held_out)
+            if settings.auto and not any(streams.held_out.values()):
                 raise DataError("settings.auto: found no samples of any task held out, expected some to choose by")
             if layer.index < output.first:
                 with clock("entering"):
@@ -204,7 +224,7 @@ def calibrate_source(
             progress.layer(done)
             if layer is structure.layers[-1]:
                 with clock("judging"):
-                    report.outcome = streams.drift.outcome(settings.forward_dtype)
+                    report.outcome = judge_outcome(streams, settings)
             with clock("keeping"):
                 output.keep(layer, report, streams)
         if settings.keep_better and report.outcome is not None:
@@ -212,6 +232,14 @@ def calibrate_source(
     report.bytes_read, report.bytes_written = streams.traffic
     report.peaks = Peaks(peak_resident_bytes(), peak_device_bytes(device))
     return report
+
+
+def judge_outcome(streams: Streams, settings: Settings) -> Outcome | None:
+    """What the models make of all ranks' held-out samples in the end; None where there are none."""
+    own = streams.drift.compare(settings.forward_dtype)
+    every = streams.world.merge({task: [*compared] for task, compared in own.items()})
+    compared = {task: Compared(*every[task]) for task in streams.tasks if task in every}
+    return judge_outputs(compared) if compared else None
 
 
 def keep_better(report: Report, structure: Structure, output: Output) -> None:
@@ -246,42 +274,45 @@ def calibrate_layer(
     began, clock = time.perf_counter(), streams.clock
     student = streams.next_block()
     anchor = Anchor(student, streams.next_block(), settings.anchor_rho)
-    layout, made = find_layout(student, layer, *streams.drift.sample(), settings)
-    streams.drift.begin(layer, student, made)
-    counts = streams.counts if not settings.auto else streams.counts.at_least(streams.drift.counts)
+    layout = streams.find_layout(layer, student, settings)
+    counts = streams.counts if not settings.auto else streams.counts.at_least(streams.held_out_counts)
     system = LayerSystem(layout, anchor, settings, streams.device, counts, apart=settings.auto)
-    judge = Judge(layout, anchor, settings, streams.device, counts) if settings.auto else None
-    moments = TaskMoments(layout, student, counts, settings, streams.device)
+    judge = Judge(layout, anchor, settings, streams.device, counts, streams.tasks) if settings.auto else None
 
-    fold_tasks(layer, streams, student, moments, system, judge)
+    scratch = fold_tasks(layer, streams, student, counts, system, judge)
     with Culprits(streams, layer, layout), clock("solving"):
-        updates, chosen = choose(system, moments, counts.tasks, judge)
+        updates, chosen = solve_together(system, scratch, counts, judge, streams.shares, streams.world)
         streams.drift.advance_merged(layer, student)
         with clock("judging"):
-            gate = Gate(streams, layer, layout, student) if settings.keep_better and streams.drift.judges else None
+            judged_by = settings.keep_better and any(streams.held_out.values())
+            gate = Gate(streams, layer, layout, student) if judged_by else None
             found = load_best(streams, layer, layout, student, updates)
             del updates
             judged = None if gate is None else gate.keep_better(found)
         parameters = streams.to_host(loaded(student, found.update))
         streams.drift.advance_calibrated(layer, student)
         # Besides the solve, the choice and the gate, the one time that the host waits for the device.
-        before, after, changed, sums, repeats = read_scalars(
-            *streams.drift.distances(), found.changes, found.update.sums, streams.drift.repeats()
+        *distances, changed, sums, repeats = read_scalars(
+            *streams.drift.distances(),
+            found.changes,
+            [each for sums in found.update.sums.values() for each in sums],
+            streams.drift.repeats(),
         )
         streams.drift.check_repeats(layer, repeats)
-        check_finite(system.systems, sums, [*before, *after, *changed])
+        before, after = streams.of_all_tasks(*distances)
+        check_finite(layout.groups, found.update.parameters, sums, [*before, *after, *changed])
     streams.advance_student(layer, student)
     with clock("writing"):
         write(layer.index, parameters.synchronize())  # while a GPU advances
 
-    kept, groups = set(judged.kept if judged else ()), _group_reports(system, moments, found.update, changed)
+    kept, groups = set(judged.kept if judged else ()), _group_reports(streams, system, scratch, found.update, changed)
     report = LayerReport(
         layer.index,
         drift_before=statistics.fmean(before),
         drift_after=statistics.fmean(after),
         seconds=time.perf_counter() - began,
         groups=[group for group in groups if not kept & {*group.modules}],
-        norms=[name for name in moments.norms if name not in kept],
+        norms=[name for name in scratch.norms if name not in kept],
         tasks=dict(zip(streams.tasks, map(TaskDrift, before, after), strict=True)),
         chosen=chosen,
         alpha=found.alpha,
@@ -292,32 +323,52 @@ def calibrate_layer(
 
 
 def fold_tasks(
-    layer: Layer, streams: Streams, student: nn.Module, moments: TaskMoments, system: LayerSystem, judge: Judge | None
-) -> None:
+    layer: Layer,
+    streams: Streams,
+    student: nn.Module,
+    counts: TokenCounts,
+    system: LayerSystem,
+    judge: Judge | None,
+) -> TaskMoments:
     """Every task's samples pass the layer of its expert and of the student, and are folded into the layer's sums.
 
     Args:
         layer, streams: as in `calibrate_layer`.
         student: the merged model's block.
-        moments: scratch of one task after the other.
+        counts: of the layer's tokens.
         system: what fitted samples add up to.
         judge: what those that are held out do, where settings choose themselves.
+
+    Returns:
+        Scratch of a task that nobody needs any more.
     """
+
+    def new() -> TaskMoments:
+        return TaskMoments(system.layout, student, counts, system.settings, streams.device)
+
+    free: list[TaskMoments] = []
+    chain = Chain(system, new, free, streams.shares, streams.world)
+    judged = None if judge is None else Chain(judge, new, free, streams.shares, streams.world, split=False)
     for task, expert in streams.experts(layer):
-        moments.reset(task)
-        states = streams.expert_states[task], streams.student_states[task]
-        accumulate(streams.chunks(task), layer, (expert, student), states, moments)
-        moments.check_complete(*streams.counted(task))
-        system.fold(moments, expert)
-        streams.drift.check_expert(layer, task, expert)
-        if judge is None or not streams.drift.held_out[task]:
-            streams.drift.advance_expert(layer, task, expert)
-        else:  # likewise, with those that are held out
-            moments.reset(task)
-            accumulate(streams.drift.chunks(task), layer, (expert, student), streams.drift.states(task), moments)
-            moments.check_complete(*streams.drift.counted(task))
-            judge.fold(moments, expert)
+        for part in streams.parts(task):
+            moments = chain.moments(task)
+            states = streams.expert_states[part], streams.student_states[part]
+            accumulate(streams.chunks(part), layer, (expert, student), states, moments)
+            moments.check_complete(*streams.counted(part))
+            chain.add(part, moments, expert)
+        if task in streams.drift.tasks:
+            streams.drift.check_expert(layer, task, expert)
+            if judged is None or not streams.drift.held_out[task]:
+                streams.drift.advance_expert(layer, task, expert)
+            else:  # likewise, with those that are held out
+                moments = judged.moments(task)
+                accumulate(streams.drift.chunks(task), layer, (expert, student), streams.drift.states(task), moments)
+                moments.check_complete(*streams.drift.counted(task))
+                judged.add(Part(task, streams.shares.shards - 1), moments, expert)
         del expert  # before the next but one is read
+    if judged is not None:
+        judged.finish()
+    return chain.finish()
 
 
 def accumulate(
@@ -393,8 +444,9 @@ def forward_student(
 
 
 def _group_reports(
-    system: LayerSystem, moments: TaskMoments, update: Update, changes: list[float]
+    streams: Streams, system: LayerSystem, moments: TaskMoments, update: Update, changes: list[float]
 ) -> list[GroupReport]:
+    tokens = [sum(each) for each in zip(*streams.world.gather([each.tokens for each in system.systems]), strict=True)]
     return [
         GroupReport(
             modules=list(group.modules),
@@ -403,9 +455,9 @@ def _group_reports(
             space=moments.groups[group.leader].space,
             solver=update.solver[group.leader],
             change=change,
-            tokens=solved.tokens,
+            tokens=seen,
             raised=update.raised.get(group.leader, 0.0),
             solver_steps=update.steps[group.leader],
         )
-        for group, solved, change in zip(moments.layout.groups, system.systems, changes, strict=True)
+        for group, seen, change in zip(moments.layout.groups, tokens, changes, strict=True)
     ]

@@ -58,6 +58,10 @@ class DeviceError(FeatCalError):
     """The device asked for is not there, or not one to compute on."""
 
 
+class RankError(FeatCalError):
+    """Another process of the same job has failed, or does not have the same job."""
+
+
 class MemoryBudgetError(FeatCalError):
     """The job needs more memory than there is, or than it was allowed."""
 

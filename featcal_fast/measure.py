@@ -71,7 +71,7 @@ def measure_source(
         UnsupportedModelError: a layer's forward fails.
         MemoryBudgetError: the device's memory will not do, however few samples it takes at a time.
     """
-    check_tasks(experts, batches)
+    check_tasks(list(experts), experts, batches)
     models = {MERGED: merged} if calibrated is None else {MERGED: merged, CALIBRATED: calibrated}
     check_same_architecture(merged, {each.label: each for each in (*models.values(), *experts.values())})
     measure = _Measure(models, experts, batches, settings, device, progress)

@@ -31,6 +31,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 OPTIONAL = ("max_change",)  # of these, that may be None
 MOST_SUFFIXES = 1000  # in a list of patterns
+MOST_SHARDS = 1024  # of a task's samples
 MOST_DIGITS = 40  # of a number that is a text
 Patterns = str | tuple[str, ...]
 
@@ -112,6 +113,9 @@ class Settings:
             what they make of held-out samples; LayerNorms keep `ridge_lambda`.
         keep_better: where samples are held out, a layer that its new weights make worse on them keeps merged ones, of
             as many modules as that takes; and so does the whole model.
+        sample_shards: how many parts each task's samples are split into, 1 to 1,024, whose sums are made apart and then
+            added: with as many, several ranks share a task's samples. Results differ by roundings from those of
+            another number, but not with the number of ranks.
         include: calibrate only the modules of these names: a string is a regular expression that the full name
             must match, a list holds suffixes (`q_proj`, `mlp.down_proj`), 1,000 at most, as in PEFT's `target_modules`.
         exclude: leave out the modules of these names, likewise.
@@ -134,6 +138,7 @@ class Settings:
     compile_blocks: bool | None = None
     auto: bool = False
     keep_better: bool = True
+    sample_shards: int = 1
     include: Patterns | None = None
     exclude: Patterns | None = None
 
@@ -147,6 +152,11 @@ class Settings:
         if self.compile_blocks is not None and not isinstance(self.compile_blocks, bool):
             found = shown(self.compile_blocks)
             raise RecipeError(f"settings.compile_blocks: found {found}, expected true, false or null (on a GPU only)")
+        shards = self.sample_shards
+        if type(shards) is not int or not 1 <= shards <= MOST_SHARDS:
+            raise RecipeError(
+                f"settings.sample_shards: found {shown(shards)}, expected a whole number from 1 to {MOST_SHARDS:,}"
+            )
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices or not isinstance(value, str):
                 raise RecipeError(f"settings.{name}: found {shown(value)}, expected one of {', '.join(choices)}")

@@ -226,7 +226,7 @@ def test_a_judge_is_as_precise_as_what_it_judges() -> None:
     block = nn.Linear(8, 8, dtype=torch.bfloat16)
     counts = TokenCounts.of({"a": 64})
     layout = Layout((InputGroup(("",), 8, (8,), None),), {}, "")
-    judge = Judge(layout, Anchor(block, block, 1.0), settings, torch.device("cpu"), counts)
+    judge = Judge(layout, Anchor(block, block, 1.0), settings, torch.device("cpu"), counts, ["a"])
     assert fold_precision(block.weight, judge.settings) == fold_precision(block.weight, settings) == "fp16x3"
 
 

@@ -32,6 +32,7 @@ FLOORS = [
     ["checkpoints"],
     ["reporting"],
     ["settings"],
+    ["ranks"],
     ["untrusted"],
     ["errors", "files", "version"],
 ]

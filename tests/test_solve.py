@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import featcal_fast as ff
 from featcal_fast.layer import cholesky, solve
 from featcal_fast.layer.cholesky import factor_, solve_, solve_blocked_
+from featcal_fast.layer.fold import TaskFold
 from featcal_fast.layer.layout import InputGroup, Layout
 from featcal_fast.layer.moments import TaskMoments
 from featcal_fast.layer.solve import MAX_CONDITION_SPLIT, check_finite, max_condition, solve_layer
@@ -21,6 +22,11 @@ from featcal_fast.layer.systems import Anchor, LayerSystem
 from featcal_fast.layer.tokens import TokenCounts
 
 IN, OUT, TOKENS = 48, 20, 400
+
+
+def solve_and_check(system: LayerSystem, moments: TaskMoments) -> None:
+    update = solve_layer(system, moments, tasks=1)
+    check_finite(system.layout.groups, update.parameters, [float(each) for each in update.sums["fc"]])
 
 
 def layer(settings: ff.Settings, features: torch.Tensor) -> tuple[LayerSystem, TaskMoments, nn.Module, nn.Module]:
@@ -37,7 +43,7 @@ def layer(settings: ff.Settings, features: torch.Tensor) -> tuple[LayerSystem, T
         moments.groups["fc"].add(
             features, features, [expert.fc(features)], None, len(features), lambda _, addition: addition()
         )
-        system.fold(moments, expert)
+        TaskFold(system, moments, expert).add()
     return system, moments, block, expert
 
 
@@ -223,4 +229,4 @@ def test_features_that_are_not_finite_never_become_weights(solve_dtype: str) -> 
     features[3, 4] = float("nan")
     system, moments, *_ = layer(ff.Settings(solve_dtype=solve_dtype), features)
     with pytest.raises(ff.FeatCalError, match="fc: found NaN or Inf, expected finite numbers"):
-        check_finite(system.systems, [float(each) for each in solve_layer(system, moments, tasks=1).sums])
+        solve_and_check(system, moments)

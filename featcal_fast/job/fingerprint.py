@@ -88,11 +88,11 @@ def data_label(task: str) -> str:
     return f"data of {task}"
 
 
-def differences(before: Facts, now: Facts) -> str:
-    """What is not as it was: `torch: 2.12.0, now 2.13.0; ...`; empty if all is."""
+def differences(before: Facts, now: Facts, word: str = "now") -> str:
+    """What is not as it was: `torch: 2.12.0, now 2.13.0; ...`; empty if all is. `word` may be another than `now`."""
     old, new = dict(_flat(before)), dict(_flat(now))
     different = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    told = [f"{name}: {_shown(old.get(name))}, now {_shown(new.get(name))}" for name in different[:SHOWN]]
+    told = [f"{name}: {_shown(old.get(name))}, {word} {_shown(new.get(name))}" for name in different[:SHOWN]]
     if more := len(different) - len(told):
         told.append(f"and {more} more")
     return "; ".join(told)
@@ -115,6 +115,11 @@ class Digested:
     def __init__(self, batches: Iterable[Mapping[str, Tensor]], clock: Clock) -> None:
         self._batches, self._clock = batches, clock
         self.digest, self.count, self.samples, self.held_out = "", 0, 0, 0
+
+    @property
+    def sizes(self) -> list[int]:
+        """Batches, samples, and those that are held out."""
+        return [self.count, self.samples, self.held_out]
 
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
         sha, count, samples, held_out = hashlib.sha256(), 0, 0, 0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from featcal_fast import files
 from featcal_fast.checkpoints import (
@@ -23,7 +25,7 @@ from featcal_fast.checkpoints.nested import model_folder
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.inputs.task_data import TaskData
-from featcal_fast.job.fingerprint import Digested, Facts, data_label, read_models
+from featcal_fast.job.fingerprint import Facts, data_label, read_models
 from featcal_fast.reporting.inputs import DataInput, InputFile, Inputs, ModelInput
 
 # Hashed, if it lies beside a model's config: what the model is described by, and its vocabulary.
@@ -41,7 +43,7 @@ FORMS: dict[type, str] = {
 
 
 def describe_inputs(
-    recipe: Recipe, models: RecipeModels, facts: Facts, sizes: Mapping[str, TaskData], digested: Mapping[str, Digested]
+    recipe: Recipe, models: RecipeModels, facts: Facts, sizes: Mapping[str, TaskData], read: Mapping[str, Sequence[Any]]
 ) -> Inputs:
     """What was read, at the end of a run.
 
@@ -53,7 +55,7 @@ def describe_inputs(
         models: its models.
         facts: the job's fingerprint, which has sizes and times of all files.
         sizes: of each task's data.
-        digested: each task's batches, gone through.
+        read: of each task the SHA-256 of its batches, their number, samples, and those that are held out.
     """
     found = Inputs()
     if recipe.merge is not None:
@@ -62,15 +64,16 @@ def describe_inputs(
     references |= {models.experts[task].label: expert.model for task, expert in recipe.experts.items()}
     for source, of in read_models(models):
         found.models[source.label] = _model(source, references[of.label], facts["inputs"][source.label])
-    for task, batches in digested.items():
+    for task in recipe.experts:
+        digest, batches, samples, held_out = read[task]
         lies_in = facts["inputs"].get(data_label(task), {})
         found.data[task] = DataInput(
             reference=recipe.experts[task].data,
             samples_asked=sizes[task].asked,
-            samples=batches.samples,
-            held_out=batches.held_out,
-            batches=batches.count,
-            sha256=batches.digest,
+            samples=samples,
+            held_out=held_out,
+            batches=batches,
+            sha256=digest,
             max_length=sizes[task].max_length,
             left_out=dict(sizes[task].left_out),
             files=len(lies_in),
@@ -109,8 +112,13 @@ def _hash(file: InputFile, path: Path, folder: Path, *, whole: bool) -> None:
             with suppress(ValueError):  # none of the model's
                 file.header_sha256 = hashlib.sha256(read_header(opened, file.bytes)).hexdigest()
         if whole:
-            digest, done, memory = hashlib.sha256(), 0, memoryview(bytearray(min(PIECE, file.bytes)))
-            while done < file.bytes and (count := files.read_into(opened, memory[: file.bytes - done], done)):
-                digest.update(memory[:count])
-                done += count
-            file.sha256 = digest.hexdigest()
+            file.sha256 = sha256(opened, file.bytes)
+
+
+def sha256(opened: FileIO, size: int) -> str:
+    """Of a file's first `size` bytes."""
+    digest, done, memory = hashlib.sha256(), 0, memoryview(bytearray(min(PIECE, size)))
+    while done < size and (count := files.read_into(opened, memory[: size - done], done)):
+        digest.update(memory[:count])
+        done += count
+    return digest.hexdigest()

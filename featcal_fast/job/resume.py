@@ -8,6 +8,7 @@ on the disk, a line that says so.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,18 +20,19 @@ from torch import Tensor
 from featcal_fast import files
 from featcal_fast.calibrate import Output
 from featcal_fast.checkpoints import REPORT, CheckpointWriter, Manifest, WorkFolder, work_path, write_errors
-from featcal_fast.errors import FeatCalError, ResumeError
+from featcal_fast.errors import FeatCalError, RankError, ResumeError
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.job.check import MAX_REPORT
 from featcal_fast.job.fingerprint import Digested, Facts, differences
 from featcal_fast.job.interrupts import finish_first
 from featcal_fast.models.structure import Layer
+from featcal_fast.ranks.world import World
 from featcal_fast.reporting.clock import Clock
 from featcal_fast.reporting.forms import FormError, build
 from featcal_fast.reporting.outcome import Outcome
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import LayerReport, Report, finite
-from featcal_fast.streaming.scratch import Snapshots
+from featcal_fast.streaming.scratch import Snapshots, remove_others
 from featcal_fast.streaming.sources import CheckpointSource
 from featcal_fast.streaming.streams import Streams
 
@@ -45,6 +47,7 @@ LAYER: dict[str, tuple[type, ...]] = {
     **{"outcome": (dict, type(None)), "tensors": (dict,), "data": (dict,), "chunk": (int, type(None))},
     **{"phases": (dict,), "bytes_read": (dict,)},
 }
+Data = dict[str, list[Any]]  # by task: SHA-256 of its batches, and `Digested.sizes`
 COUNTS = ("phases", "bytes_read")  # of a layer: numbers by name
 
 
@@ -58,6 +61,7 @@ class Past:
         phases: seconds that it took, by phase.
         bytes_read: by model.
         put_back: whether merged weights were to take the place of all calibrated ones.
+        durable: names of the files of hidden states that it can go on from.
     """
 
     def __init__(self, entries: list[dict[str, Any]]) -> None:
@@ -89,6 +93,26 @@ class Past:
         self.put_back = any("put_back" in entry for entry in entries)
         for name in (name for entry in entries for name in entry.get("put_back", ())):
             self.hashes.pop(name, None)
+        self.durable: list[str] = [part["file"] for states in self.states.values() for part in states.values()]
+
+    def told(self, folder: Path | None) -> dict[str, Any]:
+        """What all ranks have to know of it, as JSON has it.
+
+        Args:
+            folder: for hidden states to go on from; None where none are kept.
+        """
+        return {
+            "folder": None if folder is None else str(folder),
+            "durable": self.durable,
+            "layers": self.layers,
+            "lines": [line["layer"] for line in self.lines],
+            "states": {str(layer): states for layer, states in self.states.items()},
+            "put_back": self.put_back,
+        }
+
+    def bytes_with(self, bytes_read: Mapping[str, int]) -> dict[str, int]:
+        """Bytes by model of all runs up to now, the last of which has `bytes_read`."""
+        return {label: self.bytes_read.get(label, 0) + size for label, size in bytes_read.items()}
 
     def phases_with(self, clock: Clock) -> dict[str, float]:
         """Seconds by phase of all runs up to now, the last of which has `clock`."""
@@ -100,7 +124,8 @@ class Past:
         compared = ("recipe", "inputs") if self.finished else tuple(facts)
         if self.facts is None:
             return
-        if different := differences(*({name: each.get(name) for name in compared} for each in (self.facts, facts))):
+        before, now = ({name: each.get(name) for name in compared} for each in (self.facts, facts))
+        if different := differences(before, now):
             raise ResumeError(
                 f"out: the interrupted run cannot be gone on with, its bits might be others: {different}; put that "
                 "back and --resume, or start over with --fresh"
@@ -198,7 +223,84 @@ def telling_what_is_kept(work: WorkFolder, progress: Progress) -> Iterator[None]
         raise
 
 
-class Resumable(Output):
+class Member(Output):
+    """What every rank does so that a run can go on: it keeps the hidden states of its own samples.
+
+    Args:
+        told: by the first rank, of `Resumable.tell`.
+        batches: of this rank's tasks.
+        models: that are read.
+        world: all ranks.
+    """
+
+    def __init__(
+        self, told: Mapping[str, Any], batches: Mapping[str, Digested], models: RecipeModels, world: World
+    ) -> None:
+        super().__init__(self._write, self._put_back)
+        self._batches, self._models, self._world = batches, models, world
+        self._lines, self._states = set(told["lines"]), told["states"]
+        self.first, self.was_put_back = told["layers"], told["put_back"]
+        self._opened: list[Snapshots] = []
+        if told["folder"] is not None:
+            folder, durable = Path(told["folder"]), told["durable"]
+
+            def snapshots(number: int) -> Snapshots:
+                self._opened.append(Snapshots(folder, str(number), durable))
+                return self._opened[-1]
+
+            self.snapshots = snapshots
+
+    def __enter__(self) -> Member:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for snapshots in self._opened:
+            snapshots.close()
+
+    def restore(self, layer: Layer, report: Report, streams: Streams) -> None:
+        if layer.index not in self._lines:  # it comes with a later one
+            return
+        self._restored(layer, report, data_of_all(self._batches, self._world))
+        if (states := self._states.get(str(layer.index))) is not None:
+            streams.restore(states)
+
+    def keep(self, layer: Layer, report: Report, streams: Streams) -> None:
+        if not self._world.tell(self._due(layer)):
+            return
+        with finish_first():
+            states = None if layer is streams.last_layer else self._world.merge(streams.save())
+            data, bytes_read = data_of_all(self._batches, self._world), bytes_of_all(self._models, self._world)
+            self._record(layer, report, streams, states, data, bytes_read)
+            self._world.tell(True)  # it is on the disk
+            if states is not None:
+                streams.saved()
+
+    def _write(self, index: int, parameters: dict[str, Tensor]) -> None:
+        """The first rank writes."""
+
+    def _put_back(self) -> None:
+        """Likewise."""
+
+    def _due(self, layer: Layer) -> bool:
+        """Likewise it knows when."""
+        return False
+
+    def _restored(self, layer: Layer, report: Report, data: Data) -> None:
+        """Likewise it has the report."""
+
+    def _record(
+        self,
+        layer: Layer,
+        report: Report,
+        streams: Streams,
+        states: Mapping[str, Any] | None,
+        data: Data,
+        bytes_read: Mapping[str, int],
+    ) -> None:
+        """Likewise the manifest."""
+
+
+class Resumable(Member):
     """Writes layers to the output, and now and then makes sure that the run can go on after them.
 
     Args:
@@ -211,6 +313,7 @@ class Resumable(Output):
         every: after how many layers what is done is made durable; None for as often as that takes a thirtieth of the
             time, 0 for never.
         clock: of this run.
+        world: all ranks, of which this is the first.
     """
 
     def __init__(
@@ -223,40 +326,26 @@ class Resumable(Output):
         batches: Mapping[str, Digested],
         every: int | None,
         clock: Clock,
+        world: World,
     ) -> None:
-        super().__init__(self._write, self._put_back)
-        self._student, self._writer, self._work, self._models = student, writer, work, models
-        self._past, self._batches, self._every, self._clock = past, batches, every, clock
-        self.first = self._durable = past.layers
-        self.was_put_back = past.put_back
+        keeps = every != 0 or bool(past.layers)
+        if keeps:
+            remove_others(work.states, past.durable)
+        super().__init__(world.tell(past.told(work.states if keeps else None)), batches, models, world)
+        self._student, self._writer, self._work = student, writer, work
+        self._past, self._every, self._clock = past, every, clock
+        self._durable = past.layers
         self._recorded = set(past.hashes)  # tensors
         self._since = time.perf_counter()
+        self._began = 0.0
         self._cost = 0.0  # seconds that it took the last time
-        if every != 0 or past.layers:
-            self.snapshots = Snapshots(work.states, [states["file"] for states in past.states.values()])
 
-    def __enter__(self) -> Resumable:
-        return self
+    def keep(self, layer: Layer, report: Report, streams: Streams) -> None:
+        self._began = time.perf_counter()
+        super().keep(layer, report, streams)
 
-    def __exit__(self, *_: object) -> None:
-        if self.snapshots is not None:
-            self.snapshots.close()
-
-    @property
-    def bytes_read(self) -> dict[str, int]:
-        """By model, of all runs so far."""
-        return {label: self._past.bytes_read.get(label, 0) + size for label, size in self._models.bytes_read.items()}
-
-    def restore(self, layer: Layer, report: Report, streams: Streams) -> None:
-        line = next((line for line in self._past.lines if line["layer"] == layer.index), None)
-        if line is None:  # it comes with a later one
-            return
-        self._check_data(line["data"])
-        report.layers += self._past.reports[layer.index]
-        report.kept |= line["kept"]
-        report.outcome = None if line["outcome"] is None else build(Outcome, line["outcome"])
-        if layer.index in self._past.states:
-            streams.restore(self._past.states[layer.index])
+    def _write(self, index: int, parameters: dict[str, Tensor]) -> None:
+        self._writer.write(self._student.stored(index, parameters))
 
     def _put_back(self) -> None:
         layers = range(len(self._student.structure.layers))
@@ -266,49 +355,59 @@ class Resumable(Output):
                 self._work.manifest.append({"put_back": sorted(names)})  # before the first of them is another
         self._writer.forget(names)
 
-    def keep(self, layer: Layer, report: Report, streams: Streams) -> None:
-        if self._every == 0 or not self._due(layer):
-            return
-        began = time.perf_counter()
-        with finish_first():
-            self._make_durable(layer, report, streams)
-        self._since = time.perf_counter()
-        self._cost = self._since - began
-
-    def _write(self, index: int, parameters: dict[str, Tensor]) -> None:
-        self._writer.write(self._student.stored(index, parameters))
-
     def _due(self, layer: Layer) -> bool:
+        if self._every == 0:
+            return False
         if self._following(layer) is None or self._stage_ends(layer):
             return True
         if self._every is not None:
             return layer.index + 1 - self._durable >= self._every
         return time.perf_counter() - self._since >= PATIENCE * self._cost
 
-    def _make_durable(self, layer: Layer, report: Report, streams: Streams) -> None:
+    def _restored(self, layer: Layer, report: Report, data: Data) -> None:
+        line = next(line for line in self._past.lines if line["layer"] == layer.index)
+        for task, (digest, *_) in data.items():
+            if digest != line["data"][task]:
+                raise ResumeError(
+                    f"out: the interrupted run cannot be gone on with: the calibration data of task {task} has another "
+                    "content than it had; --fresh starts over"
+                )
+        report.layers += self._past.reports[layer.index]
+        report.kept |= line["kept"]
+        report.outcome = None if line["outcome"] is None else build(Outcome, line["outcome"])
+
+    def _record(
+        self,
+        layer: Layer,
+        report: Report,
+        streams: Streams,
+        states: Mapping[str, Any] | None,
+        data: Data,
+        bytes_read: Mapping[str, int],
+    ) -> None:
         self._writer.sync()
         hashes = self._writer.hashed()
         written = hashes.keys() - self._recorded
         line: dict[str, Any] = {
             "layer": layer.index,
             "stage_ends": self._stage_ends(layer),
-            "states": None if self._following(layer) is None else streams.save(),
+            "states": states,
             "reports": finite([asdict(each) for each in report.layers[self._durable :]]),
             "kept": report.kept,
             "outcome": None if report.outcome is None else finite(asdict(report.outcome)),
             "tensors": {name: hashes[name] for name in sorted(written)},
-            "data": {task: each.digest for task, each in self._batches.items()},
+            "data": {task: digest for task, (digest, *_) in data.items()},
             "chunk": streams.chunk,
             "phases": self._past.phases_with(self._clock),
-            "bytes_read": self.bytes_read,
+            "bytes_read": self._past.bytes_with(bytes_read),
         }
         with write_errors(self._work.out):
             self._work.manifest.append(line)
         self._work.keep = True
         self._durable = layer.index + 1
         self._recorded |= written
-        if line["states"] is not None:
-            streams.saved()
+        self._since = time.perf_counter()
+        self._cost = self._since - self._began
 
     def _following(self, layer: Layer) -> Layer | None:
         layers = self._student.structure.layers
@@ -318,10 +417,24 @@ class Resumable(Output):
         following = self._following(layer)
         return following is not None and following.stage != layer.stage
 
-    def _check_data(self, before: Mapping[str, str]) -> None:
-        for task, batches in self._batches.items():
-            if batches.digest != before[task]:
-                raise ResumeError(
-                    f"out: the interrupted run cannot be gone on with: the calibration data of task {task} has another "
-                    "content than it had; --fresh starts over"
-                )
+
+def data_of_all(batches: Mapping[str, Digested], world: World) -> Data:
+    """Of every task what its batches' `Digested` has, in order of the tasks on the ranks.
+
+    Raises:
+        RankError: ranks that share a task's samples have read others.
+    """
+    found: Data = {}
+    for own in world.gather({task: [each.digest, *each.sizes] for task, each in batches.items()}):
+        for task, values in own.items():
+            if found.setdefault(task, values) != values:
+                raise RankError(f"data of {task}: ranks have read different samples; give all of them the same files")
+    return found
+
+
+def bytes_of_all(models: RecipeModels, world: World) -> dict[str, int]:
+    """Bytes of tensors that all ranks have read, by model."""
+    total: Counter[str] = Counter()
+    for own in world.gather(models.bytes_read):
+        total.update(own)
+    return dict(total)

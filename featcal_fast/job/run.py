@@ -20,12 +20,15 @@ from featcal_fast.inputs.unchanged import unchanged
 from featcal_fast.job.card import find_origin, write_card
 from featcal_fast.job.delta import RANK, check_delta, write_delta
 from featcal_fast.job.fingerprint import Digested, Facts, differences, fingerprint, input_files
+from featcal_fast.job.follow import check_same_job, follow, shares_of, sources, tell_of_all, told_offload
 from featcal_fast.job.interrupts import finish_first
 from featcal_fast.job.loads import check_loads
 from featcal_fast.job.provenance import describe_inputs
 from featcal_fast.job.resume import (
     Past,
     Resumable,
+    bytes_of_all,
+    data_of_all,
     find_past,
     finished_report,
     left_behind,
@@ -36,6 +39,9 @@ from featcal_fast.job.throughput import remember
 from featcal_fast.merging.merged import MergedCheckpoint
 from featcal_fast.planning.plan import Plan, memory_bytes
 from featcal_fast.planning.planner import choose_offload
+from featcal_fast.ranks.join import join, launched, own_device
+from featcal_fast.ranks.shares import Shares
+from featcal_fast.ranks.world import World
 from featcal_fast.reporting.clock import Clock
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import Report
@@ -44,7 +50,6 @@ from featcal_fast.reporting.warnings import about_not_merged, about_run, about_s
 from featcal_fast.streaming.hidden_states import Offload
 from featcal_fast.streaming.machine import find_device
 from featcal_fast.streaming.scratch import scratch_errors
-from featcal_fast.streaming.sources import CheckpointSource
 
 
 def calibrate(
@@ -95,17 +100,26 @@ def calibrate(
     """
     _check_choices(resume, fresh, checkpoint_every)
     device_memory, host_memory = memory_bytes("device_memory", device_memory), memory_bytes("host_memory", host_memory)
-    clock, recipe, device = Clock(), with_out(recipe, out), find_device(device)
-    models = models_to_calibrate(recipe, device)
-    folder = output_folder(recipe, models, scratch)
-    adapter = None if delta is None else check_delta(delta, models.merged, folder, recipe, delta_rank, models.nbytes)
-    with WorkFolder(folder) as work:
-        past, facts = find_past(work, resume=resume, fresh=fresh), fingerprint(recipe, models, device)
-        past.check(facts)
-        job = _Job(recipe, models, device, progress or Progress(), work, past, checkpoint_every, scan, clock)
-        report = job.carry_out(facts, device_memory, host_memory, scratch)
-    if adapter is not None and report.calibrated:  # else there is none
-        _write_delta(job, folder, adapter, delta_rank)
+    clock, recipe, size = Clock(), with_out(recipe, out), launched()
+    device = own_device(find_device(device), size)
+    with join(size, device) as world:
+        models = models_to_calibrate(recipe, device)
+        facts = fingerprint(recipe, models, device)
+        check_same_job(recipe, facts, world)
+        if not world.is_first:
+            return follow(recipe, models, device, world)
+        folder = output_folder(recipe, models, scratch)
+        adapter = (
+            None if delta is None else check_delta(delta, models.merged, folder, recipe, delta_rank, models.nbytes)
+        )
+        with WorkFolder(folder) as work:
+            past = find_past(work, resume=resume, fresh=fresh)
+            past.check(facts)
+            job = _Job(recipe, models, device, progress or Progress(), work, past, checkpoint_every, scan, clock, world)
+            report = job.carry_out(facts, device_memory, host_memory, scratch)
+        if adapter is not None and report.calibrated:  # else there is none
+            _write_delta(job, folder, adapter, delta_rank)
+        world.tell(report.to_json() if size > 1 else None)
     return report
 
 
@@ -130,6 +144,7 @@ class _Job:
     every: int | None
     scan: bool
     clock: Clock
+    world: World
 
     def carry_out(
         self, facts: Facts, device_memory: int | None, host_memory: int | None, scratch: str | Path | None
@@ -138,13 +153,14 @@ class _Job:
         work, plan = self.work, None
         with telling_what_is_kept(work, self.progress):
             if work.finished:
+                self.world.tell(None)
                 report = finished_report(work)
             else:
                 with _scratch_locked(work, scratch):
                     report, plan = self._run(facts, device_memory, host_memory, scratch)
             with finish_first():
                 work.publish()
-            if plan is not None:
+            if plan is not None and self.world.size == 1:
                 remember(plan, self.past.layers, sum(self.clock.seconds.values()))
         return report
 
@@ -153,9 +169,11 @@ class _Job:
     ) -> tuple[Report, Plan]:
         """All but the output's name."""
         recipe, models, work, past, clock = self.recipe, self.models, self.work, self.past, self.clock
+        shares = shares_of(recipe, self.world)
         with clock("data"):
             loaded, sizes = load_data(recipe, models, self.device)
-        batches = {task: Digested(each, clock) for task, each in loaded.items()}
+        batches = {task: Digested(loaded[task], clock) for task in shares.own_tasks}
+        del loaded
         with clock("planning"):
             plan, offload = choose_offload(
                 recipe, models, self.device, sizes, device_memory, host_memory, scratch, self.every
@@ -175,15 +193,18 @@ class _Job:
         if not past.layers and self.every != 0:
             with write_errors(work.out):
                 work.begin({"fingerprint": facts, "layers": len(plan.layers)}, scratch)
+        chunk = past.chunk or plan.chunk
+        self.world.tell({"chunk": chunk, "offload": told_offload(offload, self.device)})
         with CheckpointWriter(work, models.merged, past.hashes) as writer:
-            report = self._calibrate(writer, batches, offload, past.chunk or plan.chunk)
+            report = self._calibrate(writer, batches, offload, chunk, shares)
             report.flops = sum(plan.flops.values())
             report.peaks.planned_host_bytes = plan.host_bytes
             report.peaks.planned_device_bytes = plan.device_bytes or None
             report.bytes_read |= scanned
             report.warnings = [*warnings, *about_run(report)]
             with clock("finishing"):
-                report.inputs = describe_inputs(recipe, models, facts, sizes, batches)
+                data = data_of_all(batches, self.world)
+                report.inputs = describe_inputs(recipe, models, facts, sizes, data)
                 write_card(writer, origin, report)
                 report.contents = writer.contents()
                 writer.sync()
@@ -197,30 +218,39 @@ class _Job:
         return report, plan
 
     def _calibrate(
-        self, writer: CheckpointWriter, batches: Mapping[str, Digested], offload: Offload, chunk: int
+        self, writer: CheckpointWriter, batches: Mapping[str, Digested], offload: Offload, chunk: int, shares: Shares
     ) -> Report:
         """From the models' files to the output's."""
         models, device, clock = self.models, self.device, self.clock
-        student = CheckpointSource(models.merged, device)
-        base = CheckpointSource(models.base, device, models.base_tokens.table)
-        experts = {
-            task: CheckpointSource(expert, device, models.tokens[task].table) for task, expert in models.experts.items()
-        }
+        student, base, experts = sources(models, device, shares)
         layers = {name for layer in student.structure.layers for name in student.block_tensors(layer.index)}
         with clock("copying"):
             writer.copy(name for name in models.merged.tensors if name not in layers)  # what is broken is found at once
 
-        with Resumable(student, writer, self.work, models, self.past, batches, self.every, clock) as output:
+        past, world = self.past, self.world
+        with Resumable(student, writer, self.work, models, past, batches, self.every, clock, world) as output:
             settings, progress = self.recipe.settings, self.progress
             report = calibrate_source(
-                student, base, experts, batches, settings, device, output, progress, clock, offload, chunk
+                student,
+                base,
+                experts,
+                batches,
+                settings,
+                device,
+                output,
+                progress,
+                clock,
+                offload,
+                chunk,
+                shares,
+                world,
             )
             with clock("copying"):
                 writer.copy_rest()
-            report.bytes_read |= output.bytes_read
+        tell_of_all(report, models, shares, world)
+        report.bytes_read |= past.bytes_with(bytes_of_all(models, world))
         report.recipe, report.out = self.recipe.to_dict(), str(self.work.out)
         report.bytes_written["calibrated model"] = models.nbytes
-        report.storage_error = models.storage_error
         report.left_out = models.merged.left_out()
         return report
 

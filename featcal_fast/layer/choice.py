@@ -12,7 +12,7 @@ from torch import Tensor
 from featcal_fast.errors import SolveError
 from featcal_fast.layer.judge import Judge
 from featcal_fast.layer.moments import TaskMoments
-from featcal_fast.layer.solve import NotFinite, Update, new_parameters, solve_layer, solve_norms, solve_systems
+from featcal_fast.layer.solve import NotFinite, Update, set_parameters, solve_layer, solve_norms, solve_systems
 from featcal_fast.layer.systems import GroupSystem, LayerSystem, RowSystem
 from featcal_fast.reporting.report import ChosenReport
 from featcal_fast.settings import Settings
@@ -91,14 +91,10 @@ class Choice:
         norms = solve_norms(self._system)
         found = {}
         for alpha in ALPHAS:
-            update = found[alpha] = replace(self._notes, parameters={}, sums=[])
+            update = found[alpha] = replace(self._notes, parameters={}, changes={}, sums={})
             for each in self._system.systems:
                 for name in each.group.modules:
-                    update.parameters |= new_parameters(
-                        self._system, each, name, self._tasks, alpha, self._ridges[name]
-                    )
-                weights = (update.parameters[f"{name}.weight"] for name in each.group.modules)
-                update.sums.append(torch.stack([weight.sum() for weight in weights]).sum())
+                    set_parameters(update, self._system, each, name, self._tasks, alpha, self._ridges[name])
             update.parameters |= norms
         return found
 

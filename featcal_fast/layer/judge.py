@@ -14,7 +14,7 @@ tasks of w_t m_t, w_t E y and w_t.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -44,10 +44,17 @@ class Judge(LayerSystem):
         layout, anchor, device: as of the system that is judged.
         settings: likewise; of a teacher_alpha nothing is taken, and there is one right-hand side.
         counts: of the held-out tokens to come.
+        tasks: all, in order.
     """
 
     def __init__(
-        self, layout: Layout, anchor: Anchor, settings: Settings, device: torch.device, counts: TokenCounts
+        self,
+        layout: Layout,
+        anchor: Anchor,
+        settings: Settings,
+        device: torch.device,
+        counts: TokenCounts,
+        tasks: Sequence[str],
     ) -> None:
         super().__init__(
             layout,
@@ -56,7 +63,14 @@ class Judge(LayerSystem):
             device,
             counts,
         )
-        self._biased: dict[str, list[tuple[Tensor, Tensor]]] = {}  # by module, w_t b_t and m_t of each task
+        # By module, of all tasks w_t b_t and m_t.
+        self._biased = {
+            name: (sums.target.new_zeros(len(tasks), *sums.target.shape), sums.student.new_zeros(len(tasks), size))
+            for system in self.systems
+            for size in [system.group.in_features]
+            for name, sums in system.biases.items()
+        }
+        self._tasks = list(tasks)
 
     def complete(self) -> None:
         """All tasks are folded."""
@@ -89,7 +103,7 @@ class Judge(LayerSystem):
 
         def of(weight: Tensor, bias: Tensor) -> Tensor:
             error = 2 * bias @ (matvec(weight, sums.student) - sums.target) + sums.weight * bias.square().sum()
-            for expert, mean in self._biased[name]:
+            for expert, mean in zip(*self._biased[name], strict=True):
                 error = error - 2 * expert @ matvec(weight, mean)
             return error
 
@@ -97,13 +111,22 @@ class Judge(LayerSystem):
         weight = update.parameters[f"{name}.weight"]
         return of(weight, own if new is None else new.double()) - of(self.anchor[f"{name}.weight"], own)
 
-    def _fold_biases(
-        self, system: InputSystem, scratch: InputMoments, task_weight: Tensor, expert: Mapping[str, Tensor]
+    def small(self) -> list[Tensor]:
+        return [*super().small(), *(each for pair in self._biased.values() for each in pair)]
+
+    def add_biases(
+        self,
+        task: str,
+        system: InputSystem,
+        scratch: InputMoments,
+        task_weight: Tensor,
+        expert: Mapping[str, Tensor],
     ) -> None:
-        super()._fold_biases(system, scratch, task_weight, expert)
+        super().add_biases(task, system, scratch, task_weight, expert)
         for name in system.biases:
-            pair = task_weight * expert[f"{name}.bias"].double(), scratch.sum_student / scratch.n
-            self._biased.setdefault(name, []).append(pair)
+            biases, means = self._biased[name]
+            biases[self._tasks.index(task)] = task_weight * expert[f"{name}.bias"].double()
+            means[self._tasks.index(task)] = scratch.sum_student / scratch.n
 
 
 def _quadratic(system: GroupSystem | RowSystem, change: Tensor, rows: slice | None = None) -> Tensor:

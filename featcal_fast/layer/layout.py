@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -56,6 +57,29 @@ class Layout:
     kept: dict[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     path: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; of token weights, whether there are some."""
+        plain = asdict(self)
+        plain["groups"] = [asdict(group) | {"weights": group.weights is not None} for group in self.groups]
+        plain["norms"] = {name: weights is not None for name, weights in self.norms.items()}
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any], rule: LastLayerWeights | None) -> Layout:
+        """What `to_dict` made of another rank's, whose layer has the token weights of `rule`."""
+        groups = tuple(
+            InputGroup(
+                tuple(each["modules"]),
+                each["in_features"],
+                tuple(each["out_features"]),
+                rule if each["weights"] else None,
+                each["memory"],
+            )
+            for each in plain["groups"]
+        )
+        norms = {name: rule if weights else None for name, weights in plain["norms"].items()}
+        return cls(groups, norms, plain["last"], plain["kept"], tuple(plain["unused"]), plain["path"])
 
 
 def find_layout(

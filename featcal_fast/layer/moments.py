@@ -76,6 +76,13 @@ class InputMoments:
         self.sum_expert.zero_()
         self.n, self.tokens = 0.0, 0
 
+    def join(self, other: InputMoments) -> None:
+        """Add the sums of the task's samples after these."""
+        self.sum_student += other.sum_student
+        self.sum_expert += other.sum_expert
+        self.n += other.n
+        self.tokens += other.tokens
+
     def add(
         self, xs: Tensor, xe: Tensor, ye: list[Tensor], weights: Tensor | None, n: float, add_once: AddOnce
     ) -> None:
@@ -115,6 +122,14 @@ class GroupMoments(InputMoments):
         super().reset()
         self.s.zero_()
         self.t.zero_()
+        self.whole = False
+
+    def join(self, other: InputMoments) -> None:
+        assert isinstance(other, GroupMoments)
+        super().join(other)
+        self.s += other.s
+        self.t += other.t
+        self.whole |= other.whole
 
     def add(
         self, xs: Tensor, xe: Tensor, ye: list[Tensor], weights: Tensor | None, n: float, add_once: AddOnce
@@ -143,6 +158,19 @@ class RowMoments(InputMoments):
         super().reset()
         self.filled = 0
 
+    def join(self, other: InputMoments) -> None:
+        assert isinstance(other, RowMoments)
+        super().join(other)
+        xs, difference = self.more(other.filled)
+        xs.copy_(other.xs)
+        difference.copy_(other.difference)
+
+    def more(self, count: int) -> tuple[Tensor, Tensor]:
+        """Room for so many rows more, of both."""
+        rows = slice(self.filled, self.filled + count)
+        self.filled = rows.stop
+        return self._xs[rows], self._difference[rows]
+
     @property
     def space(self) -> str:
         return "tokens"
@@ -162,13 +190,12 @@ class RowMoments(InputMoments):
         add_once("rows", lambda: self._append(xs, xe, weights))
 
     def _append(self, xs: Tensor, xe: Tensor, weights: Tensor | None) -> None:
-        rows = slice(self.filled, self.filled + len(xs))
-        self._xs[rows] = xs
-        torch.sub(xe.float(), xs, out=self._difference[rows])
+        rows, difference = self.more(len(xs))
+        rows.copy_(xs)
+        torch.sub(xe.float(), xs, out=difference)
         if weights is not None:
-            self._xs[rows] *= weights.sqrt()[:, None]
-            self._difference[rows] *= weights.sqrt()[:, None]
-        self.filled = rows.stop
+            rows *= weights.sqrt()[:, None]
+            difference *= weights.sqrt()[:, None]
 
 
 class NormMoments:
@@ -184,6 +211,13 @@ class NormMoments:
         self.mean.zero_()
         self.energy.zero_()
         self.n, self.tokens = 0.0, 0
+
+    def join(self, other: NormMoments) -> None:
+        """Add the sums of the task's samples after these."""
+        self.mean += other.mean
+        self.energy += other.energy
+        self.n += other.n
+        self.tokens += other.tokens
 
     def add(self, x: Tensor, weights: Tensor | None, n: float) -> None:
         z = F.layer_norm(x.float() if x.dtype != torch.float64 else x, self.shape, eps=self.eps)
@@ -225,6 +259,13 @@ class TaskMoments:
             group.reset()
         for norm in self.norms.values():
             norm.reset()
+
+    def join(self, other: TaskMoments) -> None:
+        """Add the sums of the task's samples after these."""
+        for leader, group in self.groups.items():
+            group.join(other.groups[leader])
+        for name, norm in self.norms.items():
+            norm.join(other.norms[name])
 
     def add(
         self,

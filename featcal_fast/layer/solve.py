@@ -14,7 +14,7 @@ A system that is solved from the token side has steps 1, 2 and 4, and buffers of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -78,14 +78,16 @@ class Update:
         solver: by group leader: "float32", "float64", "float64, diagonal raised by 1e-07 of its mean".
         raised: by group leader, what was added to the diagonal for that, relative to its mean.
         steps: by group leader, what was tried; the last of it gave the solution.
-        sums: of each system's new weights, in the order of the systems, for `check_finite`.
+        changes: by module, of each panel that was solved for `||W' - W_merged||_F`, scalars on the device.
+        sums: likewise, of its new weights, for `check_finite`.
     """
 
     parameters: dict[str, Tensor] = field(default_factory=dict)
     solver: dict[str, str] = field(default_factory=dict)
     raised: dict[str, float] = field(default_factory=dict)
     steps: dict[str, list[str]] = field(default_factory=dict)
-    sums: list[Tensor] = field(default_factory=list)
+    changes: dict[str, list[Tensor]] = field(default_factory=dict)
+    sums: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def solved(self, system: InputSystem, steps: list[str]) -> None:
         """Note what was tried."""
@@ -112,8 +114,7 @@ def solve_layer(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Update:
     update = solve_systems(layer, scratch, tasks)
     for solved in layer.systems:
         for name in solved.group.modules:
-            update.parameters |= new_parameters(layer, solved, name, tasks, layer.settings.teacher_alpha, solved.ridge)
-        update.sums.append(solved.r.sum())
+            set_parameters(update, layer, solved, name, tasks, layer.settings.teacher_alpha, solved.ridge)
     update.parameters |= solve_norms(layer)
     return update
 
@@ -145,10 +146,10 @@ def solve_systems(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Updat
         assert isinstance(moments, GroupMoments)
         system.a.diagonal().add_(system.find_ridge(settings) + settings.covariance_eps)
         backups[system.group.leader] = moments.s.copy_(system.a)
-        for name, rows in system.rows().items():
+        for panel in system.own_panels:
             for part in column_blocks(system.group.in_features):
-                columns = layer.anchor.columns(f"{name}.weight", part)
-                system.r[rows, part].sub_(columns, alpha=settings.covariance_eps)
+                columns = layer.anchor.columns(f"{panel.module}.weight", part, panel.own)
+                system.r[panel.rows, part].sub_(columns, alpha=settings.covariance_eps)
 
     failed = _factor(groups) if dtype == torch.float32 else set()
     for system in groups:
@@ -157,7 +158,8 @@ def solve_systems(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Updat
             extra = update.raised[leader] = _solve_float64(system, backups[leader])
             update.solved(system, ["float32"] * (leader in failed) + _float64_steps(extra))
         else:
-            solve_(system.a, system.r.mT, split=split)
+            for right in _right_sides(system):
+                solve_(system.a, right.mT, split=split)
             update.solved(system, [arithmetic(system.a, split=split)])
     for rows_system in layer.systems:
         if isinstance(rows_system, RowSystem):
@@ -165,12 +167,24 @@ def solve_systems(layer: LayerSystem, scratch: TaskMoments, tasks: int) -> Updat
     return update
 
 
-def new_parameters(
-    layer: LayerSystem, system: InputSystem, module: str, tasks: int, alpha: float, ridge: float | Tensor
-) -> dict[str, Tensor]:
-    """A module's new weight and, where it is solved for, bias.
+def _right_sides(system: GroupSystem) -> list[Tensor]:
+    """`[rows, in]` each: the panels to solve for, of both parts where what alpha multiplies is kept apart."""
+    return [part[panel.rows] for part in system.parts for panel in system.own_panels]
+
+
+def set_parameters(
+    update: Update,
+    layer: LayerSystem,
+    system: InputSystem,
+    module: str,
+    tasks: int,
+    alpha: float,
+    ridge: float | Tensor,
+) -> None:
+    """A module's new weight and, where it is solved for, bias; the panels that were solved for, others are undefined.
 
     Args:
+        update: to put them into.
         layer: the sums.
         system: the one of the module, solved.
         module: by its name in the block.
@@ -178,15 +192,22 @@ def new_parameters(
         alpha: of the teacher; without effect unless what it multiplies is kept apart.
         ridge: that the system was solved with.
     """
-    cap, weight = layer.settings.max_change, system.change(module, alpha)
+    name, cap, weight = f"{module}.weight", layer.settings.max_change, system.change(module, alpha)
     if cap is not None:
         weight *= (cap / tasks * system.distances[module] / weight.norm().clamp_min(TINY)).clamp(max=1)
-    for part in column_blocks(system.group.in_features):
-        weight[:, part] += layer.anchor.columns(f"{module}.weight", part)
-    found = {f"{module}.weight": weight}
+    update.parameters[name] = weight
+    bias = torch.empty(len(weight), device=weight.device)
+    changes, sums = update.changes[module], update.sums[module] = [], []
+    for own in (panel.own for panel in system.own_panels if panel.module == module):
+        rows = weight[own]
+        for part in column_blocks(system.group.in_features):
+            rows[:, part] += layer.anchor.columns(name, part, own)
+        changes.append((rows - layer.anchor.merged[name][own].float()).norm())
+        sums.append(rows.sum())
+        if module in system.biases:
+            bias[own] = _solve_bias(layer, system, module, rows, own, alpha, ridge)
     if module in system.biases:
-        found[f"{module}.bias"] = _solve_bias(layer, system, module, weight, alpha, ridge)
-    return found
+        update.parameters[f"{module}.bias"] = bias
 
 
 def solve_norms(layer: LayerSystem) -> dict[str, Tensor]:
@@ -218,9 +239,10 @@ def _solve_float64(system: GroupSystem, backup: Tensor) -> float:
         a = backup.double()
         a.diagonal().add_(extra * mean)
         if int(factor_(a)) == 0:
-            r = system.r.double()
-            solve_(a, r.mT)
-            system.r.copy_(r)
+            for right in _right_sides(system):
+                r = right.double()
+                solve_(a, r.mT)
+                right.copy_(r)
             return extra
     if not bool(backup.triu().isfinite().all()):
         raise NotFinite([system.group])
@@ -268,12 +290,18 @@ def _solve_rows(system: RowSystem, anchor: Anchor, settings: Settings, dtype: to
     )
 
 
-def check_finite(systems: Sequence[InputSystem], sums: Sequence[float], others: Sequence[float] = ()) -> None:
+def check_finite(
+    groups: Sequence[InputGroup],
+    parameters: Mapping[str, Tensor],
+    sums: Sequence[float],
+    others: Sequence[float] = (),
+) -> None:
     """Whether a layer's new weights are finite, told by `Update.sums`: NaN and Inf come through a sum.
 
     Args:
-        systems: solved.
-        sums: of each one's weights.
+        groups: that were solved for.
+        parameters: new ones, any shape and dtype.
+        sums: of weights.
         others: that must be finite too: the drift, by which NaN in biases and LayerNorms shows, and changes.
 
     Raises:
@@ -281,19 +309,25 @@ def check_finite(systems: Sequence[InputSystem], sums: Sequence[float], others: 
     """
     if all(map(math.isfinite, [*sums, *others])):
         return
-    groups = [system.group for system in systems if not is_finite(system.r)]
-    if groups or not all(map(math.isfinite, others)):
-        raise NotFinite(groups)
+    broken = [group for group in groups if not all(is_finite(parameters[f"{name}.weight"]) for name in group.modules)]
+    if broken or not all(map(math.isfinite, others)):
+        raise NotFinite(broken)
 
 
 def _solve_bias(
-    layer: LayerSystem, system: InputSystem, name: str, weight: Tensor, alpha: float, ridge: float | Tensor
+    layer: LayerSystem,
+    system: InputSystem,
+    name: str,
+    weight: Tensor,
+    own: slice,
+    alpha: float,
+    ridge: float | Tensor,
 ) -> Tensor:
-    """`b = (sum_t w_t (b_t + W_t m_t - W m_s) + lambda b_a) / (sum_t w_t + lambda)`, float64 inside."""
+    """`b = (sum_t w_t (b_t + W_t m_t - W m_s) + lambda b_a) / (sum_t w_t + lambda)`, float64 inside, of some rows."""
     sums = system.biases[name]
-    target = sums.target - matvec(weight, sums.student) + ridge * layer.anchor[f"{name}.bias"].double()
+    target = sums.target[own] - matvec(weight, sums.student) + ridge * layer.anchor[f"{name}.bias"][own].double()
     if system.apart:
-        target += alpha * sums.teacher
+        target += alpha * sums.teacher[own]
     return (target / (sums.weight + ridge).clamp_min(torch.finfo(torch.float32).eps)).float()
 
 
@@ -331,7 +365,7 @@ def relative_changes(layout: Layout, update: Update, merged: nn.Module) -> list[
     """`||W' - W_merged||_F / ||W_merged||_F` of each group: scalars on the device."""
     before, changes = oriented(merged), []
     for group in layout.groups:
-        names = [f"{name}.weight" for name in group.modules]
-        change = torch.stack([(update.parameters[name] - before[name].float()).norm() for name in names]).norm()
-        changes.append(change / torch.stack([before[name].float().norm() for name in names]).norm().clamp_min(1e-30))
+        change = torch.stack([each for name in group.modules for each in update.changes[name]]).norm()
+        whole = torch.stack([before[f"{name}.weight"].float().norm() for name in group.modules]).norm()
+        changes.append(change / whole.clamp_min(1e-30))
     return changes

@@ -23,19 +23,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
-from featcal_kernels import add_scaled_, addmm_, frobenius, pack, panel_rows, symmetrize_
+from featcal_kernels import panel_rows
 from torch import Tensor, nn
 
 from featcal_fast.layer.layout import InputGroup, Layout
-from featcal_fast.layer.moments import GroupMoments, InputMoments, NormMoments, RowMoments, TaskMoments, token_side
+from featcal_fast.layer.moments import GroupMoments, InputMoments, NormMoments, RowMoments, token_side
 from featcal_fast.layer.tokens import TokenCounts
 from featcal_fast.models.linear import oriented
+from featcal_fast.ranks.panels import row_panels
 from featcal_fast.settings import Settings
 
 BLOCK = 2048  # columns of a weight at a time
+ALL = slice(None)
 ROUNDED_RIDGE = 1e-3
 
 
@@ -49,18 +51,20 @@ class Anchor:
 
     def __getitem__(self, name: str) -> Tensor:
         """The anchor of parameter `name`, float32."""
-        return self.columns(name, slice(None))
+        return self.columns(name, ALL)
 
-    def columns(self, name: str, part: slice) -> Tensor:
-        """Some columns of a weight's anchor; they are all that is formed."""
-        merged = self.merged[name][..., part]
-        base = self.base[name][..., part].to(merged.device)
-        return torch.lerp(base.float(), merged.float(), self.rho).contiguous()
+    def columns(self, name: str, part: slice, rows: slice = ALL) -> Tensor:
+        """Some columns of a weight's anchor, and of them some rows; they are all that is formed."""
+        merged, base = self.merged[name], self.base[name]
+        if merged.ndim > 1:
+            merged, base = merged[rows, part], base[rows, part]
+        return torch.lerp(base.to(merged.device).float(), merged.float(), self.rho).contiguous()
 
-    def subtract_from_(self, weight: Tensor, name: str, part: slice) -> None:
-        """`weight -= W_a` of some columns."""
+    def subtract_from_(self, weight: Tensor, name: str, rows: slice, part: slice) -> None:
+        """`weight -= W_a` of some rows and columns."""
         for block in column_blocks(weight.shape[1]):
-            weight[:, block] -= self.columns(name, slice(part.start + block.start, part.start + block.stop))
+            own = slice(part.start + block.start, part.start + block.stop)
+            weight[:, block] -= self.columns(name, own, rows)
 
 
 def least_ridge(settings: Settings, tasks: int, width: int) -> float:
@@ -108,6 +112,12 @@ class BiasSums:
     student: Tensor  # sum_t w_t m_s, [in]
     weight: Tensor  # sum_t w_t
 
+    @classmethod
+    def zero(cls, bias: Tensor, width: int) -> BiasSums:
+        target, teacher = torch.zeros(2, *bias.shape, dtype=torch.float64, device=bias.device)
+        student = torch.zeros(width, dtype=torch.float64, device=bias.device)
+        return cls(target, teacher, student, torch.zeros_like(student[0]))
+
 
 @dataclass
 class NormSums:
@@ -117,12 +127,27 @@ class NormSums:
     mean: Tensor
     target_weight: Tensor  # sum_t (e_t gamma_t + m_t beta_t)
     target_bias: Tensor  # sum_t (m_t gamma_t + beta_t)
-    tasks: int = 0
+    tasks: Tensor  # how many, a scalar
 
     @classmethod
-    def zero(cls, like: Tensor) -> NormSums:
-        energy, mean, target_weight, target_bias = torch.zeros(4, *like.shape, dtype=like.dtype, device=like.device)
-        return cls(energy, mean, target_weight, target_bias)
+    def zero(cls, weight: Tensor) -> NormSums:
+        zeros = torch.zeros(4, *weight.shape, dtype=torch.float64, device=weight.device)
+        energy, mean, target_weight, target_bias = zeros
+        return cls(energy, mean, target_weight, target_bias, torch.zeros_like(zeros[0].flatten()[0]))
+
+
+class Panel(NamedTuple):
+    """Some rows of one module.
+
+    Attributes:
+        module: by its name in the block.
+        rows: of the right-hand side.
+        own: of the module's weight.
+    """
+
+    module: str
+    rows: slice
+    own: slice
 
 
 System = TypeVar("System", bound="InputSystem")
@@ -140,6 +165,8 @@ class InputSystem(ABC):
             multiplies is kept apart, as the second half.
         tokens: how many there were, of all tasks.
         distances: by module, sum over tasks of `||W_t - W_a||_F`, on the device; where `max_change` asks for it.
+        panels: of the modules' weights, in order.
+        own: of these, the numbers of those to solve for; all, unless other ranks solve for some.
         ridge: what `ridge_lambda` amounts to, once `find_ridge` was asked for it.
     """
 
@@ -151,6 +178,17 @@ class InputSystem(ABC):
         self.tokens = 0
         self.biases: dict[str, BiasSums] = {}
         self.distances: dict[str, Tensor] = {}
+        self.panels = [
+            Panel(name, slice(rows.start + own.start, rows.start + own.stop), own)
+            for name, rows in self.rows().items()
+            for own in row_panels(rows.stop - rows.start, group.in_features)
+        ]
+        self.own = list(range(len(self.panels)))
+
+    @property
+    def own_panels(self) -> list[Panel]:
+        """To solve for."""
+        return [self.panels[number] for number in self.own]
 
     @abstractmethod
     def mean_diagonal(self) -> Tensor:
@@ -195,7 +233,7 @@ class InputSystem(ABC):
                 (expert[f"{name}.weight"][:, part].float() - anchor.columns(f"{name}.weight", part)).norm()
                 for part in column_blocks(self.group.in_features)
             ]
-            self.distances[name] = self.distances.get(name, 0) + torch.stack(squares).norm()
+            self.distances[name] += torch.stack(squares).norm()
 
     def rows(self) -> dict[str, slice]:
         """Each module's rows of `r`."""
@@ -232,38 +270,6 @@ class GroupSystem(InputSystem):
 
     def mean_diagonal(self) -> Tensor:
         return self.a.diagonal().double().mean()
-
-    def add(self, scratch: InputMoments, expert: Mapping[str, Tensor], anchor: Anchor, settings: Settings) -> Tensor:
-        """Add a task's sums, and use them up; its weight `w`, a scalar on the device that the host never reads."""
-        assert isinstance(scratch, GroupMoments)
-        alpha, s, t = 1.0 if self.apart else settings.teacher_alpha, symmetrize_(scratch.s), scratch.t
-        r, teacher = self.parts[0], self.parts[-1]
-        task_weight = (frobenius(s) / scratch.n).clamp_min(settings.covariance_eps).reciprocal()
-        scale = task_weight / scratch.n
-        add_scaled_(self.a, s, scale)
-        if scratch.whole:
-            t -= s
-        modules = {name: (expert[f"{name}.weight"], rows) for name, rows in self.rows().items()}
-        if scratch.output_space:
-            for name, (_, rows) in modules.items():
-                if (bias := expert.get(f"{name}.bias")) is not None:
-                    t[rows].addr_(bias.float(), scratch.sum_student.float(), alpha=-1)
-                add_scaled_(teacher[rows], t[rows], scale * alpha)
-        for part in column_blocks(self.group.in_features, fold_columns(scratch, s.device)):
-            # Packed once for all modules; and 16-bit weights take fewer products as they are stored.
-            right, right_t = pack(s[part]), None if scratch.output_space else pack(t[part])
-            for name, (stored, rows) in modules.items():
-                precision = fold_precision(anchor.merged[f"{name}.weight"], settings)
-                weight = stored[:, part].to(torch.float32, copy=True)
-                if right_t is not None:
-                    addmm_(teacher[rows], stored[:, part], right_t, scale * alpha, precision=precision)
-                elif self.apart:
-                    addmm_(teacher[rows], stored[:, part], right, -scale, precision=precision)
-                else:
-                    weight *= 1 - alpha
-                anchor.subtract_from_(weight, f"{name}.weight", part)
-                addmm_(r[rows], weight, right, scale, precision=precision)
-        return task_weight
 
 
 class RowSystem(InputSystem):
@@ -303,26 +309,45 @@ class RowSystem(InputSystem):
         energy: Tensor = self.z.norm(dtype=torch.float64).square()
         return energy / self.group.in_features
 
-    def add(self, scratch: InputMoments, expert: Mapping[str, Tensor], anchor: Anchor, settings: Settings) -> Tensor:
-        """Add a task's rows; its weight `w`, a scalar on the device that the host never reads."""
-        assert isinstance(scratch, RowMoments)
+    def add(
+        self,
+        scratch: RowMoments,
+        task_weight: Tensor,
+        expert: Mapping[str, Tensor],
+        anchor: Anchor,
+        settings: Settings,
+    ) -> None:
+        """Add a task's rows.
+
+        Args:
+            scratch: the task's rows, complete.
+            task_weight: `w`, a scalar on the device.
+            expert: the task's parameters.
+            anchor, settings: of the layer.
+        """
         xs, difference = scratch.xs, scratch.difference
-        own = slice(self._filled, self._filled + len(xs))
-        self._filled = own.stop
-        # The norm of Xs' D Xs is that of its mirror image on the token side.
-        task_weight = (frobenius(xs @ xs.mT) / scratch.n).clamp_min(settings.covariance_eps).reciprocal()
+        z, m = self.more(len(xs))
         scale = (task_weight / scratch.n).sqrt().float()
-        torch.mul(xs, scale, out=self._z[own])
+        torch.mul(xs, scale, out=z)
         alpha = 1.0 if self.apart else settings.teacher_alpha
-        parts = self._m[own].zero_().unflatten(1, (1 + self.apart, -1))
+        parts = m.zero_().unflatten(1, (1 + self.apart, -1))
         for name, rows in self.rows().items():
-            m, teacher = parts[:, 0, rows], parts[:, -1, rows]
+            own, teacher = parts[:, 0, rows], parts[:, -1, rows]
             for part in column_blocks(self.group.in_features):
                 weight = expert[f"{name}.weight"][:, part].float()
                 teacher.addmm_(difference[:, part], weight.mT, alpha=alpha)
-                m.addmm_(xs[:, part], (weight - anchor.columns(f"{name}.weight", part)).mT)
-        self._m[own] *= scale
-        return task_weight
+                own.addmm_(xs[:, part], (weight - anchor.columns(f"{name}.weight", part)).mT)
+        m *= scale
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._filled = 0
+
+    def more(self, count: int) -> tuple[Tensor, Tensor]:
+        """Room for so many tokens more, of Z and M."""
+        own = slice(self._filled, self._filled + count)
+        self._filled = own.stop
+        return self._z[own], self._m[own]
 
 
 class LayerSystem:
@@ -346,63 +371,74 @@ class LayerSystem:
         counts: TokenCounts,
         apart: bool = False,
     ) -> None:
-        self.anchor, self.settings = anchor, settings
+        self.layout, self.anchor, self.settings = layout, anchor, settings
         self.systems: list[GroupSystem | RowSystem] = [
             RowSystem(group, counts.total, device, apart)
             if token_side(group, counts)
             else GroupSystem(group, torch.zeros(group.in_features, group.in_features, device=device), apart)
             for group in layout.groups
         ]
-        self.norms: dict[str, NormSums] = {}
-
-    @property
-    def width(self) -> int:
-        """Inputs of the largest system."""
-        return max((system.group.in_features for system in self.systems), default=1)
+        merged = anchor.merged
+        for system in self.systems:
+            for name in system.group.modules:
+                if settings.calibrate_bias and f"{name}.bias" in merged:
+                    system.biases[name] = BiasSums.zero(merged[f"{name}.bias"], system.group.in_features)
+                if settings.max_change is not None:
+                    system.distances[name] = torch.zeros((), device=device)
+        norms = layout.norms if settings.calibrate_layernorm else ()
+        self.norms = {name: NormSums.zero(merged[f"{name}.weight"]) for name in norms}
+        self.width = max((group.in_features for group in layout.groups), default=1)  # of the largest system
 
     def alone(self, system: GroupSystem | RowSystem, settings: Settings) -> LayerSystem:
         """A layer of one system and no LayerNorms, under other settings."""
         other = copy(self)
         other.settings, other.systems, other.norms = settings, [system], {}
+        other.width = system.group.in_features
         return other
 
-    def fold(self, moments: TaskMoments, expert: nn.Module) -> None:
-        """Add one task: `moments` is complete, `expert` is its block. The scratch is used up."""
-        parameters = oriented(expert)
+    def small(self) -> list[Tensor]:
+        """All sums but the systems' own, always in the same order."""
+        found: list[Tensor] = []
         for system in self.systems:
-            scratch = moments.groups[system.group.leader]
-            system.tokens += scratch.tokens
-            task_weight = system.add(scratch, parameters, self.anchor, self.settings)
-            if self.settings.max_change is not None:
-                system.measure(parameters, self.anchor)
-            if self.settings.calibrate_bias:
-                self._fold_biases(system, scratch, task_weight, parameters)
-        for name, norm in moments.norms.items():
-            self._fold_norm(name, norm, parameters)
+            for sums in system.biases.values():
+                found += [sums.target, sums.teacher, sums.student, sums.weight]
+            found += system.distances.values()
+        for norm in self.norms.values():
+            found += [norm.energy, norm.mean, norm.target_weight, norm.target_bias, norm.tasks]
+        return found
 
-    def _fold_biases(
-        self, system: InputSystem, scratch: InputMoments, task_weight: Tensor, expert: Mapping[str, Tensor]
+    def add_biases(
+        self,
+        task: str,
+        system: InputSystem,
+        scratch: InputMoments,
+        task_weight: Tensor,
+        expert: Mapping[str, Tensor],
     ) -> None:
+        """Add what a task says of the biases of one input group.
+
+        Args:
+            task: its name.
+            system: of the group.
+            scratch: the task's sums.
+            task_weight: `w`, a scalar on the device.
+            expert: the task's parameters.
+        """
         mean_student, mean_expert = scratch.sum_student / scratch.n, scratch.sum_expert / scratch.n
         mean_target = torch.lerp(mean_student, mean_expert, 0.0 if system.apart else self.settings.teacher_alpha)
-        for name in system.group.modules:
-            bias = expert.get(f"{name}.bias")
-            if bias is None:
-                continue
-            if name not in system.biases:
-                zero = torch.zeros_like(bias, dtype=torch.float64)
-                system.biases[name] = BiasSums(zero, zero.clone(), 0 * mean_student, 0 * task_weight)
-            sums = system.biases[name]
-            sums.target += task_weight * (bias.double() + matvec(expert[f"{name}.weight"], mean_target))
+        for name, sums in system.biases.items():
+            weight, bias = expert[f"{name}.weight"], expert[f"{name}.bias"]
+            sums.target += task_weight * (bias.double() + matvec(weight, mean_target))
             if system.apart:
-                sums.teacher += task_weight * matvec(expert[f"{name}.weight"], mean_expert - mean_student)
+                sums.teacher += task_weight * matvec(weight, mean_expert - mean_student)
             sums.student += task_weight * mean_student
             sums.weight += task_weight
 
-    def _fold_norm(self, name: str, scratch: NormMoments, expert: Mapping[str, Tensor]) -> None:
+    def add_norm(self, name: str, scratch: NormMoments, expert: Mapping[str, Tensor]) -> None:
+        """Add a task's sums of one LayerNorm."""
         mean, energy = scratch.mean / scratch.n, scratch.energy / scratch.n
         gamma, beta = expert[f"{name}.weight"].double(), expert[f"{name}.bias"].double()
-        sums = self.norms.setdefault(name, NormSums.zero(mean))
+        sums = self.norms[name]
         sums.energy += energy
         sums.mean += mean
         sums.target_weight += energy * gamma + mean * beta

@@ -17,6 +17,7 @@ from featcal_fast.forward.calls import BatchCalls, move
 from featcal_fast.forward.runner import BlockRunner, should_compile
 from featcal_fast.forward.shared import SharedView
 from featcal_fast.layer.choice import ALPHAS, RIDGES, hardest
+from featcal_fast.layer.fold import TaskFold
 from featcal_fast.layer.judge import Judge
 from featcal_fast.layer.layout import InputGroup, Layout, find_layout
 from featcal_fast.layer.moments import GroupMoments, TaskMoments, token_side
@@ -25,6 +26,7 @@ from featcal_fast.layer.systems import Anchor, LayerSystem, fold_columns
 from featcal_fast.layer.tokens import TokenCounts, Tokens
 from featcal_fast.models.structure import Layer
 from featcal_fast.planning.meter import META, Meter
+from featcal_fast.ranks.panels import row_panels
 from featcal_fast.settings import Settings
 from featcal_fast.streaming.chunks import Chunk
 from featcal_fast.streaming.drift import ELEMENTS
@@ -143,7 +145,8 @@ def measure_layer(
         layout, _ = find_layout(student_block, layer, states[0].hidden, states[0].calls, tokens, settings)
         start, anchor = meter.live, Anchor(student_block, student_block, settings.anchor_rho)
         system = LayerSystem(layout, anchor, settings, META, counts, apart=settings.auto)
-        judge = Judge(layout, anchor, settings, META, counts) if settings.auto else None  # noqa: F841 (is measured)
+        tasks = [str(number) for number in range(counts.tasks)]
+        judge = Judge(layout, anchor, settings, META, counts, tasks) if settings.auto else None  # noqa: F841 (measured)
         system_bytes = meter.live - start
         moments = TaskMoments(layout, student_block, counts, settings, META)
         scratch = meter.live - start - system_bytes
@@ -154,7 +157,7 @@ def measure_layer(
         forward_student(chunk, layer, student_block, student_states, moments, activations)
         del activations, hidden
         student_peak, both = meter.lap()
-        system.fold(moments, expert_block)
+        TaskFold(system, moments, expert_block).add()
         fold_peak, fold = meter.lap()
     moment_flops, (choosing, updates) = _moment_flops(moments, tokens), _choosing(layout, counts, settings)
     return Footprint(
@@ -177,7 +180,10 @@ def _larger_weights(moments: TaskMoments, device: torch.device) -> int:
     sizes = [0]
     for each in moments.groups.values():
         if isinstance(each, GroupMoments):
-            width, column = each.group.in_features, 4 * max(each.group.out_features)
+            width = each.group.in_features
+            column = 4 * max(
+                part.stop - part.start for out in each.group.out_features for part in row_panels(out, width)
+            )
             planned, measured = (min(width, fold_columns(each, where)) for where in (device, META))
             sizes.append(column * (planned - measured))
     return max(sizes)

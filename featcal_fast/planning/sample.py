@@ -102,7 +102,7 @@ def sample_source(
         SolveError: numbers that are not finite.
         MemoryBudgetError: the device's memory will not do, however few samples it takes at a time.
     """
-    check_tasks(experts, batches)
+    check_tasks(list(experts), experts, batches)
     check_same_architecture(merged, {each.label: each for each in experts.values()})
     sample = _Sample(merged, experts, batches, settings, device, progress, chunk)
     found = Sampled(sample.fitted, sample.judged)

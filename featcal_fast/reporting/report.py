@@ -163,6 +163,24 @@ class Peaks:
 
 
 @dataclass
+class RankReport:
+    """One of several processes that shared a job.
+
+    Attributes:
+        samples: that it had: names of tasks, with `2/4` behind it for the second of four shards.
+        device: where it computed.
+        peaks: its memory.
+        sent, received: bytes of tensors, to and from other ranks; what all were sent counts once where it came from.
+    """
+
+    samples: list[str]
+    device: str
+    peaks: Peaks = field(default_factory=Peaks)
+    sent: int = 0
+    received: int = 0
+
+
+@dataclass
 class Report:
     """Everything that a run has to say for itself; `schema_version` is that of the form that `to_json` gives it.
 
@@ -177,7 +195,8 @@ class Report:
         kept: linear weights that keep their merged values, each with the reason.
         seconds: wall clock of the whole run, in seconds.
         phases: these seconds, by what they were for (`reporting.clock`).
-        peaks: memory.
+        peaks: memory; of several ranks, the largest of each kind.
+        ranks: the processes that shared the job, where there were several.
         flops: floating-point operations of the layers, where there was a plan.
         bytes_read: bytes of tensors, by model, where there was a recipe; and of hidden states, where they were on disk:
             of these, what the last run read, where one went on with another.
@@ -207,6 +226,7 @@ class Report:
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     peaks: Peaks = field(default_factory=Peaks)
+    ranks: list[RankReport] = field(default_factory=list)
     flops: float = 0.0
     bytes_read: dict[str, int] = field(default_factory=dict)
     bytes_written: dict[str, int] = field(default_factory=dict)

@@ -48,21 +48,26 @@ class Culprits:
     def _find(self, error: NotFinite) -> str:
         """The earliest that is not finite, in the order in which things were made."""
         if not error.groups:
-            return self._in_drift() or f"{self._of(self._streams.label)}: {error}"
-        return self._in_student() or self._in_experts(error) or self._in_sums(error)
+            return self._first(self._in_drift()) or f"{self._of(self._streams.label)}: {error}"
+        return self._first(self._in_student()) or self._first(self._in_experts(error)) or self._in_sums(error)
+
+    def _first(self, found: str | None) -> str | None:
+        """Of what all ranks have found, each among its own samples, the first in the order of tasks."""
+        return next((each for each in self._streams.world.gather(found) if each), None)
 
     def _in_student(self) -> str | None:
         """What enters the layer, or what its modules are given."""
         # The block that was calibrated holds its new weights by now.
         block = self._streams.merged_block(self._layer)
         names = [name for group in self._layout.groups for name in group.modules] + list(self._layout.norms)
-        for task, states in self._streams.student_states.items():
-            for chunk in self._streams.passes(task):
+        for part, states in self._streams.student_states.items():
+            task = part.task
+            for chunk in self._streams.passes(part):
                 with chunk:
                     hidden, calls = states.load(chunk.batch, chunk.rows)
                     if (sample := chunk.tokens.find_not_finite(hidden)) is not None:
                         found = f"{self._of(states.label)}: the hidden states that enter it are not finite"
-                        return _told(found, hidden, task, chunk.batch, chunk.rows.start + sample)
+                        return _told(found, hidden, task, states.offset + chunk.batch, chunk.rows.start + sample)
                     inputs: dict[str, Tensor] = {}
                     with ActivationHooks(block, names, inputs.__setitem__):
                         calls.run(self._layer.number, block, hidden)
@@ -70,9 +75,11 @@ class Culprits:
                         tokens = self._tokens_of(name, chunk.tokens)
                         if (sample := tokens.find_not_finite(x)) is not None:
                             found = f"{self._of(states.label, name)}: its features are not finite"
-                            return _told(found, x, task, chunk.batch, chunk.rows.start + sample)
+                            return _told(found, x, task, states.offset + chunk.batch, chunk.rows.start + sample)
                         largest = float(tokens.rows(x).abs().max()) if tokens.count else 0.0
-                        self._largest = max(self._largest, (largest, f"{name}, batch {chunk.batch} of task {task}"))
+                        self._largest = max(
+                            self._largest, (largest, f"{name}, batch {states.offset + chunk.batch} of task {task}")
+                        )
         return None
 
     def _tokens_of(self, name: str, tokens: Tokens) -> Tokens:
@@ -82,14 +89,15 @@ class Culprits:
     def _in_experts(self, error: NotFinite) -> str | None:
         """What leaves it, which is not finite if what its modules were given or made was not."""
         modules = ", ".join(error.groups[0].modules)
-        for task, states in self._streams.expert_states.items():
-            for chunk in self._streams.passes(task):
+        for part, states in self._streams.expert_states.items():
+            task = part.task
+            for chunk in self._streams.passes(part):
                 hidden, _ = states.load(chunk.batch, chunk.rows)
                 if (sample := chunk.tokens.find_not_finite(hidden)) is not None:
                     entered = error.groups[0] == self._layout.groups[0]
                     what = "the hidden states that enter the layer, and so the" if entered else "the"
                     found = f"{self._of(states.label, modules)}: {what} features are not finite"
-                    return _told(found, hidden, task, chunk.batch, chunk.rows.start + sample)
+                    return _told(found, hidden, task, states.offset + chunk.batch, chunk.rows.start + sample)
         return None
 
     def _in_drift(self) -> str | None:
@@ -102,7 +110,7 @@ class Culprits:
 
     def _in_sums(self, error: NotFinite) -> str:
         modules = ", ".join(name for group in error.groups for name in group.modules)
-        value, where = self._largest
+        value, where = max(map(tuple, self._streams.world.gather(self._largest)))
         return (
             f"{self._of(self._streams.label, modules)}: sums over the features leave float32's range (3.4e+38), though "
             f"the features are finite, up to {value:.1e} ({where}); look at the weights of the merged model and the "

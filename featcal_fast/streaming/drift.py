@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from featcal_fast.errors import UnsupportedModelError
 from featcal_fast.forward.calls import BatchCalls
-from featcal_fast.layer.tokens import TokenCounts, Tokens
+from featcal_fast.layer.tokens import Tokens
 from featcal_fast.models.family import LastLayerWeights
 from featcal_fast.models.structure import Layer
-from featcal_fast.reporting.outcome import Outcome
 from featcal_fast.streaming.chunks import Chunk, Chunks
 from featcal_fast.streaming.held_out import HeldOut
 from featcal_fast.streaming.hidden_states import HiddenStates
-from featcal_fast.streaming.outcome import Followed, measure_outcome
+from featcal_fast.streaming.outcome import Compared, Followed, compare_outputs
 from featcal_fast.streaming.sources import Source
 
 PROBE_SAMPLES = 4  # a task; enough for a figure to watch, at a few per cent of a run's forward passes
@@ -111,17 +110,16 @@ class DriftProbe:
         ]
 
     @property
-    def chains(self) -> list[HiddenStates]:
-        """All hidden states, always in the same order."""
-        return [states for each in (self._merged, self._calibrated, self._expert) for states in each.values()]
+    def tasks(self) -> list[str]:
+        """Those that are followed here."""
+        return list(self._expert)
 
-    @property
-    def judges(self) -> bool:
-        """Whether samples are held out, of one task at least."""
-        return any(self.held_out.values())
+    def chains(self, task: str) -> list[HiddenStates]:
+        """A task's hidden states, always in the same order."""
+        return [each[task] for each in (self._merged, self._calibrated, self._expert)]
 
-    def outcome(self, forward_dtype: str) -> Outcome | None:
-        """What the models make of held-out samples, which have passed the last layer; None where there are none."""
+    def compare(self, forward_dtype: str) -> dict[str, Compared]:
+        """What the models make of held-out samples, which have passed the last layer, by task."""
         held_out = {
             task: Followed(
                 self._batches[task],
@@ -133,14 +131,14 @@ class DriftProbe:
             for task, samples in self.held_out.items()
             if samples
         }
-        return measure_outcome(*self._sources, held_out, self._device, forward_dtype) if held_out else None
+        return compare_outputs(*self._sources, held_out, self._device, forward_dtype)
 
     def sample(self) -> tuple[Tensor, BatchCalls, Tokens]:
         """One sample of the first task as it enters the merged model's layer: hidden states, their calls, tokens."""
         task, first = next(iter(self._merged)), slice(0, 1)
         return *self._merged[task].load(0, first), self._tokens[task][0].part(first)
 
-    def begin(self, layer: Layer, block: nn.Module, made: Tensor) -> None:
+    def begin(self, layer: Layer, block: nn.Module, made: Tensor | None) -> None:
         """Before anything passes a layer: whether the merged model's block gives the same twice, if its kind is new.
 
         And in a stage's last layer: where layers are left out at random, the rate may grow with depth from zero.
@@ -148,19 +146,13 @@ class DriftProbe:
         Args:
             layer: that begins.
             block: of the merged model.
-            made: what it made of `sample()`.
+            made: what it made of `sample()`; None on ranks that do not follow the first task.
         """
         code = _code(block)
         if code != self._code or layer.last:
             self._code = code
-            self._repeat(self._merged, next(iter(self._merged)), layer, block, made)
-
-    @property
-    def counts(self) -> TokenCounts:
-        """Tokens of held-out samples that count, in the stage that was entered."""
-        return TokenCounts.of(
-            {task: sum(self.counted(task)[:1]) if some else 0 for task, some in self.held_out.items()}
-        )
+            if made is not None:
+                self._repeat(self._merged, next(iter(self._merged)), layer, block, made)
 
     def counted(self, task: str) -> tuple[int, int]:
         """Those of a task, and of them in the stage before."""
@@ -201,8 +193,8 @@ class DriftProbe:
         )
         return before, after
 
-    def trial(self, layer: Layer, block: nn.Module) -> list[Distance]:
-        """What the calibrated model's layer would make with this block of held-out samples, for each task with some.
+    def trial(self, layer: Layer, block: nn.Module) -> dict[str, Distance]:
+        """What the calibrated model's layer would make with this block of held-out samples, by task with some.
 
         Nothing is kept; the experts have passed the layer, the calibrated model has not.
         """
@@ -214,9 +206,11 @@ class DriftProbe:
             return made
 
         rule = layer.token_weights
-        return [
-            self._distance(task, run(states), rule) for task, states in self._calibrated.items() if self.held_out[task]
-        ]
+        return {
+            task: self._distance(task, run(states), rule)
+            for task, states in self._calibrated.items()
+            if self.held_out[task]
+        }
 
     def repeats(self) -> list[Tensor]:
         """By how much two runs of the layer differ, a share of what may be: scalars on the device."""

@@ -7,7 +7,7 @@ of the calibrated layers before it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,6 @@ from featcal_fast.layer.layout import Layout
 from featcal_fast.layer.solve import Update, load_update, relative_changes
 from featcal_fast.models.structure import Layer
 from featcal_fast.reporting.report import AlphaReport, GateReport
-from featcal_fast.streaming.drift import Distance
 from featcal_fast.streaming.paired import mean, paired
 from featcal_fast.streaming.streams import Streams
 
@@ -58,7 +57,7 @@ def load_best(
     tried, curve = {}, {}
     for alpha, update in updates.items():
         load_update(block, update)
-        tried[alpha] = _read(streams.drift.trial(layer, block))
+        tried[alpha] = _read(streams, layer, block)
         curve[alpha] = mean(tried[alpha])
     # Numbers that are not finite are somebody else's to tell of.
     best = min(curve, key=lambda alpha: curve[alpha] if math.isfinite(curve[alpha]) else math.inf)
@@ -79,7 +78,7 @@ class Gate:
 
     def __init__(self, streams: Streams, layer: Layer, layout: Layout, block: nn.Module) -> None:
         self._streams, self._layer, self._layout, self._block = streams, layer, layout, block
-        self._merged = streams.drift.trial(layer, block)
+        self._merged = _read(streams, layer, block)
 
     def keep_better(self, loaded: Loaded) -> GateReport:
         """Take merged weights back, of groups and norms as far as that helps or else of all, if the layer got worse.
@@ -88,8 +87,7 @@ class Gate:
             loaded: into the block; of its update, what is taken back is no longer there.
         """
         update, distances = loaded.update, loaded.distances
-        merged, calibrated = _read(self._merged), self._tried() if distances is None else distances
-        found = paired(merged, calibrated)
+        found = paired(self._merged, self._tried() if distances is None else distances)
         report = GateReport(math.sqrt(found.first), math.sqrt(found.second), found.spread)
         if not found.second > found.first:  # nor of numbers that are not finite: that is somebody else's to say
             return report
@@ -119,7 +117,7 @@ class Gate:
         return [group.modules for group in self._layout.groups] + [(name,) for name in self._layout.norms]
 
     def _tried(self) -> list[list[float]]:
-        return _read(self._streams.drift.trial(self._layer, self._block))
+        return _read(self._streams, self._layer, self._block)
 
     def _exchange(self, names: Iterable[str], values: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Give the block's parameters other values; those that they had."""
@@ -130,7 +128,10 @@ class Gate:
         return before
 
 
-def _read(distances: Sequence[Distance]) -> list[list[float]]:
-    """Every sample's distance, read from the device in one go."""
-    sizes = [len(each.samples) for each in distances]
-    return [part.tolist() for part in torch.cat([each.samples for each in distances]).cpu().split(sizes)]
+def _read(streams: Streams, layer: Layer, block: nn.Module) -> list[list[float]]:
+    """Every held-out sample's distance with a block, by task, of all ranks; read from the device in one go."""
+    own = streams.drift.trial(layer, block)
+    sizes = [len(each.samples) for each in own.values()]
+    read = torch.cat([each.samples for each in own.values()]).cpu().split(sizes) if own else ()
+    every = streams.world.merge({task: part.tolist() for task, part in zip(own, read, strict=True)})
+    return [every[task] for task in streams.tasks if task in every]

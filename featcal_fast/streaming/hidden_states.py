@@ -42,9 +42,11 @@ class HiddenStates:
 
     Attributes:
         first: the first sample of the first batch as it entered the stage, `[1, tokens, width]` on the device.
+        offset: how many of the task's batches come before these.
     """
 
     first: Tensor
+    offset: int
 
     def __init__(
         self,
@@ -68,8 +70,13 @@ class HiddenStates:
         """The model's."""
         return self._source.label
 
-    def enter(self, stage: int, batches: Iterable[Mapping[str, Tensor]]) -> None:
+    def enter(self, stage: int, batches: Iterable[Mapping[str, Tensor]], offset: int = 0) -> None:
         """Go on to a stage's first block; the states at hand left the last block of the stage before it.
+
+        Args:
+            stage: its number.
+            batches: of the models' inputs.
+            offset: how many of the task's batches come before these.
 
         Raises:
             DataError: the model cannot take a batch.
@@ -79,18 +86,19 @@ class HiddenStates:
         before = self._states
         self._states, self._path = self._empty(), self._source.structure.paths[stage]
         self._clears = self._source.structure.family.stages[stage].mask is attention_mask
-        self._calls, self._shapes = [], []
+        self._calls, self._shapes, self.offset = [], [], offset
         for number, batch in enumerate(batches):
             previous = None if before is None else before.load(number, None)
             try:
                 hidden, calls = self._source.stage_inputs(batch, stage, previous)
             except DataError as error:
-                raise DataError(f"task {self._task}, batch {number}: {error}") from error.__cause__
+                raise DataError(f"task {self._task}, batch {offset + number}: {error}") from error.__cause__
             if not is_finite(hidden):
                 sample = int((~hidden.isfinite()).flatten(1).any(1).nonzero()[0])
                 raise SolveError(
-                    f"task {self._task}, batch {number}, sample {sample}: what the {self.label} makes of it is not "
-                    f"finite (NaN or Inf) as it enters {self._path}.0; look at this sample and the model's embeddings"
+                    f"task {self._task}, batch {offset + number}, sample {sample}: what the {self.label} makes of it "
+                    f"is not finite (NaN or Inf) as it enters {self._path}.0; look at this sample and the model's "
+                    "embeddings"
                 )
             if number == 0:
                 self.first = hidden[:1].clone()
@@ -115,7 +123,7 @@ class HiddenStates:
         if rows.stop - rows.start < samples:
             calls = calls.part(rows, samples)
         calls = move(calls, self.device)
-        calls.origin = Origin(self.label, self._path, self._task, batch, rows)
+        calls.origin = Origin(self.label, self._path, self._task, self.offset + batch, rows)
         return self._states.load(batch, rows), calls
 
     def store(self, batch: int, rows: slice, hidden: Tensor) -> None:

@@ -45,7 +45,18 @@ class Followed(NamedTuple):
     expert: HiddenStates
 
 
-@torch.no_grad()
+class Compared(NamedTuple):
+    """What the models make of one task's samples.
+
+    Attributes:
+        values: by what they are of, a number for each sample.
+        reason: why there are none of the outputs, where that is so.
+    """
+
+    values: dict[str, list[float]]
+    reason: str
+
+
 def measure_outcome(
     student: Source,
     experts: Mapping[str, Source],
@@ -68,23 +79,47 @@ def measure_outcome(
     Returns:
         All numbers, and the judgement; `kept` is left to whoever decides.
     """
-    tasks: dict[str, TaskOutcome] = {}
-    features: list[list[list[float]]] = []
-    outputs: list[list[list[float]]] = []
-    divergences: list[list[list[float]]] = []
+    return judge_outputs(compare_outputs(student, experts, followed, device, forward_dtype))
+
+
+@torch.no_grad()
+def compare_outputs(
+    student: Source,
+    experts: Mapping[str, Source],
+    followed: Mapping[str, Followed],
+    device: torch.device,
+    forward_dtype: str = "auto",
+) -> dict[str, Compared]:
+    """The numbers that `measure_outcome` judges by, of each task; arguments are the same."""
+    found: dict[str, Compared] = {}
     for task, each in followed.items():
         expert = experts[task]
         sums, reason = _compare(student, expert, each, device, forward_dtype)
         expert.release_stage_inputs()
         names = list(sums)
-        values = dict(zip(names, torch.stack([sums[name] for name in names]).tolist(), strict=True))
+        values = zip(names, torch.stack([sums[name] for name in names]).tolist(), strict=True)
+        found[task] = Compared(dict(values), reason)
+    student.release_stage_inputs()
+    return found
+
+
+def judge_outputs(compared: Mapping[str, Compared]) -> Outcome:
+    """All tasks' numbers as one outcome; `kept` is left to whoever decides.
+
+    Args:
+        compared: by task, of one at least.
+    """
+    tasks: dict[str, TaskOutcome] = {}
+    features: list[list[list[float]]] = []
+    outputs: list[list[list[float]]] = []
+    divergences: list[list[list[float]]] = []
+    for task, (values, reason) in compared.items():
         tasks[task] = _outcome(values, reason)
         features.append(_scaled(values, "drift", "energy"))
         if "kl_merged" in values:
             divergences.append(_scaled(values, "kl", "count"))
         if "output_drift_merged" in values:
             outputs.append(_scaled(values, "output_drift", "output_energy"))
-    student.release_stage_inputs()
     if len(divergences) == len(tasks):
         return _judged(tasks, divergences, KL)
     return _judged(tasks, outputs, OUTPUTS) if len(outputs) == len(tasks) else _judged(tasks, features, DRIFT)

@@ -137,28 +137,23 @@ class Snapshots:
 
     Args:
         folder: for the files.
+        name: of what they are for, in the files' names.
         durable: names of files that a run before this one has kept.
 
     Attributes:
         current, generation: as of `Scratch`.
 
-    Raises:
-        ResumeError: the folder is gone.
     """
 
     current: StateFile
 
-    def __init__(self, folder: Path, durable: Iterable[str] = ()) -> None:
-        self.folder, self.generation = folder, 0
+    def __init__(self, folder: Path, name: str, durable: Iterable[str] = ()) -> None:
+        self.folder, self.generation, self._name = folder, 0, name
         self._durable = set(durable)
         self._names: list[str] = []  # of the stage: of `current`, and of the other
         self._files: dict[str, FileIO] = {}
         self._left: list[FileIO] = []  # of the stage before, where its hidden states may be until this one has them
         self._states: list[StateFile] = []
-        with scratch_errors(folder), _still_there(folder):
-            for path in files.list_folder(folder):
-                if path.name.startswith(PREFIX) and path.name not in self._durable:
-                    files.remove(path)
 
     def begin(self, stage: int) -> None:
         """Go on to a stage. Of the one before, what is durable stays.
@@ -171,7 +166,8 @@ class Snapshots:
                 if name not in self._durable:
                     files.remove(self.folder / name)
                     self._left.append(self._files.pop(name))
-            self._names = sorted((f"{PREFIX}{stage}{turn}" for turn in "ab"), key=self._durable.__contains__)
+            names = (f"{PREFIX}{stage}-{self._name}{turn}" for turn in "ab")
+            self._names = sorted(names, key=self._durable.__contains__)
             for name in self._names:
                 self._files[name] = self._open(name)
             files.sync_folder(self.folder)
@@ -226,6 +222,24 @@ class Snapshots:
     def _take(self) -> None:
         self.current = StateFile(self._files[self._names[0]], self.folder)
         self._states.append(self.current)
+
+
+def remove_others(folder: Path, durable: Iterable[str]) -> None:
+    """Remove hidden states of a run before this one, but those that it can go on from.
+
+    Args:
+        folder: for the files.
+        durable: names of those.
+
+    Raises:
+        OutputError: one cannot be removed.
+        ResumeError: the folder is gone.
+    """
+    kept = set(durable)
+    with scratch_errors(folder), _still_there(folder):
+        for path in files.list_folder(folder):
+            if path.name.startswith(PREFIX) and path.name not in kept:
+                files.remove(path)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,13 @@ from torch import Tensor, nn
 from featcal_fast.errors import DataError
 from featcal_fast.forward.calls import described
 from featcal_fast.forward.runner import BlockRunner, should_compile
+from featcal_fast.layer.layout import Layout, find_layout
 from featcal_fast.layer.precision import ieee_float32
 from featcal_fast.layer.tokens import TokenCounts, Tokens
 from featcal_fast.models import Structure
 from featcal_fast.models.structure import Layer
+from featcal_fast.ranks.shares import Part, Shares
+from featcal_fast.ranks.world import World
 from featcal_fast.reporting.clock import Clock
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.settings import Settings
@@ -46,27 +48,34 @@ class Streams:
     Args:
         student: the merged model.
         base: what the experts were fine-tuned from.
-        experts: by task.
-        batches: by task; gone through once.
+        experts: by task, those of which this rank has samples.
+        batches: by task, likewise; gone through once.
         settings: the method's constants.
         device: where to compute.
         progress: told how the run goes, and closed at its end.
         clock: told what each moment is for.
         offload: where hidden states wait between layers.
         chunk: tokens that pass a layer at a time; None for a batch's.
-        snapshots: where hidden states are kept that a run can go on from, if they are to be.
+        snapshots: for a part of a task, by its number, where hidden states are kept that a run can go on from, if they
+            are to be.
         first: the layer that the run goes on from; all before it are done.
+        shares: whose samples are whose.
+        world: all ranks.
 
     Attributes:
         device: where to compute.
-        clock: as given.
-        student_states: the merged model's hidden states, by task.
+        clock, shares, world: as given.
+        student_states: the merged model's hidden states, by part of a task.
         expert_states: those of each task's expert.
         drift: what follows a few samples through all models.
-        counts: tokens that count, in the stage that was entered.
+        counts: tokens that count, in the stage that was entered, of all ranks' samples.
+        held_out_counts: likewise, of those that are held out.
+        held_out: samples by task that nothing is fitted to, of all tasks.
     """
 
     counts: TokenCounts
+    held_out_counts: TokenCounts
+    held_out: Mapping[str, int]
 
     def __init__(
         self,
@@ -80,27 +89,37 @@ class Streams:
         clock: Clock,
         offload: Offload,
         chunk: int | None,
-        snapshots: Snapshots | None = None,
+        snapshots: Callable[[int], Snapshots] | None = None,
         first: int = 0,
+        shares: Shares | None = None,
+        world: World | None = None,
     ) -> None:
         self.device, self.clock = device, clock
+        self.shares, self.world = shares or Shares(tuple(experts), settings.sample_shards), world or World()
         self._source, self._experts, self._batches = student, experts, batches
-        self._progress, self._snapshots, self._first = progress, snapshots, first
-        self._scratch = (snapshots or Scratch(offload)) if isinstance(offload, Path) else None
+        self._progress, self._first, self._offloaded = progress, first, isinstance(offload, Path)
+        parts = self.shares.parts
+        self._snapshots = {part: snapshots(self.shares.number(part)) for part in parts} if snapshots is not None else {}
+        self._scratch = Scratch(offload) if isinstance(offload, Path) and not self._snapshots else None
         self._transfers = Transfers(device, "hidden-states")
         self._chunks = Chunks(device, chunk, settings.forward_dtype)
         runner = BlockRunner(should_compile(settings, device))
-        states = partial(HiddenStates, device=device, transfers=self._transfers, runner=runner)
-        waiting = partial(states, offload=self._scratch or offload)
-        self.student_states = {task: waiting(student, task) for task in experts}
-        self.expert_states = {task: waiting(expert, task) for task, expert in experts.items()}
-        self.drift = DriftProbe(student, experts, device, self._chunks, waiting)
+
+        def states(source: Source, part: Part) -> HiddenStates:
+            where = (self._scratch or self._snapshots[part]) if isinstance(offload, Path) else offload
+            return HiddenStates(source, part.task, device, self._transfers, runner, where)
+
+        self.student_states = {part: states(student, part) for part in parts}
+        self.expert_states = {part: states(experts[part.task], part) for part in parts}
+        last = {part.task: part for part in parts if self.shares.is_last(part)}
+        owned = {task: experts[task] for task in self.shares.owned}
+        self.drift = DriftProbe(student, owned, device, self._chunks, lambda model, task: states(model, last[task]))
         self._layers = student.structure.layers
         models = (student, base, *experts.values())
         order = ((model, layer.index) for layer in self._layers[first:] for model in models)
         self._blocks = BlockPrefetcher(order, device)
         self._inputs: dict[str, Sequence[Batch]] = {}  # of an encoder-decoder: they are needed again
-        self._tokens: dict[str, list[Tokens]] = {}
+        self._tokens: dict[Part, list[Tokens]] = {}
         self._trim: Callable[[], None] = trim_malloc
 
     def __enter__(self) -> Streams:
@@ -136,76 +155,131 @@ class Streams:
 
     def _enter(self, layer: Layer) -> dict[str, int]:
         structure = self._source.structure
-        if self._snapshots is not None:
-            self._snapshots.begin(layer.stage)
+        for snapshots in self._snapshots.values():
+            snapshots.begin(layer.stage)
         for task, expert in self._experts.items():
             batches = self._inputs[task] if layer.stage else checked(task, self._batches[task], structure)
             fitted = [batch for batch in batches if not isinstance(batch, HeldOut)]
-            for states in (self.student_states[task], self.expert_states[task]):
-                states.enter(layer.stage, fitted)
-                trim_malloc()
-            self._tokens[task] = self._tokens_of(task, fitted, layer)
-            self.drift.enter(layer.stage, task, batches)
+            for part in self.parts(task):
+                own = fitted[self.shares.batches(part, len(fitted))]
+                for states in (self.student_states[part], self.expert_states[part]):
+                    states.enter(layer.stage, own, self.shares.batches(part, len(fitted)).start)
+                    trim_malloc()
+                self._tokens[part] = self._tokens_of(part, own, layer)
+            if task in self.shares.owned:
+                self.drift.enter(layer.stage, task, batches)
             expert.release_stage_inputs()
             if len(structure.paths) > 1:  # else one task's data at a time
                 self._inputs[task] = batches
             del batches, fitted
         self._source.release_stage_inputs()
-        found = {task: sum(batch.count for batch in tokens) for task, tokens in self._tokens.items()}
+        found = self._count(structure.paths[layer.stage])
+        own_tokens = sum(batch.count for tokens in self._tokens.values() for batch in tokens)
+        self._progress.stage(len(self._layers) - max(layer.index, self._first), own_tokens)
+        for part, snapshots in self._snapshots.items():
+            snapshots.reserve(sum(states.nbytes for states in self._chains(part)))
+        return found
+
+    def _count(self, path: str) -> dict[str, int]:
+        """Tokens of all ranks' samples that count, by task.
+
+        Raises:
+            DataError: none of a task does.
+        """
+        parts = [[*part, sum(batch.count for batch in tokens)] for part, tokens in self._tokens.items()]
+        drift = {task: [samples, self.drift.counted(task)[0]] for task, samples in self.drift.held_out.items()}
+        found, held_out = dict.fromkeys(self.shares.tasks, 0), dict[str, list[int]]()
+        for their_parts, their_drift in self.world.gather([parts, drift]):
+            for task, _, count in their_parts:
+                found[task] += count
+            held_out |= their_drift
         for task, count in found.items():
             if not count:
                 raise DataError(
-                    f"task {task}: no token counts in {structure.paths[layer.stage]} (every position is padding, or "
+                    f"task {task}: no token counts in {path} (every position is padding, or "
                     "without a target); check its attention_mask and labels"
                 )
-        for task, samples in self.drift.held_out.items():
-            if samples and not self.drift.counted(task)[0]:
+            if held_out[task][0] and not held_out[task][1]:
                 raise DataError(
-                    f"task {task}: no token of its held-out samples counts in {structure.paths[layer.stage]}; check "
-                    "their attention_mask and labels"
+                    f"task {task}: no token of its held-out samples counts in {path}; check their attention_mask and "
+                    "labels"
                 )
+        self.held_out = {task: held_out[task][0] for task in found}
         self.counts = TokenCounts.of(found)
-        self._progress.stage(len(self._layers) - max(layer.index, self._first), self.counts.total)
-        if self._snapshots is not None:
-            self._snapshots.reserve(sum(states.nbytes for states in self._chains))
+        self.held_out_counts = TokenCounts.of(
+            {task: held_out[task][1] if some else 0 for task, some in self.held_out.items()}
+        )
         return found
 
     def save(self) -> dict[str, Any]:
-        """Make the hidden states that leave a layer durable: where they are, for `restore`, as JSON has it.
+        """Make this rank's hidden states that leave a layer durable: where they are, for `restore`, as JSON has it.
+
+        Returns:
+            By the number of the part of a task.
 
         Raises:
             OutputError: they cannot be written.
         """
-        assert self._snapshots is not None
-        chains = [states.save(self._snapshots.current) for states in self._chains]
-        return {"file": self._snapshots.keep(), "chains": chains}
+        found = {}
+        for part, snapshots in self._snapshots.items():
+            chains = [states.save(snapshots.current) for states in self._chains(part)]
+            found[str(self.shares.number(part))] = {"file": snapshots.keep(), "chains": chains}
+        return found
 
     def saved(self) -> None:
         """What `save` wrote last is known to be there: what it wrote before may be overwritten."""
-        assert self._snapshots is not None
-        self._snapshots.turn()
+        for snapshots in self._snapshots.values():
+            snapshots.turn()
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """The hidden states that left a layer, as `save` kept them.
+        """The hidden states that left a layer, as `save` kept them, of all ranks.
 
         Raises:
             OutputError: they are those of other batches.
             ResumeError: they are not as they were kept.
         """
-        assert self._snapshots is not None
-        source = self._snapshots.saved(saved["file"])
-        for states, found in zip(self._chains, saved["chains"], strict=True):
-            states.restore(source, [Saved(position, tuple(shape), *rest) for position, shape, *rest in found])
+        for part, snapshots in self._snapshots.items():
+            own = saved[str(self.shares.number(part))]
+            source = snapshots.saved(own["file"])
+            for states, found in zip(self._chains(part), own["chains"], strict=True):
+                states.restore(source, [Saved(position, tuple(shape), *rest) for position, shape, *rest in found])
 
     @property
-    def tasks(self) -> list[str]:
-        """Their names, in order."""
-        return list(self._experts)
+    def tasks(self) -> Sequence[str]:
+        """All ranks', in order."""
+        return self.shares.tasks
+
+    @property
+    def last_layer(self) -> Layer:
+        """The one that is not advanced through."""
+        return self._layers[-1]
+
+    def parts(self, task: str) -> list[Part]:
+        """This rank's parts of a task, in order."""
+        return [part for part in self.shares.parts if part.task == task]
 
     @property
     def chunk(self) -> int | None:
         """Tokens that pass a layer at a time by now: fewer than at the beginning, if memory ran out."""
         return self._chunks.limit
+
+    def find_layout(self, layer: Layer, block: nn.Module, settings: Settings) -> Layout:
+        """What there is to calibrate in a layer, seen with a sample of the first task; and whether the merged model's
+        `block` gives the same twice."""
+        owner = self.shares.owner(self.tasks[0])
+        if owner == self.shares.rank:
+            layout, made = find_layout(block, layer, *self.drift.sample(), settings)
+            self.drift.begin(layer, block, made)
+            self.world.tell(layout.to_dict(), owner)
+            return layout
+        self.drift.begin(layer, block, None)
+        return Layout.from_dict(self.world.tell(None, owner), layer.token_weights)
+
+    def of_all_tasks(self, *numbers: Sequence[float]) -> list[list[float]]:
+        """Lists with a number for each task that is followed here, as lists with one for each task of all."""
+        own = {task: [each[number] for each in numbers] for number, task in enumerate(self.drift.tasks)}
+        every = self.world.merge(own)
+        return [[every[task][number] for task in self.tasks] for number in range(len(numbers))]
 
     def next_block(self) -> nn.Module:
         """The layer's next block: the student's, the base's; then each expert's, which `experts` hands out."""
@@ -223,21 +297,21 @@ class Streams:
             with caching_malloc() as self._trim:
                 yield task, block.pop()
 
-    def chunks(self, task: str) -> Iterator[Chunk]:
-        """A task's data, chunk by chunk."""
-        for batch, tokens in enumerate(self._tokens[task]):
+    def chunks(self, part: Part) -> Iterator[Chunk]:
+        """The data of a part of a task, chunk by chunk."""
+        for batch, tokens in enumerate(self._tokens[part]):
             yield from self._chunks.of(batch, tokens)
             self._trim()
             self._progress.tokens(tokens.count)
 
-    def passes(self, task: str) -> Iterator[Chunk]:
+    def passes(self, part: Part) -> Iterator[Chunk]:
         """The same once more, to look at: it is no progress."""
-        for batch, tokens in enumerate(self._tokens[task]):
+        for batch, tokens in enumerate(self._tokens[part]):
             yield from self._chunks.of(batch, tokens)
 
-    def counted(self, task: str) -> tuple[int, int]:
-        """How many tokens of a task count in the stage, and in its memory: the stage before it."""
-        batches = self._tokens[task]
+    def counted(self, part: Part) -> tuple[int, int]:
+        """How many tokens of it count in the stage, and in its memory: the stage before it."""
+        batches = self._tokens[part]
         return sum(each.count for each in batches), sum(each.memory.count for each in batches if each.memory)
 
     @property
@@ -254,8 +328,8 @@ class Streams:
         if layer is self._layers[-1]:
             return
         with self.clock("advancing"), caching_malloc() as trim:
-            for task, states in self.student_states.items():
-                for batch, tokens in enumerate(self._tokens[task]):
+            for part, states in self.student_states.items():
+                for batch, tokens in enumerate(self._tokens[part]):
                     for chunk in self._chunks.of(batch, tokens):
                         with chunk:
                             states.advance(chunk, layer, block)
@@ -275,37 +349,41 @@ class Streams:
     @property
     def traffic(self) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes of hidden states that were read from files and written to them."""
-        kinds = {SCRATCH: self._scratch, TO_RESUME: None if self._scratch else self._snapshots}
-        both = {kind: each.traffic for kind, each in kinds.items() if each is not None}
-        read, written = ({kind: pair[i] for kind, pair in both.items() if pair[i]} for i in range(2))
-        return read, written
+        files = [self._scratch] if self._scratch is not None else list(self._snapshots.values())
+        kind = SCRATCH if self._offloaded else TO_RESUME
+        read, written = (sum(each.traffic[i] for each in files) for i in range(2))
+        return {kind: read} if read else {}, {kind: written} if written else {}
 
-    @property
-    def _chains(self) -> list[HiddenStates]:
-        """Everything that passes from layer to layer, always in the same order."""
-        return [*self.student_states.values(), *self.expert_states.values(), *self.drift.chains]
+    def _chains(self, part: Part) -> list[HiddenStates]:
+        """All of a part that passes from layer to layer, always in the same order."""
+        drift = self.drift.chains(part.task) if self.shares.is_last(part) else []
+        return [self.student_states[part], self.expert_states[part], *drift]
 
-    def _tokens_of(self, task: str, batches: Sequence[Batch], layer: Layer) -> list[Tokens]:
+    def _tokens_of(self, part: Part, batches: Sequence[Batch], layer: Layer) -> list[Tokens]:
         """The tokens of every batch in the layer's stage, which know those of the stage before it."""
         mask = layer.family.stages[layer.stage].mask
-        before = self._tokens.get(task)
+        before = self._tokens.get(part)
         found: list[Tokens] = []
         for i, batch in enumerate(batches):
             try:
-                shape = self.student_states[task].shape(i)
+                shape = self.student_states[part].shape(i)
                 found.append(Tokens(mask(batch), shape, self.device, before[i] if before else None))
             except DataError as error:
-                raise DataError(f"task {task}, batch {i}: {error}") from None
+                raise DataError(f"task {part.task}, batch {self.student_states[part].offset + i}: {error}") from None
         return found
 
 
-def check_tasks(experts: Mapping[str, Source], batches: Mapping[str, object]) -> None:
+def check_tasks(tasks: Sequence[str], experts: Mapping[str, Source], batches: Mapping[str, object]) -> None:
     """Every expert must have batches, and all batches an expert.
+
+    Args:
+        tasks: all ranks'.
+        experts, batches: this one's.
 
     Raises:
         DataError: names a task that has only one of the two, or there is none.
     """
-    if not experts:
+    if not tasks:
         raise DataError("no experts: at least one is needed")
     for task in experts.keys() ^ batches.keys():
         there = "an expert but no batches" if task in experts else "batches but no expert"
