@@ -57,8 +57,8 @@ def clocked(device: torch.device) -> Iterator[Callable[[], dict[str, float]]]:
         "forward_expert": "experts' forward",
         "forward_student": STUDENT,
         "TaskMoments.add": MOMENTS,
-        "LayerSystem.fold": "fold",
-        "choose": "solve",
+        "Chain.add": "fold",
+        "solve_together": "solve",
         "Streams.advance_student": "advance",
         "Streams.save": "keeping hidden states",
     }

@@ -366,6 +366,8 @@ def fold_tasks(
                 moments.check_complete(*streams.drift.counted(task))
                 judged.add(Part(task, streams.shares.shards - 1), moments, expert)
         del expert  # before the next but one is read
+    if streams.shares.parts:
+        streams.look_ahead(layer, moments)
     if judged is not None:
         judged.finish()
     return chain.finish()

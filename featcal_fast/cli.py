@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import signal
 import sys
-import traceback
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -16,11 +14,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from featcal_fast import files
-from featcal_fast.errors import FeatCalError, printable, shown
+from featcal_fast.errors import shown
 from featcal_fast.job.interrupts import ENDING
+from featcal_fast.ranks.join import follows
+from featcal_fast.ranks.start import start
+from featcal_fast.reporting.progress import Progress
 from featcal_fast.streaming.malloc import configure_process
-from featcal_fast.terminal import BarProgress, Terminal, complain
+from featcal_fast.terminal import BarProgress, Terminal, tell, trace
 from featcal_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -52,9 +52,7 @@ No data at hand? `featcal-fast demo` makes four small experts from real scans of
 """
 
 NOT_BETTER = 3  # exit code where it was required
-FAULT = 70  # exit code for what is nobody's fault but ours, as sysexits.h has it
 DEBUG = "--debug"
-OUTPUT_FAILED = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EFBIG}
 
 app = typer.Typer(
     help=EXAMPLE, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -125,6 +123,10 @@ DeltaFolder = Annotated[
     Path | None, typer.Option(help="Folder to write, too: the calibration as a LoRA adapter of the merged model.")
 ]
 Rank = Annotated[int | None, typer.Option(min=1, help="Rank of the adapter's factors. Default: 16.")]
+Gpus = Annotated[
+    int | None,
+    typer.Option(min=1, help="GPUs of this machine to share the job; with --device cpu, processes. Default: one."),
+]
 Debug = Annotated[bool, typer.Option(DEBUG, help="Where an error is told, show the traceback too.")]  # see `main`
 
 
@@ -160,6 +162,7 @@ def calibrate(
     require_better: RequireBetter = False,
     delta: DeltaFolder = None,
     delta_rank: Rank = None,
+    gpus: Gpus = None,
     debug: Debug = False,
 ) -> None:
     """Calibrate what RECIPE.yaml describes, or mergekit made, and write it, with report.json, to a new folder.
@@ -168,14 +171,18 @@ def calibrate(
     Examples:
         featcal-fast calibrate recipe.yaml --out models/calibrated --device cuda
         featcal-fast calibrate --mergekit merged --data math=math.jsonl --data code=code.jsonl --out calibrated
+        featcal-fast calibrate recipe.yaml --gpus 8
+        torchrun --nproc-per-node 8 -m featcal_fast calibrate recipe.yaml
     """
     from featcal_fast.job.delta import RANK
     from featcal_fast.job.run import calibrate as run
 
     _check_pairs(resume, fresh, no_checkpoint, checkpoint_every, delta is not None, delta_rank)
+    if gpus is not None and gpus > 1:
+        raise typer.Exit(start(gpus, device, sys.argv[1:]))
     configure_process()
     console = Terminal()
-    with closing(BarProgress(console)) as progress:
+    with closing(Progress() if follows() else BarProgress(console)) as progress:
         report = run(
             _judged(_job(recipe, mergekit, data, skip, base, recipe_out, out), keep_better, require_better),
             out=out,
@@ -191,8 +198,9 @@ def calibrate(
             delta=delta,
             delta_rank=delta_rank or RANK,
         )
-    console.show(report.tables(), report.summary() + _delta_line(delta))
-    console.next_steps(Path(report.out or ""))
+    if not follows():
+        console.show(report.tables(), report.summary() + _delta_line(delta))
+        console.next_steps(Path(report.out or ""))
     raise typer.Exit(NOT_BETTER if require_better and not report.better else 0)
 
 
@@ -211,6 +219,7 @@ def plan(
     scratch: Scratch = None,
     no_checkpoint: NoCheckpoint = False,
     scan: Scan = False,
+    gpus: Gpus = None,
     debug: Debug = False,
     rate: Annotated[
         float | None,
@@ -230,6 +239,7 @@ def plan(
     Example:
         featcal-fast plan recipe.yaml --device-memory 22GiB --rate 150
         featcal-fast plan recipe.yaml --sample 8
+        featcal-fast plan recipe.yaml --gpus 8
     """
     from featcal_fast.inputs.recipe import with_out
     from featcal_fast.planning.planner import plan as make
@@ -249,6 +259,7 @@ def plan(
             scratch=scratch,
             checkpoint_every=0 if no_checkpoint else None,
             scan=scan,
+            gpus=gpus,
             sample=sample,
             planned=partial(console.show_plan, job.folder, rate),
             progress=progress,
@@ -458,28 +469,9 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        _trace(error)
-        raise SystemExit(_told(error)) from None
-
-
-def _trace(error: Exception) -> None:
-    if DEBUG in sys.argv:
-        for line in "".join(traceback.format_exception(error)).splitlines():
-            complain(printable(line), style="dim")
-
-
-def _told(error: Exception) -> int:
-    """The exit code that an error ends the process with, once it is told."""
-    if isinstance(error, FeatCalError):
-        complain(f"error: {error}")
-        return 1
-    if isinstance(error, OSError) and error.filename is None and error.errno in OUTPUT_FAILED:  # of a help page, say
-        files.discard(sys.stdout)
-        complain(f"error: standard output cannot be written: {error.strerror}")
-        return 1
-    what = printable(f"{type(error).__name__}: {error}").replace("\n", " ")
-    complain(f"unexpected error: {what}; this is a fault of featcal_fast: run it again with {DEBUG} and report that")
-    return FAULT
+        if DEBUG in sys.argv:
+            trace(error)
+        raise SystemExit(tell(error, DEBUG)) from None
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 import time
+import traceback
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -18,8 +20,9 @@ from rich.table import Table
 
 from featcal_fast import files
 from featcal_fast.checkpoints.nested import model_folder
-from featcal_fast.errors import OutputError, printable
+from featcal_fast.errors import FeatCalError, OutputError, RankError, printable
 from featcal_fast.planning.plan import format_bytes
+from featcal_fast.ranks.join import follows
 from featcal_fast.reporting.outcome import WORSE
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import LayerReport, drift_text
@@ -102,6 +105,8 @@ class BarProgress(Progress):
         self._bar.start()
 
 
+FAULT = 70  # exit code for what is nobody's fault but ours, as sysexits.h has it
+OUTPUT_FAILED = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EFBIG}
 STYLES = {"warning: ": "yellow", WORSE: "red"}  # by what a line begins with
 
 
@@ -189,3 +194,38 @@ class Terminal(Console):
 def complain(text: str, style: str = "red") -> None:
     """Lines on standard error."""
     Console(stderr=True).print(text, style=style, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def trace(error: Exception) -> None:
+    """An error's traceback, on standard error."""
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        complain(printable(line), style="dim")
+
+
+def tell(error: Exception, debug: str) -> int:
+    """Tell an error in a line on standard error.
+
+    Args:
+        error: that ends the process.
+        debug: the option that shows its traceback.
+
+    Returns:
+        The exit code to end with.
+    """
+    if isinstance(error, FeatCalError):
+        complain(f"{_whose()}error: {error}")
+        return 1
+    if isinstance(error, OSError) and error.filename is None and error.errno in OUTPUT_FAILED:  # of a help page, say
+        files.discard(sys.stdout)
+        complain(f"error: standard output cannot be written: {error.strerror}")
+        return 1
+    what = printable(f"{_whose()}unexpected error: {type(error).__name__}: {error}").replace("\n", " ")
+    complain(f"{what}; this is a fault of featcal_fast: run it again with {debug} and report that")
+    return FAULT
+
+
+def _whose() -> str:
+    """Which rank tells it, where another is the first."""
+    with suppress(RankError):
+        return f"rank {rank}: " if (rank := follows()) else ""
+    return ""

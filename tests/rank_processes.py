@@ -7,12 +7,61 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from file_operations import operations
+from runs import Case, contents, left_in
 
 from featcal_fast.errors import FeatCalError
+from featcal_fast.ranks import panels
 
 PATIENCE = 60.0  # seconds for all ranks to end
+ALONE = ("report.json: ranks",)  # what is told of several ranks only
+
+
+@contextmanager
+def small_panels() -> Iterator[None]:
+    """Pico models have many panels, too: of 8 KiB."""
+    with patch.multiple(panels, PANEL_BYTES=8192, STEP=8):
+        yield
+
+
+def made_case(recipe: dict[str, Any], folder: Path, on_disk: bool = False, **options: Any) -> Case:
+    """A case, and what one process makes of it below a folder."""
+    case = Case(recipe, on_disk)
+    with operations() as case.operations:
+        case.run(folder / "whole", **options)
+    case.whole = contents(folder / "whole" / "out")
+    return case
+
+
+def run_case(case: Case, size: int, folder: Path, **options: Any) -> list[tuple[int, str]]:
+    """Run a case in so many ranks: what `run_ranks` returns, where each says its report."""
+    folder.mkdir(exist_ok=True)
+    return run_ranks(size, lambda _: case.run(folder, **options).to_json(), told_in(folder))
+
+
+def check_case(case: Case, size: int, folder: Path, **options: Any) -> None:
+    """All ranks return the same report, and what they wrote is what one process does, with nothing else left."""
+    found = run_case(case, size, folder, **options)
+    assert [status for status, _ in found] == [0] * size, found
+    report = (folder / "out" / "report.json").read_text()
+    assert [said == report for _, said in found] == [True] * size
+    told = contents(folder / "out")
+    for name in told.keys() | case.whole.keys():
+        assert name in ALONE or told.get(name) == case.whole.get(name), (
+            f"{size} ranks, {name}: found {told.get(name)}, expected {case.whole.get(name)}"
+        )
+    assert not left_in(folder), left_in(folder)
+
+
+def told_in(folder: Path) -> Path:
+    """Where ranks say what became of them: beside the folder that they work in."""
+    return folder.with_name(f"{folder.name} told")
 
 
 def run_ranks(

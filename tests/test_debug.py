@@ -86,7 +86,7 @@ def test_what_the_operating_system_says(
     error: Exception, code: int, command: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fails(monkeypatch, "check", error)
-    monkeypatch.setattr("featcal_fast.cli.files.discard", lambda _: None)
+    monkeypatch.setattr("featcal_fast.terminal.files.discard", lambda _: None)
     found, _, errors = command("check", "out")
     assert found == code
     assert ("standard output cannot be written" in errors) == (code == 1)

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pico
@@ -16,6 +18,7 @@ import torch
 import yaml
 from data_files import TEMPLATE, save_image, save_tokenizer
 from forms import write_adapter
+from launches import check_torchrun
 from safetensors.torch import load_file
 
 import featcal_fast as ff
@@ -23,7 +26,8 @@ from bench import paper
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-RECIPES = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
+CLUSTER = "kubernetes.yaml"
+RECIPES = sorted(path.name for path in EXAMPLES.glob("*.yaml") if path.name != CLUSTER)
 ADAPTED = ("q", "v", "q_proj", "v_proj")  # as PEFT names them for T5 and Llama
 MESSAGES = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
 PROCESSOR = {
@@ -129,4 +133,101 @@ def test_the_script_brings_the_average_nearer_to_its_experts(tmp_path: Path) -> 
 
 def test_the_index_has_every_file() -> None:
     listed = re.findall(r"^\| \[(.+?)\]\(\1\) \| .+ \|$", (EXAMPLES / "README.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".yaml", ".py"))
+    assert sorted(listed) == sorted(path.name for path in EXAMPLES.iterdir() if path.name != "README.md")
+
+
+# Commands that are not here: what they are called with is kept, one argument a line.
+STAND_INS = {
+    "srun": """
+case "$MODE" in
+    wait) trap 'exit 1' TERM; printf '%s\\n' "$@" >srun.new; mv srun.new srun.called
+          for _ in $(seq 600); do sleep 0.05; done ;;
+    *) printf '%s\\n' "$@" >srun.called ;;
+esac
+[ "$MODE" = done ]
+""",
+    "scontrol": """
+case "$1 $2" in
+    "show hostnames") printf 'node7\\nnode8\\n' ;;
+    "show job") echo "   PreemptEligibleTime=2026-11-01T10:00:00 PreemptTime=$PREEMPTED" ;;
+    *) echo "$*" >scontrol.called ;;
+esac
+""",
+    "torchrun": "printf '%s\\n' \"$@\" >torchrun.called\n",
+}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job on a cluster, in an empty folder."""
+    for name, text in STAND_INS.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{text}")
+        path.chmod(0o755)
+    slurm = {"JOB_ID": "4321", "JOB_NODELIST": "node[7-8]", "JOB_NUM_NODES": "2", "CPUS_PER_TASK": "64"}
+    own = {f"SLURM_{name}": value for name, value in slurm.items()} | {"PREEMPTED": "None", "MODE": "done"}
+    return {**os.environ, **own, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize(
+    ("own", "status", "again"),
+    [
+        ({"MODE": "done"}, 0, False),
+        ({"MODE": "fail"}, 1, False),
+        ({"MODE": "fail", "PREEMPTED": "2026-11-01T11:00:00"}, 1, True),
+        ({"MODE": "wait"}, 1, True),
+    ],
+    ids=["done", "an error", "preempted", "out of time"],
+)
+def test_a_slurm_job_goes_back_into_the_queue_only_where_it_was_stopped(
+    own: dict[str, str], status: int, again: bool, cluster: dict[str, str], tmp_path: Path
+) -> None:
+    command = ["bash", str(EXAMPLES / "slurm.sbatch"), "recipe.yaml", "models/out"]
+    with subprocess.Popen(command, env={**cluster, **own}, cwd=tmp_path) as job:
+        if own["MODE"] == "wait":
+            for _ in range(600):
+                if (tmp_path / "srun.called").exists():
+                    break
+                time.sleep(0.05)
+            job.send_signal(signal.SIGUSR1)
+        assert job.wait(60) == status
+    called = tmp_path / "scontrol.called"
+    assert (called.read_text() if called.exists() else "") == ("requeue 4321\n" if again else "")
+    words = (tmp_path / "srun.called").read_text().splitlines()
+    found = check_torchrun(words[words.index("torchrun") + 1 :])
+    assert (found.nnodes, found.nproc_per_node, found.rdzv_id) == ("2", "gpu", "4321")
+    assert (found.rdzv_backend, found.rdzv_endpoint) == ("c10d", "node7:24321")
+    assert found.training_script_args == ["calibrate", "recipe.yaml", "--out", "models/out", "--resume"]
+
+
+def test_a_slurm_job_whose_output_is_there_is_done(cluster: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "report.json").touch()
+    command = ["bash", str(EXAMPLES / "slurm.sbatch"), "recipe.yaml", "."]
+    subprocess.run(command, env=cluster, cwd=tmp_path, check=True)
+    assert not (tmp_path / "srun.called").exists()
+
+
+def test_the_cluster_s_pods_find_each_other(cluster: dict[str, str], tmp_path: Path) -> None:
+    service, job = yaml.safe_load_all((EXAMPLES / CLUSTER).read_text())
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    assert (service["kind"], job["kind"], spec["completionMode"]) == ("Service", "Job", "Indexed")
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert pod["subdomain"] == service["metadata"]["name"]
+    (container,) = pod["containers"]
+    variables = {each["name"]: each["value"] for each in container["env"]}
+    assert spec["completions"] == spec["parallelism"] == int(variables["MACHINES"])
+    assert {each["name"] for each in container["volumeMounts"]} == {each["name"] for each in pod["volumes"]}
+    own = {**cluster, **variables, "JOB_COMPLETION_INDEX": "1"}
+    subprocess.run(container["command"], env=own, cwd=tmp_path, check=True)
+    found = check_torchrun((tmp_path / "torchrun.called").read_text().splitlines())
+    assert (found.nnodes, found.node_rank, found.nproc_per_node) == ("2", 1, "gpu")
+    assert found.master_addr == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert found.master_port in {port["containerPort"] for port in container["ports"]}
+    assert found.training_script_args[-1] == "--resume"
+    out = tmp_path / variables["OUT"]
+    out.mkdir(parents=True)
+    (out / "report.json").touch()
+    (tmp_path / "torchrun.called").unlink()
+    subprocess.run(container["command"], env=own, cwd=tmp_path, check=True)
+    assert not (tmp_path / "torchrun.called").exists()

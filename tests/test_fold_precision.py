@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from featcal_fast.layer import systems
+from featcal_fast.layer import fold
+from featcal_fast.layer.fold import GroupFold
 from featcal_fast.layer.layout import InputGroup
 from featcal_fast.layer.moments import GroupMoments
-from featcal_fast.layer.systems import Anchor, GroupSystem
+from featcal_fast.layer.systems import ALL, Anchor, GroupSystem, fold_columns
 from featcal_fast.planning import footprint
 from featcal_fast.settings import Settings
 
@@ -70,7 +71,7 @@ class Case:
             scratch = GroupMoments(self.group, False, 1 if self.output_space else 10**9, torch.device("cpu"))
             scratch.add(xs, xe, [xe @ expert.float().mT], None, len(xs), lambda _, add: add())
             assert scratch.output_space == self.output_space
-            system.add(scratch, {"linear.weight": expert}, self.anchor, self.settings)
+            fold_in(system, scratch, {"linear.weight": expert}, self.anchor, self.settings)
         return self._solved(system.a.double().triu(), system.r.double())
 
     def exact(self) -> Tensor:
@@ -93,6 +94,14 @@ class Case:
         return float((weight.to(self.merged.dtype).double() - weight).norm() / change.norm())
 
 
+def fold_in(
+    system: GroupSystem, scratch: GroupMoments, expert: Mapping[str, Tensor], anchor: Anchor, settings: Settings
+) -> None:
+    task = GroupFold(system, scratch, expert, anchor, settings)
+    task.add_to_a(ALL)
+    task.add_to_r(system.panels)
+
+
 def _linear(weight: Tensor) -> nn.Module:
     module = nn.Linear(WIDTH, OUT, bias=False)
     module.weight = nn.Parameter(weight, requires_grad=False)
@@ -100,7 +109,7 @@ def _linear(weight: Tensor) -> nn.Module:
 
 
 def error(case: Case, addmm_: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> float:
-    monkeypatch.setattr(systems, "addmm_", addmm_)
+    monkeypatch.setattr(fold, "addmm_", addmm_)
     exact = case.exact()
     assert exact.isfinite().all()
     return float((case.change().double() - exact).norm() / exact.norm())
@@ -140,7 +149,7 @@ def test_16_bit_weights(
 def test_small_ridges_take_every_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """What float32 sums lose at this lambda stays as it is; one product would lose a hundred times as much."""
     case = Case(dtype, 0.6, 1e-5, output_space=True)
-    plain, ours = (error(case, op, monkeypatch) for op in (systems.addmm_, split_addmm_))
+    plain, ours = (error(case, op, monkeypatch) for op in (fold.addmm_, split_addmm_))
     assert ours < 1.5 * plain
     assert error(case, one_part_addmm_, monkeypatch) > 100 * plain
 
@@ -148,7 +157,7 @@ def test_small_ridges_take_every_product(dtype: torch.dtype, monkeypatch: pytest
 @SPACES
 def test_what_a_groups_modules_share_is_packed_once(output_space: bool, monkeypatch: pytest.MonkeyPatch):
     """In two panels: S, and in input space Q, for three modules."""
-    packed, multiplied, addmm_ = [], [], systems.addmm_
+    packed, multiplied, addmm_ = [], [], fold.addmm_
 
     def pack(b: Tensor) -> Any:
         packed.append(SimpleNamespace(x=b))
@@ -158,30 +167,35 @@ def test_what_a_groups_modules_share_is_packed_once(output_space: bool, monkeypa
         multiplied.append(b)
         return addmm_(out, a, b, scale, **options)
 
-    monkeypatch.setattr(systems, "pack", pack)
-    monkeypatch.setattr(systems, "addmm_", noted)
-    monkeypatch.setattr(systems, "fold_columns", lambda scratch, device: 160)
+    monkeypatch.setattr(fold, "pack", pack)
+    monkeypatch.setattr(fold, "addmm_", noted)
+    monkeypatch.setattr(fold, "fold_columns", lambda scratch, device: 160)
     names = ("one", "two", "three")
     block = nn.ModuleDict({name: nn.Linear(WIDTH, 128, bias=False) for name in names}).requires_grad_(False)
     group = InputGroup(names, WIDTH, (128, 128, 128), None)
     scratch = GroupMoments(group, False, 1 if output_space else 10**9, torch.device("cpu"))
     assert scratch.output_space == output_space
     system = GroupSystem(group, torch.zeros(WIDTH, WIDTH))
-    system.add(scratch, dict(block.named_parameters()), Anchor(block, block, 1.0), Settings())
+    fold_in(system, scratch, dict(block.named_parameters()), Anchor(block, block, 1.0), Settings())
     assert [len(each.x) for each in packed] == ([160, 96] if output_space else [160, 160, 96, 96])
     assert sorted(map(id, multiplied)) == sorted(3 * list(map(id, packed)))
 
 
 @pytest.mark.parametrize(
-    ("size", "outs", "columns"),
-    [(4096, (4096, 1024, 1024), 4096), (4096, (4096,), 4096), (4096, (14336, 14336), 4096), (14336, (4096,), 7168)],
+    ("size", "outs", "columns", "rows"),
+    [
+        (4096, (4096, 1024, 1024), 4096, 4096),
+        (4096, (4096,), 4096, 4096),
+        (4096, (14336, 14336), 4096, 4096),
+        (14336, (4096,), 7168, 1152),
+    ],
     ids=["q, k, v", "o", "gate, up", "down"],
 )
-def test_a_gpu_folds_a_llama_8b_at_once_but_for_down_proj(size: int, outs: tuple[int, ...], columns: int):
-    """And a plan counts the wider weights, which are formed in float32."""
+def test_a_gpu_folds_a_llama_8b_at_once_but_for_down_proj(size: int, outs: tuple[int, ...], columns: int, rows: int):
+    """And a plan counts the wider weights, of which so many rows at a time are formed in float32."""
     meta = torch.device("meta")
     scratch = GroupMoments(InputGroup(("a", "b", "c")[: len(outs)], size, outs, None), False, 2**17, meta)
-    assert min(size, systems.fold_columns(scratch, torch.device("cuda"))) == columns
+    assert min(size, fold_columns(scratch, torch.device("cuda"))) == columns
     moments = SimpleNamespace(groups={"a": scratch})
     assert footprint._larger_weights(moments, meta) == 0
-    assert footprint._larger_weights(moments, torch.device("cuda")) == 4 * max(outs) * (columns - 2048)
+    assert footprint._larger_weights(moments, torch.device("cuda")) == 4 * rows * (columns - 2048)

@@ -16,8 +16,10 @@ import featcal_fast as ff
 from featcal_fast import reference
 from featcal_fast.job import run as job
 from featcal_fast.layer import cholesky
+from featcal_fast.layer.chain import Chain
 from featcal_fast.layer.cholesky import factor_, solve_
-from featcal_fast.layer.systems import LayerSystem
+from featcal_fast.reporting.progress import Progress
+from featcal_fast.reporting.report import LayerReport
 from featcal_fast.streaming.chunks import Chunks
 from featcal_fast.streaming.hidden_states import HOST
 
@@ -49,6 +51,29 @@ def test_it_gives_what_the_cpu_gives(kind: str, where: str, tmp_path: Path, monk
         update = (cpu[name].double() - merged[name].double()).norm()
         if update > 1e-3 * merged[name].double().norm():
             assert (weight.double() - cpu[name].double()).norm() < 1e-4 * update, name
+
+
+class Interrupted(Progress):
+    """Ends a run before its second layer is kept."""
+
+    def layer(self, report: LayerReport) -> None:
+        if report.index == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", ["llama", "clip", "t5"])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_an_interrupted_run_goes_on_to_the_same_bits(kind: str, on_disk: bool, tmp_path: Path) -> None:
+    recipe = {**pico.save(pico.job(kind, 2), tmp_path), "settings": {"compile_blocks": False}}
+    options = {"device": "cuda", "scratch": tmp_path if on_disk else None, "checkpoint_every": 1}
+    ff.calibrate(recipe, out=tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        ff.calibrate(recipe, out=tmp_path / "resumed", progress=Interrupted(), **options)
+    assert not (tmp_path / "resumed").exists()
+    ff.calibrate(recipe, out=tmp_path / "resumed", resume=True, **options)
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
 
 
 @pytest.mark.parametrize(
@@ -116,7 +141,7 @@ def test_a_task_passes_without_waiting_for_the_device(
     ff.calibrate(recipe, out=tmp_path / "first", device="cuda")  # what is found out once is known; tokens are not
     loop = import_module("featcal_fast.calibrate")
     monkeypatch.setattr(loop, "accumulate", never_waits(loop.accumulate))
-    monkeypatch.setattr(LayerSystem, "fold", never_waits(LayerSystem.fold))
+    monkeypatch.setattr(Chain, "add", never_waits(Chain.add))
     ff.calibrate(recipe, out=tmp_path / "second", device="cuda")
 
 

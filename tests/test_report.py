@@ -9,7 +9,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from featcal_fast.errors import CheckpointError, ResumeError
 from featcal_fast.job import run as job
 from featcal_fast.reporting.clock import PHASES, Clock
 from featcal_fast.reporting.inputs import DataInput, InputFile, Inputs, ModelInput
-from featcal_fast.reporting.report import GroupReport, LayerReport, Peaks, Report
+from featcal_fast.reporting.report import GroupReport, LayerReport, Peaks, RankReport, Report
 
 SCHEMA = json.loads(resources("featcal_fast.reporting").joinpath("report.schema.json").read_text())
 PARTS = SCHEMA["$defs"]
@@ -95,6 +95,7 @@ def test_every_key_is_needed_and_described_and_no_other_allowed() -> None:
         (SCHEMA["properties"]["settings"], ff.Settings),
         (SCHEMA["properties"]["peaks"], Peaks),
         (SCHEMA["properties"]["inputs"], Inputs),
+        (PARTS["rank"], RankReport),
         (PARTS["layer"], LayerReport),
         (PARTS["group"], GroupReport),
         (PARTS["model"], ModelInput),
@@ -125,6 +126,7 @@ def test_a_key_that_is_missing_or_unknown_does_not_pass(written: Written) -> Non
     needed = [set(each["required"]) for each in objects(SCHEMA) if "required" in each]
     edited, tried = copy.deepcopy(written), set()
     del edited["layers"][1:]  # all of it is looked at each time
+    edited["ranks"] = [asdict(RankReport(["task0 1/2"], "cpu"))]  # this run had none
     for names in edited["contents"].values():
         names.clear()
     for place, key in list(places(edited)):

@@ -49,6 +49,16 @@ def states_path(out: Path, scratch: str | Path) -> Path:
     return files.resolve(Path(scratch)) / f"{STATES}{_digest(out)}"
 
 
+def make_states(folder: Path, out: Path) -> None:
+    """Make a folder for the hidden states of the output `out`, and say there whose they are.
+
+    Raises:
+        OSError: it cannot be made, or is there.
+    """
+    files.make_folder(folder)
+    files.write_bytes(folder / OWNER, str(files.resolve(out)).encode(errors="surrogateescape"))
+
+
 def _digest(out: Path) -> str:
     return hashlib.sha256(str(files.resolve(out)).encode(errors="surrogateescape")).hexdigest()[:8]
 
@@ -245,8 +255,7 @@ class WorkFolder:
             self.states = states_path(self.out, scratch)
         if self.states.exists():  # of a run that was killed while it made or removed it
             files.remove_tree(self.states)
-        files.make_folder(self.states)
-        files.write_bytes(self.states / OWNER, str(self.out).encode(errors="surrogateescape"))
+        make_states(self.states, self.out)
         self.manifest.append({**facts, "states": None if scratch is None else str(self.states)})
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from featcal_fast.inputs.task_data import local_data
 from featcal_fast.job.fingerprint import Digested, Facts, differences
 from featcal_fast.job.provenance import sha256
 from featcal_fast.job.resume import Member, bytes_of_all, data_of_all
+from featcal_fast.merging.merged import MergedCheckpoint
 from featcal_fast.ranks.shares import Shares
 from featcal_fast.ranks.world import World
 from featcal_fast.reporting.clock import Clock
@@ -46,21 +47,26 @@ def follow(recipe: Recipe, models: RecipeModels, device: torch.device, world: Wo
         FeatCalError: as `calibrate`; or another rank has failed.
     """
     told = world.tell(None)
-    if told is not None:  # else the model only lacked its name
-        _calibrate(recipe, models, device, world, told)
-    return Report.from_json(world.tell(None))
+    kept = None if told is None else _calibrate(recipe, models, device, world, told)  # else it only lacked its name
+    report = Report.from_json(world.tell(None))
+    if kept is not None and world.leads_machine and kept.exists():  # on a disk of this machine's own
+        with suppress(OSError):
+            files.remove_tree(kept)
+    return report
 
 
 def _calibrate(
     recipe: Recipe, models: RecipeModels, device: torch.device, world: World, told: Mapping[str, Any]
-) -> None:
+) -> Path | None:
+    """Everything but the first rank's part; where this rank's hidden states were kept."""
     clock, shares = Clock(), shares_of(recipe, world)
     own = {task: recipe.experts[task] for task in shares.own_tasks}
     loaded = load_data(replace(recipe, experts=own), models, device)[0] if own else {}
     batches = {task: Digested(each, clock) for task, each in loaded.items()}
     student, base, experts = sources(models, device, shares)
     offload = meant_offload(told["offload"], device)
-    with Member(world.tell(None), batches, models, world) as output:
+    kept = world.tell(None)
+    with Member(kept, batches, models, world) as output:
         report = calibrate_source(
             student,
             base,
@@ -79,6 +85,7 @@ def _calibrate(
     tell_of_all(report, models, shares, world)
     bytes_of_all(models, world)
     data_of_all(batches, world)
+    return None if kept["folder"] is None else Path(kept["folder"])
 
 
 def shares_of(recipe: Recipe, world: World) -> Shares:
@@ -93,7 +100,7 @@ def sources(
     experts = {
         task: CheckpointSource(models.experts[task], device, models.tokens[task].table) for task in shares.own_tasks
     }
-    student = CheckpointSource(models.merged, device)
+    student = CheckpointSource(models.merged, device, made_once=isinstance(models.merged, MergedCheckpoint))
     return student, CheckpointSource(models.base, device, models.base_tokens.table), experts
 
 
@@ -149,12 +156,12 @@ def tell_of_all(report: Report, models: RecipeModels, shares: Shares, world: Wor
     shards = "" if shares.shards == 1 else f"/{shares.shards}"
     samples = [part.task + (f" {part.shard + 1}{shards}" if shards else "") for part in shares.parts]
     peaks = report.peaks
-    own = [samples, report.device, peaks.host_bytes, peaks.device_bytes, world.sent, world.received]
+    own = [samples, report.device, peaks.host_bytes, peaks.device_bytes, world.sent, world.received, world.waited]
     every = world.gather([own, report.bytes_read, report.bytes_written, models.storage_error])
     if world.size > 1:
         report.ranks = [
-            RankReport(parts, device, Peaks(host, on_device), sent, received)
-            for (parts, device, host, on_device, sent, received), *_ in every
+            RankReport(parts, device, Peaks(host, on_device), sent, received, waited)
+            for (parts, device, host, on_device, sent, received, waited), *_ in every
         ]
         peaks.host_bytes = max(each.peaks.host_bytes or 0 for each in report.ranks) or None
         peaks.device_bytes = max(each.peaks.device_bytes or 0 for each in report.ranks) or None

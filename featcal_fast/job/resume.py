@@ -19,7 +19,15 @@ from torch import Tensor
 
 from featcal_fast import files
 from featcal_fast.calibrate import Output
-from featcal_fast.checkpoints import REPORT, CheckpointWriter, Manifest, WorkFolder, work_path, write_errors
+from featcal_fast.checkpoints import (
+    REPORT,
+    CheckpointWriter,
+    Manifest,
+    WorkFolder,
+    make_states,
+    work_path,
+    write_errors,
+)
 from featcal_fast.errors import FeatCalError, RankError, ResumeError
 from featcal_fast.inputs.models import RecipeModels
 from featcal_fast.job.check import MAX_REPORT
@@ -32,7 +40,7 @@ from featcal_fast.reporting.forms import FormError, build
 from featcal_fast.reporting.outcome import Outcome
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import LayerReport, Report, finite
-from featcal_fast.streaming.scratch import Snapshots, remove_others
+from featcal_fast.streaming.scratch import Snapshots, remove_others, scratch_errors
 from featcal_fast.streaming.sources import CheckpointSource
 from featcal_fast.streaming.streams import Streams
 
@@ -95,14 +103,16 @@ class Past:
             self.hashes.pop(name, None)
         self.durable: list[str] = [part["file"] for states in self.states.values() for part in states.values()]
 
-    def told(self, folder: Path | None) -> dict[str, Any]:
+    def told(self, work: WorkFolder, keeps: bool) -> dict[str, Any]:
         """What all ranks have to know of it, as JSON has it.
 
         Args:
-            folder: for hidden states to go on from; None where none are kept.
+            work: where the output is made.
+            keeps: whether hidden states to go on from are.
         """
         return {
-            "folder": None if folder is None else str(folder),
+            "out": str(work.out),
+            "folder": str(work.states) if keeps else None,
             "durable": self.durable,
             "layers": self.layers,
             "lines": [line["layer"] for line in self.lines],
@@ -243,6 +253,12 @@ class Member(Output):
         self._opened: list[Snapshots] = []
         if told["folder"] is not None:
             folder, durable = Path(told["folder"]), told["durable"]
+            if world.leads_machine:
+                if not folder.exists():  # a disk of this machine's own
+                    with scratch_errors(folder):
+                        make_states(folder, Path(told["out"]))
+                remove_others(folder, durable)
+            world.gather(None)  # before there are others
 
             def snapshots(number: int) -> Snapshots:
                 self._opened.append(Snapshots(folder, str(number), durable))
@@ -329,9 +345,7 @@ class Resumable(Member):
         world: World,
     ) -> None:
         keeps = every != 0 or bool(past.layers)
-        if keeps:
-            remove_others(work.states, past.durable)
-        super().__init__(world.tell(past.told(work.states if keeps else None)), batches, models, world)
+        super().__init__(world.tell(past.told(work, keeps)), batches, models, world)
         self._student, self._writer, self._work = student, writer, work
         self._past, self._every, self._clock = past, every, clock
         self._durable = past.layers

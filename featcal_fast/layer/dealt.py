@@ -200,10 +200,9 @@ def _gather_scalars(
     update: Update, system: InputSystem, own: Update | None, solvers: Mapping[int, int], world: World
 ) -> None:
     """Of each panel the change and the sum of its weights."""
-    device = system.r.device
     seen: dict[str, int] = {}
     for number, panel in enumerate(system.panels):
-        pair = torch.zeros(2, device=device)
+        pair = torch.zeros(2, device=update.parameters[f"{panel.module}.weight"].device)
         if own is not None and solvers[number] == world.rank:
             place = seen.get(panel.module, 0)
             seen[panel.module] = place + 1

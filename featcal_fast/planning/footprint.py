@@ -26,6 +26,7 @@ from featcal_fast.layer.systems import Anchor, LayerSystem, fold_columns
 from featcal_fast.layer.tokens import TokenCounts, Tokens
 from featcal_fast.models.structure import Layer
 from featcal_fast.planning.meter import META, Meter
+from featcal_fast.planning.wire import LayerBytes, weigh
 from featcal_fast.ranks.panels import row_panels
 from featcal_fast.settings import Settings
 from featcal_fast.streaming.chunks import Chunk
@@ -82,9 +83,11 @@ class Footprint:
         scratch: bytes of S and T, and means.
         working: bytes beyond these, at most, while a batch passes or a task is folded.
         solving: the same while the layer is solved.
+        ahead: bytes of what is kept of an expert's layer until the student's has passed.
         expert, student, moments: operations a batch; `student` stops at the last captured input.
         fold: operations a task.
         solve: operations a layer.
+        wire: what ranks that share the job send to each other.
     """
 
     layout: Layout
@@ -93,11 +96,13 @@ class Footprint:
     scratch: int
     working: int
     solving: int
+    ahead: int
     expert: float
     student: float
     moments: float
     fold: float
     solve: float
+    wire: LayerBytes
 
 
 class _MetaHiddenStates:
@@ -131,11 +136,7 @@ def measure_layer(
         settings: the recipe's.
         device: where they will run.
     """
-    # The config is shared, not copied: blocks only read it.
-    student_block, expert_block = (
-        copy.deepcopy(each.structure.blocks[layer.index], {id(each.model.config): each.model.config}).to(META)
-        for each in (student, expert)
-    )
+    student_block, expert_block = (_on_meta(each, layer) for each in (student, expert))
     runner = BlockRunner(should_compile(settings, device))
     student_states, expert_states = (cast(HiddenStates, _MetaHiddenStates(each, runner)) for each in states)
     tokens = states[0].tokens
@@ -146,7 +147,7 @@ def measure_layer(
         start, anchor = meter.live, Anchor(student_block, student_block, settings.anchor_rho)
         system = LayerSystem(layout, anchor, settings, META, counts, apart=settings.auto)
         tasks = [str(number) for number in range(counts.tasks)]
-        judge = Judge(layout, anchor, settings, META, counts, tasks) if settings.auto else None  # noqa: F841 (measured)
+        judge = Judge(layout, anchor, settings, META, counts, tasks) if settings.auto else None
         system_bytes = meter.live - start
         moments = TaskMoments(layout, student_block, counts, settings, META)
         scratch = meter.live - start - system_bytes
@@ -154,6 +155,7 @@ def measure_layer(
         meter.lap()
         activations, hidden = forward_expert(chunk, layer, expert_block, expert_states, moments)
         expert_peak, expert_flops = meter.lap()
+        ahead = meter.live - full
         forward_student(chunk, layer, student_block, student_states, moments, activations)
         del activations, hidden
         student_peak, both = meter.lap()
@@ -167,12 +169,20 @@ def measure_layer(
         scratch=scratch,
         working=max(expert_peak, student_peak, fold_peak + _larger_weights(moments, device)) - full,
         solving=max(_solving(layout, settings, counts) + choosing, updates and updates + expert_peak - full),
+        ahead=ahead,
         expert=expert_flops,
         student=both - moment_flops,
         moments=moment_flops,
         fold=fold,
-        solve=sum(_solve_flops(group, counts, settings) for group in layout.groups),
+        solve=sum(solve_flops(group, counts, settings) for group in layout.groups),
+        wire=weigh(system, judge, moments, expert_block),
     )
+
+
+def _on_meta(source: CheckpointSource, layer: Layer) -> nn.Module:
+    """A block's copy; the config is shared, not copied: blocks only read it."""
+    config = source.model.config
+    return copy.deepcopy(source.structure.blocks[layer.index], {id(config): config}).to(META)
 
 
 def _larger_weights(moments: TaskMoments, device: torch.device) -> int:
@@ -212,10 +222,19 @@ def triangle(size: int) -> int:
     return sum((size - start) * min(BLOCK, size - start) for start in range(0, size, BLOCK))
 
 
-def _solve_flops(group: InputGroup, counts: TokenCounts, settings: Settings) -> float:
-    """Cholesky, and two triangular solves; from the token side two more products. To choose, with every value, at most,
-    and a product each time to judge it; then for both right-hand sides with one: more, if modules differ in theirs."""
-    size, out, n = group.in_features, sum(group.out_features), counts.total
+def solve_flops(group: InputGroup, counts: TokenCounts, settings: Settings, rows: int | None = None) -> float:
+    """Operations that a system takes.
+
+    Cholesky, and two triangular solves; from the token side two more products. To choose, with every value, at most,
+    and a product each time to judge it; then for both right-hand sides with one: more, if modules differ in theirs.
+
+    Args:
+        group: that it is of.
+        counts: of the layer's tokens.
+        settings: the recipe's.
+        rows: of the right-hand side, all by default.
+    """
+    size, out, n = group.in_features, sum(group.out_features) if rows is None else rows, counts.total
 
     def once(right: int) -> float:
         if token_side(group, counts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,17 +19,28 @@ from featcal_fast.streaming.outcome import LOGITS, PIECE
 from featcal_fast.streaming.sources import CheckpointSource
 
 
-def head_bytes(planned: PlannedModels, data: Mapping[str, TaskData], states: States) -> int:
-    """The most memory that comparing outputs takes: weights of the student and an expert, and what they give.
+@dataclass
+class Heads:
+    """What comparing outputs takes.
 
-    What is read for it is noted by the models' checkpoints.
+    Attributes:
+        nbytes: of memory, by task with held-out samples.
+        student: the tasks of these for which the merged model's own head is read.
+    """
+
+    nbytes: dict[str, int] = field(default_factory=dict)
+    student: set[str] = field(default_factory=set)
+
+
+def find_heads(planned: PlannedModels, data: Mapping[str, TaskData], states: States) -> Heads:
+    """What comparing outputs takes: weights of the student and an expert, and what they give.
 
     Args:
         planned: the models.
         data: each task's size.
         states: what enters the last stage.
     """
-    before, most = len(meta_checkpoint(planned.student).reads), 0
+    before, found = len(meta_checkpoint(planned.student).reads), Heads()
     for task, expert in planned.experts.items():
         if not data[task].held_out:
             continue
@@ -36,11 +48,12 @@ def head_bytes(planned: PlannedModels, data: Mapping[str, TaskData], states: Sta
         made = _outputs(expert, data[task], final)
         if made is None or not _by_classes(expert, made, final):
             _outputs(planned.student, data[task], final)
+            found.student.add(task)
         weights = loaded(meta_checkpoint(planned.student), before) + loaded(meta_checkpoint(expert), start)
-        most = max(most, weights + _given_bytes(made, final, vocabulary_size(expert.structure.config)))
+        found.nbytes[task] = weights + _given_bytes(made, final, vocabulary_size(expert.structure.config))
         expert.release_stage_inputs()
     planned.student.release_stage_inputs()
-    return most
+    return found
 
 
 def _outputs(source: CheckpointSource, data: TaskData, final: Tensor) -> Outputs | None:

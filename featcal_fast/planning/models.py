@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from featcal_fast.inputs.recipe import Recipe
 from featcal_fast.layer.selection import check_settings
 from featcal_fast.merging.merged import MergedCheckpoint
 from featcal_fast.planning.plan import LayerPlan
+from featcal_fast.planning.shared import Role
 from featcal_fast.streaming.hidden_states import HOST
 from featcal_fast.streaming.sources import CheckpointSource, check_same_architecture
 
@@ -72,6 +73,11 @@ class PlannedModels:
     def largest_block(self, index: int) -> int:
         """Bytes of an expert's block."""
         return max(block_bytes(expert, index) for expert in self.experts.values())
+
+    def blocks(self, index: int) -> dict[str | None, int]:
+        """Bytes of each expert's block, by task; and under None, of the merged model's and the base model's."""
+        own: dict[str | None, int] = {task: block_bytes(expert, index) for task, expert in self.experts.items()}
+        return {**own, None: block_bytes(self.student, index) + block_bytes(self.base, index)}
 
     def largest_pinned(self, index: int) -> int:
         """Of three blocks in pinned memory: one being read, one being copied, and the calibrated one."""
@@ -123,26 +129,73 @@ class PlannedModels:
             changed |= {own for name in names for own in self.student.tensors_of(layer.index, name)}
         return changed
 
-    def bytes_read(self, layers: list[LayerPlan]) -> dict[str, int]:
-        """What each model's files will be read for: the first forward, the blocks, and what is copied at the end."""
-        changed = self.changed(layers)
-        rest = [name for name in self.models.merged.tensors if name not in changed]
-        student = [*meta_checkpoint(self.student).reads, *block_reads(self.student), *rest]
-        reads: dict[str, list[str]] = {
-            source.label: [*meta_checkpoint(own).reads, *block_reads(own)]
-            for source, own in zip(self.models.experts.values(), self.experts.values(), strict=True)
-        }
-        reads[self.models.base.label] = block_reads(self.base)
-        merged: dict[str, list[str]] = {source.label: [] for source in self.models.files}
+    def bytes_read(
+        self,
+        layers: list[LayerPlan],
+        entered: Mapping[str | None, int],
+        heads: Collection[str],
+        roles: Sequence[Role],
+    ) -> dict[str, int]:
+        """What each model's files will be read for by all ranks: the first forward, blocks, heads, and what is copied.
+
+        Args:
+            layers: planned.
+            entered: as `Stages.reads`.
+            heads: as `Heads.student`.
+            roles: of each rank.
+        """
+        rest, merges = self.tensors_that_stay(layers), isinstance(self.models.merged, MergedCheckpoint)
+        total = {source.label: 0 for source in self.models.files}
+        known: dict[object, int] = {}
+        for role in roles:
+            compares = any(task in heads for task in role.owned)
+            student = bool(role.tasks), compares, role.first, role.rank if merges else None
+            own = {source.label: task for task, source in self.models.experts.items()}
+            for source in self.models.files:
+                task = own.get(source.label)
+                # Several ranks read a layer's first expert first, before what is merged of it.
+                early = not role.alone and task == next(iter(role.tasks), "")
+                key = source.label, student, task in role.tasks, task in role.owned, early
+                if key not in known:
+                    blocks = [layer.index for layer in self.layers if not merges or role.merges(layer.index)]
+                    names = self._student_reads(*student[:3], blocks, entered[None], rest)
+                    known[key] = self._role_reads(source, task, names, entered, *key[2:])
+                total[source.label] += known[key]
+        return total
+
+    def _student_reads(
+        self, enters: bool, compares: bool, copies: bool, blocks: list[int], entered: int, rest: list[str]
+    ) -> list[str]:
+        """What a rank reads of the merged model; `blocks` are the layers that it reads."""
+        reads = meta_checkpoint(self.student).reads
+        first, head = reads[:entered] if enters else [], reads[entered:] if compares else []
+        names = [name for index in blocks for name in self.student.block_tensors(index)]
+        return [*first, *head, *names, *(rest if copies else [])]
+
+    def _role_reads(
+        self,
+        source: TensorSource,
+        task: str | None,
+        student: list[str],
+        entered: Mapping[str | None, int],
+        enters: bool,
+        compares: bool,
+        early: bool,
+    ) -> int:
+        """Bytes that a rank reads of one model's files; the last three are of an expert."""
+        merging, own = list[str](), list[str]()
         if isinstance(self.models.merged, MergedCheckpoint):
-            for task, names in self.models.merged.reads(student).items():
-                source = self.models.base if task is None else self.models.experts[task]
-                merged[source.label] = names
-        else:
-            reads[self.models.merged.label] = student
-        return {
-            source.label: _from_files(source, merged[source.label], reads[source.label]) for source in self.models.files
-        }
+            reads = self.models.merged.reads(student)
+            merging = reads[task] if task is not None else reads[None] if source is self.models.base else []
+        elif source is self.models.merged:
+            own = student
+        if task is not None and enters:
+            found = meta_checkpoint(self.experts[task]).reads
+            head = found[entered[task] :] if compares else []
+            own = [*found[: entered[task]], *head, *block_reads(self.experts[task])]
+        elif source is self.models.base:
+            own = block_reads(self.base)
+        return _from_files(source, merging, own, block_reads(self.experts[task]) if task is not None and early else ())
 
 
 def meta_checkpoint(source: CheckpointSource) -> MetaCheckpoint:
@@ -161,15 +214,21 @@ def block_reads(source: CheckpointSource) -> list[str]:
     return [name for layer in source.structure.layers for name in source.block_tensors(layer.index)]
 
 
-def _from_files(source: TensorSource, merging: list[str], own: list[str]) -> int:
-    """Bytes read for a merge on the fly and for the model itself; kept in host memory, one read serves all."""
+def _from_files(source: TensorSource, merging: list[str], own: list[str], early: Collection[str]) -> int:
+    """Bytes read for a merge on the fly and for the model itself; kept in host memory, one read serves all.
+
+    Args:
+        source: the model.
+        merging, own: what is read for the two.
+        early: of `own`, what is read before it is merged.
+    """
     if not isinstance(source, CachedExpert):
         return source.stored_bytes([*merging, *own])
     # A merge reads what is kept compressed again, to be exact.
     again = [
         name for name in merging if cached_bytes(source.tensors[name], source.storage) < source.tensors[name].nbytes
     ]
-    repeated = (Counter(again) - Counter(set(again))).elements()
+    repeated = (Counter(again) - Counter(set(again) - set(early))).elements()
     return source.stored_bytes([*dict.fromkeys([*merging, *own]), *repeated])
 
 

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 
 from featcal_fast.errors import MemoryBudgetError, one_line, shown
 from featcal_fast.layer.layout import Layout
+from featcal_fast.layer.tokens import TokenCounts
 from featcal_fast.planning.duration import Duration
 from featcal_fast.planning.sampled import Sampled
+from featcal_fast.planning.wire import LayerBytes, Rows
+from featcal_fast.settings import Settings
 
 if TYPE_CHECKING:  # only terminals need it, and bench.gpu runs without
     from rich.table import Table
@@ -20,6 +23,24 @@ if TYPE_CHECKING:  # only terminals need it, and bench.gpu runs without
 
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 MOST = 2**63  # bytes that a number may mean
+
+
+@dataclass(frozen=True)
+class TaskWork:
+    """Floating-point operations that a task takes in a layer, by kind.
+
+    Attributes:
+        fitted: of the samples that are fitted to, which ranks may share, until its moments are complete.
+        advance: forward of these through the calibrated layer.
+        followed, followed_after: likewise of the samples that are held out.
+        fold: by which it is added to the layer's sums.
+    """
+
+    fitted: dict[str, float]
+    advance: float
+    followed: dict[str, float]
+    followed_after: float
+    fold: float
 
 
 @dataclass(frozen=True)
@@ -34,6 +55,14 @@ class LayerPlan:
         scratch: bytes of one task's moments.
         working: bytes beyond these, at most: features, attention, copies.
         flops: floating-point operations by kind of work (forward, moments, fold, solve), all tasks'.
+        passing: bytes as `working`, but only until the layer is solved.
+        work: the same operations but for the solve, by task.
+        counts: of its stage's tokens, padding included.
+        rows: the same tokens, by task and shard.
+        wire: what ranks that share the job send to each other.
+        blocks: bytes of each task's block; and under None, of the merged model's and the base model's.
+        merged: bytes of its block, where one of them merges it on the fly for all.
+        ahead: bytes of what a rank keeps of the next layer, whose first samples it runs while it waits for others.
     """
 
     index: int
@@ -43,11 +72,40 @@ class LayerPlan:
     scratch: int
     working: int
     flops: dict[str, float]
+    passing: int = 0
+    work: dict[str, TaskWork] = field(default_factory=dict)
+    counts: TokenCounts = TokenCounts(0, 0, 0)  # noqa: RUF009 (frozen)
+    rows: Rows = field(default_factory=Rows)
+    wire: LayerBytes | None = None
+    blocks: dict[str | None, int] = field(default_factory=dict)
+    merged: int = 0
+    ahead: int = 0
 
     @property
     def modules(self) -> list[str]:
         """Names of the linear modules that will be calibrated."""
         return [name for group in self.layout.groups for name in group.modules]
+
+
+@dataclass
+class RankPlan:
+    """One of several processes that share a job.
+
+    Attributes:
+        samples: that it has: names of tasks, with `2/4` behind it for the second of four shards.
+        host_bytes, device_bytes: of memory, at its peak.
+        sent, received: bytes of tensors, to and from other ranks; what all are sent counts once where it comes from.
+            They are a run's where samples are as many tokens as planned, or systems are not solved from the token side.
+        flops: floating-point operations by kind of work. A system's factorisation counts on each rank that solves some
+            of it.
+    """
+
+    samples: list[str]
+    host_bytes: int = 0
+    device_bytes: int = 0
+    sent: int = 0
+    received: int = 0
+    flops: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -61,9 +119,10 @@ class Plan:
         chunk: tokens that pass a layer at a time, at most, padding included.
         layers: one entry a layer.
         kept: weights that keep their merged values, layers folded to `*`, each with the reason.
-        host, device_items: what memory holds when most of it is in use, by item, bytes; on a CPU all is `host`.
-        disk: bytes written to disk that must be free, by item.
-        bytes_read: bytes of tensors, by model.
+        host, device_items: what memory holds when most of it is in use, by item, bytes; on a CPU all is `host`. Of
+            several ranks, that of the one that needs most.
+        disk: bytes written to disk that must be free, by item; all ranks'.
+        bytes_read: bytes of tensors, by model; all ranks'.
         bytes_written: bytes of tensors.
         host_budget, device_budget: bytes that there are, or that were allowed.
         problems: why it will not fit, each with the key that would make it fit; empty when it does.
@@ -71,6 +130,9 @@ class Plan:
         merges: whether models are merged on the fly, whose arithmetic is not counted.
         dtype: of most of what layers' forwards multiply, as torch calls it.
         sample: what a few samples say of whether it will help, where that was asked for and memory will do.
+        ranks: one entry a rank, where several share the job.
+        local_ranks: how many of them are taken to share one machine's host memory.
+        settings: the recipe's.
     """
 
     device: str
@@ -91,11 +153,21 @@ class Plan:
     merges: bool = False
     dtype: str = "float32"
     sample: Sampled | None = None
+    ranks: list[RankPlan] = field(default_factory=list)
+    local_ranks: int = 1
+    settings: Settings = Settings()  # noqa: RUF009 (frozen)
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory at its peak."""
+        """Bytes of host memory at its peak; of several ranks, that of the one that needs most."""
         return sum(self.host.values())
+
+    @property
+    def machine_bytes(self) -> int:
+        """Bytes of host memory of all ranks on a machine; of several machines, that of the one that needs most."""
+        own = [each.host_bytes for each in self.ranks]
+        starts = range(0, len(own), self.local_ranks)
+        return max((sum(own[start : start + self.local_ranks]) for start in starts), default=self.host_bytes)
 
     @property
     def device_bytes(self) -> int:
@@ -128,13 +200,14 @@ class Plan:
         return max(sizes, key=math.prod, default=(1, 1))
 
     def seconds(self, rate: float) -> float:
-        """Seconds for the arithmetic alone, at a `rate` of so many operations a second."""
-        return sum(self.flops.values()) / rate
+        """Seconds for the arithmetic alone, at a `rate` of so many operations a second; of the rank with most."""
+        most = max((sum(each.flops.values()) for each in self.ranks), default=sum(self.flops.values()))
+        return most / rate
 
     @property
     def fits(self) -> bool:
         """Whether memory will do."""
-        return self.host_bytes <= self.host_budget and (
+        return self.machine_bytes <= self.host_budget and (
             not self.device_items or self.device_bytes <= self.device_budget
         )
 
@@ -179,7 +252,18 @@ class Plan:
         for name, size in self.bytes_written.items():
             needs.add_row(f"written: {name}", format_bytes(size))
         sampled = [] if self.sample is None else [self.sample.table()]
-        return [layers, *([kept] if self.kept else []), needs, *sampled]
+        ranks = [_rank_table(self.ranks)] if self.ranks else []
+        return [layers, *([kept] if self.kept else []), needs, *ranks, *sampled]
+
+    def _told_of_ranks(self) -> list[str]:
+        """A line, where there are several."""
+        if not self.ranks:
+            return []
+        sent, received = (format_bytes(max(getattr(each, way) for each in self.ranks)) for way in ("sent", "received"))
+        on_one = f", {self.local_ranks} on a machine" if self.local_ranks < len(self.ranks) else ""
+        idle = sum(not each.samples for each in self.ranks)
+        without = f"; without samples, which settings.sample_shards gives them: {idle}" if idle else ""
+        return [f"{len(self.ranks)} ranks{on_one}: one sends {sent} at most, and receives {received}{without}"]
 
     def summary(self, rate: float | None = None, duration: Duration | None = None) -> str:
         """A few lines: peaks, arithmetic, the time where that is known, warnings, whether it will help, and fits.
@@ -201,6 +285,7 @@ class Plan:
             f"read {format_bytes(sum(self.bytes_read.values()))}",
             f"arithmetic: {sum(self.flops.values()) / 1e12:.3g} TFLOP ({parts})",
         ]
+        lines += self._told_of_ranks()
         if rate is not None:
             duration = Duration(self.seconds(rate), self.seconds(rate), f"at {rate / 1e12:g} TFLOP/s")
         if duration is not None:
@@ -208,15 +293,37 @@ class Plan:
             lines.append(f"time: {duration}, {duration.source}, if {others} up")
         lines += [f"warning: {each}" for each in self.warnings]
         lines += [] if self.sample is None else [self.sample.line()]
-        needs = [("host memory", self.host_bytes, self.host_budget)]
+        each = " a rank" if self.ranks else ""
+        machine = f" for {self.local_ranks} ranks on a machine" if self.local_ranks > 1 else ""
+        needs = [(f"host memory{machine}", self.machine_bytes, self.host_budget)]
         if self.device_items:
-            needs.insert(0, ("device memory", self.device_bytes, self.device_budget))
+            needs.insert(0, (f"device memory{each}", self.device_bytes, self.device_budget))
         told = ", ".join(f"{format_bytes(size)} of {format_bytes(budget)} {name}" for name, size, budget in needs)
         if self.problems and self.fits:
             lines.append("does not fit: a disk has too little room")
         else:
             lines.append(f"{'fits' if self.fits else 'does not fit'}: {told}")
         return "\n".join(lines)
+
+
+def _rank_table(ranks: list[RankPlan]) -> Table:
+    """What each rank has, and what that takes."""
+    from rich.table import Table
+
+    table = Table(title="Ranks", caption="bytes of tensors, to and from other ranks; ranks that are alike share a row")
+    table.add_column("rank")
+    table.add_column("samples")
+    for name in ("device", "host", "sends", "receives", "TFLOP"):
+        table.add_column(name, justify="right")
+    rows: dict[tuple[object, ...], list[int]] = {}
+    for rank, each in enumerate(ranks):
+        sizes = each.device_bytes, each.host_bytes, each.sent, each.received
+        flops = f"{sum(each.flops.values()) / 1e12:.3g}"
+        rows.setdefault((", ".join(each.samples), *map(format_bytes, sizes), flops), []).append(rank)
+    for (samples, *cells), same in rows.items():
+        span = str(same[0]) if len(same) == 1 else f"{same[0]} - {same[-1]}"
+        table.add_row(span, _names([str(samples)]), *map(str, cells))
+    return table
 
 
 def format_bytes(size: float) -> str:

@@ -27,14 +27,18 @@ from featcal_fast.layer.tokens import TokenCounts
 from featcal_fast.merging.merged import MergedCheckpoint
 from featcal_fast.models.structure import Layer
 from featcal_fast.models.tokens import vocabulary_size
-from featcal_fast.planning.footprint import Footprint, comparing_bytes, measure_layer
-from featcal_fast.planning.heads import head_bytes
+from featcal_fast.planning.footprint import Footprint, StageInputs, comparing_bytes, measure_layer
+from featcal_fast.planning.heads import find_heads
 from featcal_fast.planning.memory import count_memory
-from featcal_fast.planning.models import PlannedModels
-from featcal_fast.planning.plan import LayerPlan, Plan, folded, memory_bytes
+from featcal_fast.planning.models import PlannedModels, block_bytes
+from featcal_fast.planning.plan import LayerPlan, Plan, TaskWork, folded, memory_bytes
 from featcal_fast.planning.remedies import problems
 from featcal_fast.planning.sample import LEAST, sample_recipe
+from featcal_fast.planning.shared import MOST as MOST_RANKS
+from featcal_fast.planning.shared import ON_ONE, Crew, Sharing, local_ranks, rank_plans, samples_by_part
 from featcal_fast.planning.stages import States, enter_stages, shapes_of
+from featcal_fast.planning.wire import Rows
+from featcal_fast.ranks.shares import Shares
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.warnings import (
     about_base,
@@ -67,6 +71,7 @@ def plan(
     sample: int | None = None,
     planned: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
+    gpus: int | None = None,
 ) -> Plan:
     """What a recipe will need, from headers, configs and data alone; nothing is computed, unless asked for, or written.
 
@@ -84,6 +89,7 @@ def plan(
             that does not fit is sampled.
         planned: given the plan as soon as it is made: before that, which takes longer and may fail.
         progress: told how that goes.
+        gpus: that share the job, or processes on CPUs, 1 to 1,024; eight at most are taken to be on a machine.
 
     Returns:
         The plan, with a word on whether the job fits.
@@ -95,12 +101,14 @@ def plan(
     device_memory, host_memory = memory_bytes("device_memory", device_memory), memory_bytes("host_memory", host_memory)
     if sample is not None and (type(sample) is not int or not LEAST <= sample <= MOST):
         raise RecipeError(f"sample: found {shown(sample)}, expected a number of samples from {LEAST} to {MOST:,}")
+    ranks = _checked_ranks(gpus)
     device = find_device(device, present=device_memory is None or sample is not None)
     recipe = with_out(recipe, out)
     models = models_to_calibrate(recipe, device)
     check_folders(recipe, models, scratch, may_be_taken=True)
     data = load_data(recipe, models, device, keep=False)[1]
-    found = choose_offload(recipe, models, device, data, device_memory, host_memory, scratch, checkpoint_every)[0]
+    budgets = device_memory, host_memory, scratch, checkpoint_every, ranks, min(ranks, ON_ONE)
+    found = choose_offload(recipe, models, device, data, *budgets)[0]
     if recipe.folder is not None:
         with write_errors(recipe.folder):
             found.warnings += [said] if (said := taken(recipe.folder)) else []
@@ -113,6 +121,16 @@ def plan(
     return found
 
 
+def _checked_ranks(gpus: object) -> int:
+    """Raises:
+    RecipeError: it is no number of ranks."""
+    if gpus is None:
+        return 1
+    if type(gpus) is not int or not 1 <= gpus <= MOST_RANKS:
+        raise RecipeError(f"gpus: found {shown(gpus)}, expected a whole number from 1 to {MOST_RANKS:,}")
+    return gpus
+
+
 def choose_offload(
     recipe: Recipe,
     models: RecipeModels,
@@ -122,10 +140,24 @@ def choose_offload(
     host_memory: int | None,
     scratch: str | Path | None,
     checkpoint_every: int | None,
+    ranks: int = 1,
+    local: int | None = None,
 ) -> tuple[Plan, Offload]:
     """The plan, and where hidden states wait: in `scratch` if given, on a GPU if they fit there, or on the host.
 
     Unless the recipe says how many samples pass a layer at a time, they are halved until the job fits.
+
+    Args:
+        recipe: the job.
+        models: its models.
+        device: where it would compute.
+        data: each task's size.
+        device_memory: bytes that each rank may use of its device; None for what is free here.
+        host_memory: bytes that the ranks of a machine may use together; None likewise.
+        scratch: a folder for hidden states.
+        checkpoint_every: 0 where nothing is kept for an interrupted job to go on from.
+        ranks: how many share the job.
+        local: how many of them are on a machine; None for as many as torchrun says of this one, or else all.
 
     Raises:
         OutputError: `scratch` cannot be written to.
@@ -135,7 +167,9 @@ def choose_offload(
         choices: list[Offload] = [Path(scratch)]
     else:
         choices = [device, HOST] if device.type == "cuda" else [HOST]
-    planners = [Planner(recipe, models, device, offload, checkpoint_every != 0) for offload in choices]
+    shares = Shares(tuple(data), recipe.settings.sample_shards, ranks)
+    crew = Crew(shares, samples_by_part(data, shares), local_ranks(ranks) if local is None else local)
+    planners = [Planner(recipe, models, device, offload, checkpoint_every != 0, crew) for offload in choices]
     halves = 1
     while True:
         sizes = {task: each.resized(batch_size=max(1, each.batch_size // halves)) for task, each in data.items()}
@@ -200,19 +234,27 @@ class Planner:
         device: where it would compute.
         offload: where hidden states wait between layers.
         resumable: whether they are kept so that an interrupted job can go on.
+        crew: the ranks that share it.
     """
 
     def __init__(
-        self, recipe: Recipe, models: RecipeModels, device: torch.device, offload: Offload, resumable: bool
+        self,
+        recipe: Recipe,
+        models: RecipeModels,
+        device: torch.device,
+        offload: Offload,
+        resumable: bool,
+        crew: Crew,
     ) -> None:
         self.recipe, self.device, self.offload, self.resumable = recipe, device, offload, resumable
+        self.crew = crew
         self.models = PlannedModels(recipe, models)
 
     def plan(self, data: Mapping[str, TaskData], device_memory: int | None, host_memory: int | None) -> Plan:
         """The plan for data of this size, and what there is; without a word on whether it fits."""
         plan = self.measure(data)
         held = resident_bytes()
-        plan.host_budget = held + available_host_bytes() if host_memory is None else host_memory
+        plan.host_budget = plan.local_ranks * held + available_host_bytes() if host_memory is None else host_memory
         if self.device.type == "cuda":
             free = available_device_bytes(self.device) if device_memory is None else device_memory
             plan.device_budget = free
@@ -220,28 +262,32 @@ class Planner:
 
     def measure(self, data: Mapping[str, TaskData]) -> Plan:
         """The plan for data of this size, without budgets."""
-        stages = enter_stages(self.models, data)
-        counts = [
-            {task: round(data[task].fitted_batches * pair[0].hidden.shape[:2].numel()) for task, pair in stage.items()}
-            for stage in stages.states
-        ]
+        stages, crew = enter_stages(self.models, data), self.crew
+        counts, rows = [], []
+        for stage in stages.states:
+            sizes = {task: pair[0].hidden.shape[:2].numel() for task, pair in stage.items()}
+            counts.append({task: round(data[task].fitted_batches * size) for task, size in sizes.items()})
+            held_out = {task: round(data[task].held_batches * size) for task, size in sizes.items()}
+            rows.append(Rows(crew.rows(counts[-1]), held_out))
         tokens = {task: sum(count[task] for count in counts) for task in self.models.experts}
         plan = Plan(str(self.device), tokens, all(each.exact for each in data.values()))
         plan.chunk = max(
             data[task].batch_size * pair[0].hidden.shape[1] for stage in stages.states for task, pair in stage.items()
         )
+        plan.settings, plan.local_ranks = self.recipe.settings, crew.local
         seen: dict[Any, Footprint] = {}
         for layer in self.models.layers:
-            states, stage_counts = stages.states[layer.stage], TokenCounts.of(counts[layer.stage])
-            plan.layers.append(self._layer(layer, data, states, stage_counts, seen))
-        outputs = head_bytes(self.models, data, stages.states[-1])
+            plan.layers.append(self._layer(layer, data, stages.states[layer.stage], rows[layer.stage], seen))
+        heads = find_heads(self.models, data, stages.states[-1])
         plan.kept = folded(self.models.kept(plan.layers))
-        plan.bytes_read = self.models.bytes_read(plan.layers)
+        roles = crew.roles({task for task, each in data.items() if each.held_out}, self.recipe.settings.auto)
+        plan.bytes_read = self.models.bytes_read(plan.layers, stages.reads, heads.student, roles)
         plan.merges = self.recipe.merge is not None
         plan.dtype = self._dtype()
         plan.bytes_written = {"calibrated model": self.models.models.nbytes}
         plan.disk = {"calibrated model": self.models.models.nbytes}
-        count_memory(plan, self.models, data, stages, outputs, self.device, self.offload, self.resumable)
+        plan.ranks = rank_plans(plan.layers, Sharing(plan.settings, crew.shares))
+        count_memory(plan, self.models, data, stages, heads.nbytes, self.device, self.offload, self.resumable, roles)
         return plan
 
     def _dtype(self) -> str:
@@ -255,53 +301,89 @@ class Planner:
         return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
 
     def _layer(
-        self,
-        layer: Layer,
-        data: Mapping[str, TaskData],
-        states: States,
-        counts: TokenCounts,
-        seen: dict[Any, Footprint],
+        self, layer: Layer, data: Mapping[str, TaskData], states: States, rows: Rows, seen: dict[Any, Footprint]
     ) -> LayerPlan:
         """Layers that are called alike with weights of one form are measured once."""
-        chosen = self.recipe.settings.include is not None or self.recipe.settings.exclude is not None
-        # The merged model's, the expert's and the calibrated one's own; for the gate, the last with both weights; for a
-        # choice of alpha, with each one's, which the gate takes its own from.
-        gate = int(self.recipe.settings.keep_better)
-        held_out_passes = 3 + gate + (len(ALPHAS) if self.recipe.settings.auto else gate)
-        forward = moments = fold = 0.0
-        found: list[Footprint] = []
-        for task, expert in self.models.experts.items():
-            calls = states[task][0].calls
-            key = (
-                shapes_of(self.models.student.structure.blocks[layer.index].state_dict()),
-                shapes_of(expert.structure.blocks[layer.index].state_dict()),
-                shapes_of([states[task][0].hidden, calls.args[layer.number], calls.kwargs[layer.number]]),
-                (layer.token_weights, layer.stage, layer.path if chosen else None),
-            )
-            if key not in seen:
-                for source, each in zip((self.models.student, expert), states[task], strict=True):
-                    path, rows = source.structure.paths[layer.stage], slice(0, len(each.hidden))
-                    each.calls.origin = Origin(source.label, path, task, 0, rows)  # for errors
-                seen[key] = measure_layer(
-                    self.models.student, expert, layer, states[task], counts, self.recipe.settings, self.device
-                )
-            found.append(seen[key])
-            # The student's second pass, through the calibrated layer, is as the expert's; the last layer needs none.
-            passes = 1 if layer is self.models.layers[-1] else 2
-            forward += data[task].fitted_batches * (found[-1].student + passes * found[-1].expert)
-            forward += data[task].held_batches * held_out_passes * found[-1].expert
-            moments += data[task].fitted_batches * found[-1].moments
-            fold += found[-1].fold
-            if self.recipe.settings.auto:  # by which held-out samples are summed up, too
-                forward += data[task].held_batches * found[-1].student
-                moments += data[task].held_batches * found[-1].moments
-                fold += found[-1].fold
-        worst = max(found, key=lambda each: each.working)
+        settings = self.recipe.settings
+        counts = TokenCounts.of({task: sum(own) for task, own in rows.fitted.items()})
+        if settings.auto:
+            counts = counts.at_least(TokenCounts.of(rows.held_out))
+        found = {task: self._measured(layer, task, states[task], counts, seen) for task in self.models.experts}
+        last = layer is self.models.layers[-1]
+        work = {task: self._work(each, data[task], last) for task, each in found.items()}
+        worst = max(found.values(), key=lambda each: each.working)
         # An expert's block is gone when the layer is solved.
         working = max(worst.working, worst.solving - self.models.largest_block(layer.index))
-        working = max(working, *(comparing_bytes(student.hidden) for student, _ in states.values()))
-        if self.recipe.settings.forward_dtype == "bfloat16":  # a copy of a weight at a time
+        comparing = max(comparing_bytes(student.hidden) for student, _ in states.values())
+        copy = 0
+        if settings.forward_dtype == "bfloat16":  # a copy of a weight at a time
             sizes = (2 * group.in_features * out for group in worst.layout.groups for out in group.out_features)
-            working += max(sizes, default=0)
-        flops = {"forward": forward, "moments": moments, "fold": fold, "solve": worst.solve}
-        return LayerPlan(layer.index, worst.layout, worst.kept, worst.system, worst.scratch, working, flops)
+            copy = max(sizes, default=0)
+        own = list(work.values())
+        flops = {
+            "forward": sum(
+                each.fitted["forward"] + each.advance + each.followed["forward"] + each.followed_after for each in own
+            ),
+            "moments": sum(each.fitted["moments"] + each.followed["moments"] for each in own),
+            "fold": sum(each.fold for each in own),
+            "solve": worst.solve,
+        }
+        return LayerPlan(
+            layer.index,
+            worst.layout,
+            worst.kept,
+            worst.system,
+            worst.scratch,
+            max(working, comparing) + copy,
+            flops,
+            max(worst.working, comparing) + copy,
+            work,
+            counts,
+            rows,
+            worst.wire,
+            self.models.blocks(layer.index),
+            block_bytes(self.models.student, layer.index) if self.recipe.merge is not None else 0,
+            worst.ahead,
+        )
+
+    def _measured(
+        self,
+        layer: Layer,
+        task: str,
+        states: tuple[StageInputs, StageInputs],
+        counts: TokenCounts,
+        seen: dict[Any, Footprint],
+    ) -> Footprint:
+        """What a batch of a task takes."""
+        settings, expert, calls = self.recipe.settings, self.models.experts[task], states[0].calls
+        chosen = settings.include is not None or settings.exclude is not None
+        key = (
+            shapes_of(self.models.student.structure.blocks[layer.index].state_dict()),
+            shapes_of(expert.structure.blocks[layer.index].state_dict()),
+            shapes_of([states[0].hidden, calls.args[layer.number], calls.kwargs[layer.number]]),
+            (layer.token_weights, layer.stage, layer.path if chosen else None),
+        )
+        if key not in seen:
+            for source, each in zip((self.models.student, expert), states, strict=True):
+                path, samples = source.structure.paths[layer.stage], slice(0, len(each.hidden))
+                each.calls.origin = Origin(source.label, path, task, 0, samples)  # for errors
+            seen[key] = measure_layer(self.models.student, expert, layer, states, counts, settings, self.device)
+        return seen[key]
+
+    def _work(self, found: Footprint, data: TaskData, last: bool) -> TaskWork:
+        """What a task takes in a layer, by that of a batch."""
+        settings, fitted, held = self.recipe.settings, data.fitted_batches, data.held_batches
+        # Held-out samples pass the expert's, the merged model's and the calibrated one's own; for the gate, the last
+        # with both weights; for a choice of alpha, with each one's, which the gate takes its own from. With a choice,
+        # they are summed up, too.
+        gate = int(settings.keep_better)
+        trials = 2 + gate + (len(ALPHAS) if settings.auto else gate)
+        judged = held if settings.auto else 0.0
+        # The student's second pass, through the calibrated layer, is as the expert's; the last layer needs none.
+        return TaskWork(
+            {"forward": fitted * (found.student + found.expert), "moments": fitted * found.moments},
+            0.0 if last else fitted * found.expert,
+            {"forward": held * found.expert + judged * found.student, "moments": judged * found.moments},
+            trials * held * found.expert,
+            (1 + settings.auto) * found.fold,
+        )

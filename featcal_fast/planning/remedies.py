@@ -29,13 +29,40 @@ def problems(plan: Plan, data: Mapping[str, TaskData], recipe: Recipe, offload: 
     """
     found = []
     for kind, flag in (("host", "--host-memory"), ("device", "--device-memory")):
-        need, budget = getattr(plan, f"{kind}_bytes"), getattr(plan, f"{kind}_budget")
+        need, budget = _need(plan, kind), getattr(plan, f"{kind}_budget")
         if need > budget:
             found.append(
-                f"{kind} memory: the job needs {format_bytes(need)}, but {format_bytes(budget)} may be used "
-                f"({flag}); {_remedy(kind, budget, plan, data, recipe, measure)}"
+                f"{kind} memory: {_whose(plan, kind)} {format_bytes(need)}, but {format_bytes(budget)} may be used "
+                f"({flag}); {_widest(plan)}{_remedy(kind, budget, plan, data, recipe, measure)}"
             )
     return found + _disk_problems(plan, recipe, offload)
+
+
+def _need(plan: Plan, kind: str) -> int:
+    """Bytes of host memory that a machine's ranks need together; of device memory that one does."""
+    return plan.machine_bytes if kind == "host" else plan.device_bytes
+
+
+def _whose(plan: Plan, kind: str) -> str:
+    """Who needs it."""
+    if not plan.ranks:
+        return "the job needs"
+    most = max(plan.ranks, key=lambda each: each.device_bytes)
+    rank = f"rank {plan.ranks.index(most)} ({', '.join(most.samples) or 'no samples'}) needs"
+    return rank if kind == "device" else f"the {plan.local_ranks} ranks of a machine need"
+
+
+def _widest(plan: Plan) -> str:
+    """What more ranks do not make less: each holds a layer's systems whole, and a task's moments."""
+    if not plan.ranks:
+        return ""
+    layer = max(plan.layers, key=lambda each: each.system)
+    width = max((group.in_features for group in layer.layout.groups), default=0)
+    return (
+        f"of it each rank holds layer {layer.index}'s systems whole, {format_bytes(layer.system)} (the widest is "
+        f"{width:,} x {width:,}), and moments of {format_bytes(layer.scratch)} for each of its tasks or shards, at "
+        "least once, which no number of ranks makes less; "
+    )
 
 
 def _disk_problems(plan: Plan, recipe: Recipe, offload: Offload) -> list[str]:
@@ -65,7 +92,7 @@ def _disk_problems(plan: Plan, recipe: Recipe, offload: Offload) -> list[str]:
 def _remedy(kind: str, budget: int, plan: Plan, data: Mapping[str, TaskData], recipe: Recipe, measure: Measure) -> str:
     """The flag, or else the first single key of the recipe and its largest halving, with which the job fits."""
     if kind == "host":
-        over = plan.host_bytes - budget
+        over = plan.machine_bytes - budget
         if over <= plan.host.get("hidden states", 0):
             return "--scratch DIR, a folder on a fast disk for hidden states, would fit"
         if over <= plan.host.get("experts kept", 0):
@@ -81,7 +108,7 @@ def _remedy(kind: str, budget: int, plan: Plan, data: Mapping[str, TaskData], re
         value = start // 2
         while value >= SMALLEST[key]:
             smaller = {task: each.resized(**{key: value}) for task, each in data.items()}
-            need = getattr(measure(smaller), f"{kind}_bytes")
+            need = _need(measure(smaller), kind)
             if need <= budget:
                 return f"{key}: {value} would fit"
             smallest = need if smallest is None else min(smallest, need)

@@ -33,11 +33,13 @@ class Stages:
         states: what enters it.
         shared: bytes of what its calls share.
         turns: what memory holds while a task's batches go through the model's own forward, by item, a task and model.
+        reads: by task, how many tensors of its expert that reads; and under None, of the merged model.
     """
 
     states: list[States] = field(default_factory=list)
     shared: list[int] = field(default_factory=list)
-    turns: list[Counter[str]] = field(default_factory=list)
+    turns: list[tuple[str, Counter[str]]] = field(default_factory=list)
+    reads: dict[str | None, int] = field(default_factory=dict)
 
 
 def enter_stages(planned: PlannedModels, data: Mapping[str, TaskData]) -> Stages:
@@ -72,11 +74,13 @@ def enter_stages(planned: PlannedModels, data: Mapping[str, TaskData]) -> Stages
             }
             # The student's embeddings are read before the expert's, both beside the stage's first block.
             held, read = loaded(student, start), unpacking_bytes(student.source, student.reads[start:])
-            turns.append(Counter({**items, "embeddings": held, "reading": beside + read}))
+            turns.append((task, Counter({**items, "embeddings": held, "reading": beside + read})))
             held, read = held + loaded(own, before), unpacking_bytes(own.source, own.reads[before:])
-            turns.append(Counter({**items, "embeddings": held, "reading": beside + read}))
+            turns.append((task, Counter({**items, "embeddings": held, "reading": beside + read})))
         shared[-1] += planned.student.shared.nbytes
         planned.student.release_stage_inputs()
+    stages.reads = {task: len(meta_checkpoint(expert).reads) for task, expert in planned.experts.items()}
+    stages.reads[None] = len(student.reads)
     return stages
 
 

@@ -35,6 +35,7 @@ def deal(systems: Sequence[Work], size: int) -> Dealt:
     order = sorted(range(len(systems)), key=lambda index: (-systems[index].factor, index))
     items = [(index, panel) for index in order for panel in range(len(systems[index].panels))]
     low, high = 0.0, sum(each.factor + sum(each.panels) for each in systems)
+    high *= 1 + 1e-9  # in another order they may add up to a little more
     best = _filled(systems, items, high, size)
     assert best is not None  # one rank may do it all
     for _ in range(50):

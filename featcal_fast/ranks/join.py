@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -9,13 +10,13 @@ from datetime import timedelta
 
 import torch
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from featcal_fast.errors import DeviceError, FeatCalError, RankError, told
 from featcal_fast.ranks.watch import Watch, own_store
-from featcal_fast.ranks.world import World
+from featcal_fast.ranks.world import PATIENCE, World
 
-PATIENCE = timedelta(days=7)  # of the transport: how long a rank may take is for the watch to say
-NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # in the environment, as torchrun sets them
+ARRIVAL = timedelta(minutes=10)  # between the first process and the last
 
 
 def launched() -> int:
@@ -26,7 +27,12 @@ def launched() -> int:
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 1
-    missing = [name for name in NEEDED if not os.environ.get(name)]
+    rest = {
+        "RANK": os.environ.get("RANK"),
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR"),
+        "MASTER_PORT": os.environ.get("MASTER_PORT"),
+    }
+    missing = [name for name, value in rest.items() if not value]
     if missing:
         raise RankError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set, but not {', '.join(missing)}; start the job with torchrun, "
@@ -42,6 +48,11 @@ def launched() -> int:
             "number of ranks; start the job with torchrun"
         )
     return size
+
+
+def follows() -> int:
+    """This process's rank, if another is the first, which talks to the user; 0 for that one."""
+    return int(os.environ["RANK"]) if launched() > 1 else 0
 
 
 def own_device(device: torch.device, size: int) -> torch.device:
@@ -82,14 +93,18 @@ def join(size: int, device: torch.device) -> Iterator[World]:
     started = not distributed.is_initialized()
     try:
         if started:
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if direct else "gloo", timeout=PATIENCE)
+            store, rank, _ = next(iter(rendezvous("env://", timeout=ARRIVAL)))
+            backend = "cpu:gloo,cuda:nccl" if direct else "gloo"
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         watch = Watch(own_store(f"featcal-fast {life}"), distributed.get_rank(), size)
     except (RuntimeError, ValueError) as error:
         raise RankError(f"the {size} ranks did not find each other: {told(error)}") from error
+    world = World(watch.rank, size, watch, direct)
     try:
-        yield World(watch.rank, size, watch, direct)
+        yield world
     except RankError:
+        watch.leave()
         raise
     except FeatCalError as error:
         if before := watch.fail(str(error)):  # of which this may be a consequence
@@ -103,7 +118,8 @@ def join(size: int, device: torch.device) -> Iterator[World]:
         raise
     finally:
         watch.end()
-    with suppress(RuntimeError):
-        distributed.barrier()  # whoever keeps the store leaves last
-        if started:
-            distributed.destroy_process_group()
+    with suppress(RankError):
+        world.gather(None)  # whoever keeps the store leaves last
+    world.end()
+    if started:  # not before: under torchrun they could not find each other again for another job
+        atexit.register(distributed.destroy_process_group)

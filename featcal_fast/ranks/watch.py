@@ -23,6 +23,8 @@ BEAT = 0.5  # seconds between two signs of life
 MISSED = 30.0  # seconds without one from the next rank: the longest that the interpreter may be kept from its threads
 GRACE = 10.0  # seconds for a rank to end by itself once another has failed
 FAILED = "failed"
+KEEPER_GONE = "another rank has failed: rank 0: its connection was lost; its process or machine is gone"
+AGENT_GONE = "another rank has failed: the process that keeps the ranks' common store is gone"
 
 
 class Watch:
@@ -34,7 +36,7 @@ class Watch:
     """
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
-        self._store, self.rank, self._next = store, rank, (rank + 1) % size
+        self._store, self.rank, self._size, self._next = store, rank, size, (rank + 1) % size
         self._ended = threading.Event()
         self._hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # whether the first rank keeps the store
         self.failure = ""
@@ -47,12 +49,23 @@ class Watch:
         if self.failure:
             raise RankError(self.failure)
 
-    def look(self, seconds: float) -> str:
-        """What failed, if that is told within so many seconds."""
-        until = time.monotonic() + seconds
+    def look(self) -> str:
+        """What failed, if that is told before long; else who gives no sign of life meanwhile, which all are told; empty
+        if all do."""
+        until, before = time.monotonic() + 4 * BEAT, self._beats()
         while not self.failure and time.monotonic() < until:
             time.sleep(0.02)
+        now = self._beats()
+        for rank in range(self._size):
+            silent = before is not None and now is not None and now.get(rank) == before.get(rank)
+            if silent and rank != self.rank and not self.failure:
+                self._say_gone(rank, "its connection was lost")
         return self.failure
+
+    def leave(self) -> None:
+        """This rank ends, for what another has told."""
+        if not self.rank and self._hosts:
+            time.sleep(3 * BEAT)  # the store goes with this process: the others shall hear of it first
 
     def fail(self, why: str) -> str:
         """Tell the others that this rank ends early; the first one's word counts.
@@ -63,8 +76,7 @@ class Watch:
         mine = json.dumps([self.rank, f"{described(self.rank)}: {one_line(why)}"])
         with suppress(RuntimeError):  # whoever keeps the store is gone
             first = self._store.compare_set(FAILED, "", mine)
-            if not self.rank and self._hosts:
-                time.sleep(3 * BEAT)  # the store goes with this process: the others shall hear of it first
+            self.leave()
             return _told(self.rank, first)
         return ""
 
@@ -87,17 +99,30 @@ class Watch:
                     if found != seen:
                         seen, since = found, time.monotonic()
                     elif time.monotonic() - since > MISSED:
-                        gone = f"no sign of life for {MISSED:.0f} seconds; its process or machine is gone"
-                        why = f"rank {self._next}: {gone}"
-                        self._store.compare_set(FAILED, "", json.dumps([self._next, why]))
+                        self._say_gone(self._next, f"no sign of life for {MISSED:.0f} seconds")
             except (RuntimeError, ValueError):
                 if not self._ended.is_set():
-                    self.failure = "the process that keeps the ranks' common store is gone"
+                    self.failure = KEEPER_GONE if self._hosts else AGENT_GONE
         if self.failure and not self._ended.wait(GRACE):
             with suppress(OSError, ValueError, AttributeError):
                 sys.stderr.write(f"error: rank {self.rank}: {self.failure}\n")
                 sys.stderr.flush()
             os._exit(1)
+
+    def _beats(self) -> dict[int, bytes] | None:
+        """The last sign of life of each rank that gave one; None where whoever keeps the store is gone."""
+        with suppress(RuntimeError):
+            return {
+                rank: self._store.get(f"beat {rank}")
+                for rank in range(self._size)
+                if self._store.check([f"beat {rank}"])
+            }
+        return None
+
+    def _say_gone(self, rank: int, why: str) -> None:
+        gone = json.dumps([rank, f"rank {rank}: {why}; its process or machine is gone"])
+        with suppress(RuntimeError):
+            self.failure = _told(self.rank, self._store.compare_set(FAILED, "", gone))
 
 
 def _told(rank: int, failed: bytes) -> str:

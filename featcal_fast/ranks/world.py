@@ -6,13 +6,16 @@ Sums travel by send and receive, values by all_gather, weights by broadcast: wha
 from __future__ import annotations
 
 import json
+import os
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +24,9 @@ from torch import Tensor, distributed
 from featcal_fast.errors import RankError, told
 from featcal_fast.ranks.watch import Watch
 
+PATIENCE = timedelta(days=7)  # of the transport: how long a rank may take is for the watch to say
 POLL = 0.05  # seconds between two looks at whether another rank has failed, while waiting for it
+SOON = 0.001  # likewise, where there is something to do meanwhile
 UNDER_WAY = 2  # tensors that may be on their way to another rank at a time
 
 
@@ -35,16 +40,36 @@ class World:
     Attributes:
         rank, size: this one's number, and how many there are.
         sent, received: bytes of tensors, so far. What is broadcast counts once where it comes from.
+        waited: seconds that this process has waited for others.
+        idle: something to do meanwhile, called again as long as it is set.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, watch: Watch | None = None, direct: bool = False) -> None:
+    idle: Callable[[], None] | None = None
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, watch: Watch | None = None, direct: bool = False, group: Any = None
+    ) -> None:
         self.rank, self.size = rank, size
-        self.sent = self.received = 0
-        self._watch, self._direct = watch, direct  # whether a GPU's tensors go as they are
+        self.sent, self.received, self.waited = 0, 0, 0.0
+        self._watch, self._direct, self._group = watch, direct, group  # whether a GPU's tensors go as they are
+        self._whole: World | None = None  # of which this is apart
         self._leaving: deque[tuple[_Work, Tensor]] = deque()
-        self._waits: queue.SimpleQueue[tuple[_Work, Future[None]]] = queue.SimpleQueue()
+        self._waits: queue.SimpleQueue[tuple[_Work, Future[None]] | None] = queue.SimpleQueue()
         if size > 1:
             threading.Thread(target=self._wait_for_works, name="wire", daemon=True).start()
+
+    def apart(self) -> World:
+        """The same ranks with connections of their own between hosts, for another thread: what is said there may come
+        in any order to what is said here. All ranks must ask for it."""
+        group = distributed.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
+        other = World(self.rank, self.size, self._watch, False, group)
+        other._whole = self
+        return other
+
+    @property
+    def leads_machine(self) -> bool:
+        """Whether this rank is the first of its machine, as torchrun counts them."""
+        return self.size == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
 
     @property
     def is_first(self) -> bool:
@@ -61,7 +86,7 @@ class World:
             work = distributed.isend(payload, to)
         assert work is not None
         self._leaving.append((work, payload))
-        self.sent += payload.nbytes
+        self._count(sent=payload.nbytes)
         while len(self._leaving) > UNDER_WAY:
             self._wait(*self._leaving.popleft())
 
@@ -78,7 +103,7 @@ class World:
             if coming and (len(coming) == UNDER_WAY or view is None):
                 work, buffer, target = coming.popleft()
                 self._wait(work, buffer)
-                self.received += buffer.nbytes
+                self._count(received=buffer.nbytes)
                 yield target.copy_(buffer)
 
     def flush(self) -> None:
@@ -86,19 +111,23 @@ class World:
         while self._leaving:
             self._wait(*self._leaving.popleft())
 
+    def end(self) -> None:
+        """Nothing more will be said."""
+        self._waits.put(None)
+
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Give all ranks the tensor of one, in place."""
         if self.size == 1 or not tensor.numel():
             return
         payload = self._staged(tensor)
         with self._transport():
-            work = distributed.broadcast(payload, source, async_op=True)
+            work = distributed.broadcast(payload, source, self._group, async_op=True)
         assert work is not None
         self._wait(work, payload)
         if source == self.rank:
-            self.sent += payload.nbytes
+            self._count(sent=payload.nbytes)
         else:
-            self.received += payload.nbytes
+            self._count(received=payload.nbytes)
             if payload.data_ptr() != tensor.data_ptr():
                 tensor.copy_(payload)
 
@@ -124,10 +153,16 @@ class World:
     def _all_gather(self, data: Tensor) -> list[Tensor]:
         found = [torch.empty_like(data) for _ in range(self.size)]
         with self._transport():
-            work = distributed.all_gather(found, data, async_op=True)
+            work = distributed.all_gather(found, data, self._group, async_op=True)
         assert work is not None
         self._wait(work, data)
         return found
+
+    def _count(self, sent: int = 0, received: int = 0) -> None:
+        for each in (self, self._whole):
+            if each is not None:
+                each.sent += sent
+                each.received += received
 
     def _staged(self, tensor: Tensor) -> Tensor:
         """Contiguous, where the transport can take it."""
@@ -143,19 +178,22 @@ class World:
                 work.wait()
             return
         done: Future[None] = Future()
+        began = time.perf_counter()
         self._waits.put((work, done))
-        while True:
-            try:
-                with self._transport():
-                    done.result(POLL)
-                return
-            except NotYet:
-                if self._watch is not None:
-                    self._watch.check()
+        while not done.done():
+            with suppress(NotYet):
+                done.exception(SOON if self.idle is not None else POLL)
+            if self._watch is not None and not done.done():
+                self._watch.check()
+                if self.idle is not None:
+                    self.idle()
+        self.waited += time.perf_counter() - began
+        with self._transport():
+            done.result()
 
     def _wait_for_works(self) -> None:
-        while True:
-            work, done = self._waits.get()
+        while (waiting := self._waits.get()) is not None:
+            work, done = waiting
             try:
                 work.wait()
                 done.set_result(None)
@@ -167,8 +205,6 @@ class World:
         """What a transport raises, in words: where another rank has failed, that is why."""
         try:
             yield
-        except (NotYet, RankError):
-            raise
         except RuntimeError as error:
-            why = self._watch.look(2.0) if self._watch is not None else ""
+            why = self._watch.look() if self._watch is not None else ""
             raise RankError(why or f"another rank is gone: its connection was lost ({told(error)})") from error

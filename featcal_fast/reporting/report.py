@@ -171,6 +171,7 @@ class RankReport:
         device: where it computed.
         peaks: its memory.
         sent, received: bytes of tensors, to and from other ranks; what all were sent counts once where it came from.
+        waited: seconds that its host waited for others, their computing included.
     """
 
     samples: list[str]
@@ -178,6 +179,7 @@ class RankReport:
     peaks: Peaks = field(default_factory=Peaks)
     sent: int = 0
     received: int = 0
+    waited: float = 0.0
 
 
 @dataclass

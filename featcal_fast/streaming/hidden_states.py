@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from featcal_fast.checkpoints import is_finite
 from featcal_fast.errors import DataError, ResumeError, SolveError
 from featcal_fast.forward.calls import BatchCalls, Origin, move, pinned
-from featcal_fast.forward.hooks import OnActivation
+from featcal_fast.forward.hooks import Activations, OnActivation
 from featcal_fast.forward.runner import BlockRunner
 from featcal_fast.models.family import attention_mask
 from featcal_fast.models.structure import Layer
@@ -63,6 +63,7 @@ class HiddenStates:
         self._calls: list[BatchCalls] = []
         self._shapes: list[tuple[int, int]] = []
         self._path = ""  # of the stage's blocks
+        self._ahead: _Ahead | None = None
         self._clears = False  # whether no token attends to those that do not count; a target that is left out is seen
 
     @property
@@ -171,8 +172,26 @@ class HiddenStates:
         stop_at: str | None = None,
     ) -> Tensor | None:
         """Run a chunk through a layer's `block`, and hand over activations as `BlockRunner.capture` does."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.of == (layer.index, chunk.batch, chunk.rows, set(inputs), set(outputs)):
+            for name, x in ahead.inputs.items():
+                on_input(name, x)
+            for name, y in ahead.outputs.items():
+                assert on_output is not None
+                on_output(name, y)
+            return ahead.hidden
         hidden, calls = self.load(chunk.batch, chunk.rows)
         return self._runner.capture(calls, layer.number, block, hidden, inputs, on_input, outputs, on_output, stop_at)
+
+    def run_ahead(
+        self, chunk: Chunk, layer: Layer, block: nn.Module, inputs: Iterable[str], outputs: Iterable[str]
+    ) -> None:
+        """Do what `capture` will be asked for next."""
+        found, made = Activations(), Activations()
+        of = layer.index, chunk.batch, chunk.rows, set(inputs), set(outputs)
+        hidden = self.capture(chunk, layer, block, inputs, found.__setitem__, outputs, made.__setitem__)
+        assert hidden is not None
+        self._ahead = _Ahead(of, found, made, hidden)
 
     def keep(self, chunk: Chunk, hidden: Tensor) -> None:
         """Keep what a layer made of a chunk, but for padding, of which it may have made NaN (of a row of attention that
@@ -187,6 +206,15 @@ class HiddenStates:
         """What a layer's `block` makes of a chunk: `[samples, tokens, width]`."""
         hidden, calls = self.load(chunk.batch, chunk.rows)
         return self._runner.run(calls, layer.number, block, hidden)
+
+
+class _Ahead(NamedTuple):
+    """What a capture gave, before anybody asked for it: of which layer, batch, rows, inputs and outputs it is."""
+
+    of: tuple[int, int, slice, set[str], set[str]]
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    hidden: Tensor
 
 
 class _OnDevice:

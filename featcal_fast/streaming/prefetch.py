@@ -9,8 +9,9 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from featcal_fast.streaming.sources import Source
-from featcal_fast.streaming.transfers import Transfers, empty_pinned
+from featcal_fast.ranks.world import World
+from featcal_fast.streaming.sources import Source, block_for_all
+from featcal_fast.streaming.transfers import Transfer, Transfers, empty_pinned
 
 
 class BlockPrefetcher:
@@ -21,13 +22,16 @@ class BlockPrefetcher:
     Args:
         order: the source and number of each block, in the order in which `next` will be called.
         device: where blocks are wanted.
+        world: all ranks; what they say to each other here is said by the thread that reads.
     """
 
-    def __init__(self, order: Iterable[tuple[Source, int]], device: torch.device) -> None:
+    def __init__(self, order: Iterable[tuple[Source, int]], device: torch.device, world: World | None = None) -> None:
         self._order: Iterator[tuple[Source, int]] = iter(order)
+        self._world = world or World()
         self._device = device
         self._transfers = Transfers(device, "block-reader")
         self._coming: Callable[[], nn.Module] | None = None
+        self._reading: Transfer[nn.Module] | None = None  # of what is coming, if it is read
 
     def __enter__(self) -> BlockPrefetcher:
         self._request()
@@ -35,6 +39,11 @@ class BlockPrefetcher:
 
     def __exit__(self, *error: object) -> None:
         self._transfers.__exit__(*error)
+
+    @property
+    def ready(self) -> bool:
+        """Whether `next` need not wait for a file."""
+        return self._reading is None or self._reading.done
 
     def next(self) -> nn.Module:
         """The next block in order, on the device; blocks until it was read. Blocks no longer used must be gone."""
@@ -44,13 +53,13 @@ class BlockPrefetcher:
         return block
 
     def _request(self) -> None:
-        following = next(self._order, None)
+        following, self._reading = next(self._order, None), None
         if following is None:
             self._coming = None
             return
         source, index = following
         if self._device.type != "cuda":
-            self._coming = self._transfers.submit(partial(source.block, index)).result
+            self._read(partial(block_for_all, source, index, self._world))
         elif next(source.structure.blocks[index].parameters()).is_cuda:  # nothing to read: copied when its turn comes
             self._coming = lambda: source.block(index).to(self._device)
         else:
@@ -58,11 +67,15 @@ class BlockPrefetcher:
                 name: torch.empty_like(tensor, device=self._device)
                 for name, tensor in _tensors(source.structure.blocks[index]).items()
             }
-            self._coming = self._transfers.submit(partial(_read_to, targets, source, index)).result
+            self._read(partial(_read_to, targets, source, index, self._world))
+
+    def _read(self, job: Callable[[], nn.Module]) -> None:
+        self._reading = self._transfers.submit(job)
+        self._coming = self._reading.result
 
 
-def _read_to(targets: dict[str, Tensor], source: Source, index: int) -> nn.Module:
-    block = source.block(index)
+def _read_to(targets: dict[str, Tensor], source: Source, index: int, world: World) -> nn.Module:
+    block = block_for_all(source, index, world)
     for name, tensor in _tensors(block).items():
         target = targets[name]
         pinned = empty_pinned(tuple(tensor.shape), tensor.dtype, target.device).copy_(tensor)

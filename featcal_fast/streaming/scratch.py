@@ -239,7 +239,8 @@ def remove_others(folder: Path, durable: Iterable[str]) -> None:
     with scratch_errors(folder), _still_there(folder):
         for path in files.list_folder(folder):
             if path.name.startswith(PREFIX) and path.name not in kept:
-                files.remove(path)
+                with suppress(FileNotFoundError):  # another machine's first rank did
+                    files.remove(path)
 
 
 @contextmanager

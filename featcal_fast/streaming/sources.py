@@ -24,6 +24,7 @@ from featcal_fast.models import Structure, find_structure, not_supported
 from featcal_fast.models.configs import differences
 from featcal_fast.models.meta import meta_model
 from featcal_fast.models.tokens import own_inputs
+from featcal_fast.ranks.world import World
 
 RECORDING = Lock()  # while a model's forward is recorded its blocks are not themselves, and nobody copies one
 
@@ -36,6 +37,7 @@ class Source(Protocol):
     structure: Structure  # parameters may be on the meta device
     tokens: Tensor | None  # the student's token ids -> its own (models/tokens.py); None where they are the same
     shared: SharedTensors  # of the calls that `stage_inputs` made since `release_stage_inputs`
+    made_once: bool  # whether several ranks get its blocks from one, as they are made of many models
 
     def stage_inputs(
         self, batch: Mapping[str, Tensor], stage: int, previous: Tensor | None
@@ -63,11 +65,16 @@ class Source(Protocol):
         """A block of the caller's own, where its weights were, in eval mode; it goes when the caller drops it."""
         ...
 
+    def empty_block(self, index: int) -> nn.Module:
+        """The same on the host, its tensors without values."""
+        ...
+
 
 class ModuleSource:
     """A model in memory; it is never changed. Its blocks are copied one at a time."""
 
     tokens: Tensor | None = None
+    made_once = False
 
     def __init__(self, model: nn.Module, label: str, device: torch.device) -> None:
         self.model, self.label, self.device = model, label, device
@@ -105,6 +112,9 @@ class ModuleSource:
             block = copy.deepcopy(self.structure.blocks[index])
         return block.eval().requires_grad_(False)
 
+    def empty_block(self, index: int) -> nn.Module:
+        return self.block(index).to_empty(device="cpu")
+
 
 class StoredParameter(NamedTuple):
     """A parameter in checkpoints of one layout.
@@ -129,6 +139,7 @@ class CheckpointSource:
         checkpoint: a folder in any form, or several merged on the fly.
         device: where hidden states go.
         tokens: for each token id of the merged model this one's own, `[ids]`, int64; None where they are the same.
+        made_once: whether several ranks get its blocks from one.
 
     Raises:
         UnsupportedModelError: no transformers class or no family fits.
@@ -136,7 +147,10 @@ class CheckpointSource:
         ModelMismatchError: a block's tensor has another shape than the config says.
     """
 
-    def __init__(self, checkpoint: TensorSource, device: torch.device, tokens: Tensor | None = None) -> None:
+    def __init__(
+        self, checkpoint: TensorSource, device: torch.device, tokens: Tensor | None = None, made_once: bool = False
+    ) -> None:
+        self.made_once = made_once
         self.checkpoint, self.label, self.device, self.tokens = checkpoint, checkpoint.label, device, tokens
         self.described = f"{self.label}: {model_folder(checkpoint.path) / 'config.json'}"
         self.model, self._stored = meta_model(checkpoint, device)
@@ -217,10 +231,7 @@ class CheckpointSource:
         self._held.clear()
 
     def block(self, index: int) -> nn.Module:
-        with RECORDING:
-            # The config is shared, not copied: blocks only read it.
-            config = self.model.config
-            block = copy.deepcopy(self.structure.blocks[index], {id(config): config})
+        block = self._bare_block(index)
         tensors = self.checkpoint.read(self.block_tensors(index))
         state = {
             name: self._stored.assemble(self._canonical(index, name), tensors).to(like.dtype)
@@ -228,6 +239,18 @@ class CheckpointSource:
         }
         block.load_state_dict(state, assign=True)
         return block.requires_grad_(False)
+
+    def empty_block(self, index: int) -> nn.Module:
+        block = self._bare_block(index)
+        state = {name: torch.empty(like.shape, dtype=like.dtype) for name, like in block.state_dict().items()}
+        block.load_state_dict(state, assign=True)
+        return block.requires_grad_(False)
+
+    def _bare_block(self, index: int) -> nn.Module:
+        with RECORDING:
+            # The config is shared, not copied: blocks only read it.
+            config = self.model.config
+            return copy.deepcopy(self.structure.blocks[index], {id(config): config})
 
     def check_whole(self) -> None:
         """Raises:
@@ -295,6 +318,17 @@ class CheckpointSource:
 
     def _canonical(self, index: int, name: str) -> str:
         return canonical(f"{self.structure.layers[index].path}.{name}")
+
+
+def block_for_all(source: Source, index: int, world: World) -> nn.Module:
+    """A block that one rank makes for all, each in its turn, where the source says so; on the host then."""
+    if not source.made_once or world.size == 1:
+        return source.block(index)
+    owner = index % world.size
+    block = source.block(index).to("cpu") if owner == world.rank else source.empty_block(index)
+    for tensor in block.state_dict().values():
+        world.broadcast(tensor, owner)
+    return block
 
 
 def check_same_architecture(student: Source, others: Mapping[str, Source]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from featcal_fast.errors import DataError
 from featcal_fast.forward.calls import described
 from featcal_fast.forward.runner import BlockRunner, should_compile
 from featcal_fast.layer.layout import Layout, find_layout
+from featcal_fast.layer.moments import TaskMoments
 from featcal_fast.layer.precision import ieee_float32
 from featcal_fast.layer.tokens import TokenCounts, Tokens
 from featcal_fast.models import Structure
@@ -30,7 +31,7 @@ from featcal_fast.streaming.hidden_states import HiddenStates, Offload
 from featcal_fast.streaming.malloc import caching_malloc, trim_malloc
 from featcal_fast.streaming.prefetch import BlockPrefetcher
 from featcal_fast.streaming.scratch import Saved, Scratch, Snapshots
-from featcal_fast.streaming.sources import Source
+from featcal_fast.streaming.sources import Source, block_for_all
 from featcal_fast.streaming.transfers import Transfer, Transfers, empty_pinned
 
 Batch = Mapping[str, Tensor]
@@ -115,9 +116,15 @@ class Streams:
         owned = {task: experts[task] for task in self.shares.owned}
         self.drift = DriftProbe(student, owned, device, self._chunks, lambda model, task: states(model, last[task]))
         self._layers = student.structure.layers
-        models = (student, base, *experts.values())
+        # Several ranks take a layer's first expert first: it may run while the layer before is being solved.
+        self._early = self.world.size > 1 and bool(experts)
+        self._first_expert: nn.Module | None = None  # that expert's block
+        models = [student, base, *experts.values()]
+        if self._early:
+            models.insert(0, models.pop(2))
         order = ((model, layer.index) for layer in self._layers[first:] for model in models)
-        self._blocks = BlockPrefetcher(order, device)
+        reading = self.world.apart() if student.made_once else self.world
+        self._blocks = BlockPrefetcher(order, device, reading)
         self._inputs: dict[str, Sequence[Batch]] = {}  # of an encoder-decoder: they are needed again
         self._tokens: dict[Part, list[Tokens]] = {}
         self._trim: Callable[[], None] = trim_malloc
@@ -283,7 +290,10 @@ class Streams:
 
     def next_block(self) -> nn.Module:
         """The layer's next block: the student's, the base's; then each expert's, which `experts` hands out."""
+        self.world.idle = None
         with self.clock("reading"):
+            if self._early and self._first_expert is None:
+                self._first_expert = self._blocks.next()
             return self._blocks.next()
 
     def experts(self, layer: Layer) -> Iterator[tuple[str, nn.Module]]:
@@ -293,9 +303,38 @@ class Streams:
         """
         for task in self._experts:
             self._progress.task(layer.index, task)
-            block = [self.next_block()]  # taken out below: a local of this frame would live as long as the task
+            first, self._first_expert = self._first_expert, None
+            with self.clock("reading"):
+                block = [
+                    self._blocks.next() if first is None else first
+                ]  # taken out below: a local of this frame would live on
+            del first
             with caching_malloc() as self._trim:
                 yield task, block.pop()
+
+    def look_ahead(self, layer: Layer, moments: TaskMoments) -> None:
+        """While this rank waits for others, its first expert runs the next layer on its first samples.
+
+        Args:
+            layer: whose samples have all passed.
+            moments: of it: what they needed will be needed again.
+        """
+        following = self._layers[layer.index + 1 : layer.index + 2]
+        part = next(iter(self.shares.parts), None)
+        if not self._early or part is None or not self._tokens[part] or not following or not following[0].number:
+            return
+        inputs, outputs = [*moments.groups, *moments.layout.unused], list(moments.outputs)
+
+        def run() -> None:
+            if not self._blocks.ready:
+                return
+            self.world.idle = None
+            self._first_expert = self._blocks.next()
+            chunk = next(self._chunks.of(0, self._tokens[part][0]))
+            with suppress(torch.OutOfMemoryError), chunk:
+                self.expert_states[part].run_ahead(chunk, following[0], self._first_expert, inputs, outputs)
+
+        self.world.idle = run
 
     def chunks(self, part: Part) -> Iterator[Chunk]:
         """The data of a part of a task, chunk by chunk."""
@@ -321,7 +360,7 @@ class Streams:
 
     def merged_block(self, layer: Layer) -> nn.Module:
         """The merged model's block once more, as it was."""
-        return self._source.block(layer.index).to(self.device)
+        return block_for_all(self._source, layer.index, self.world).to(self.device)
 
     def advance_student(self, layer: Layer, block: nn.Module) -> None:
         """The student's hidden states pass its calibrated block, unless it is the last."""

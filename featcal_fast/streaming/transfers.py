@@ -24,6 +24,11 @@ class Transfer(Generic[T]):
     def __init__(self, future: Future[tuple[T, torch.cuda.Event | None]], device: torch.device) -> None:
         self._future, self._device = future, device
 
+    @property
+    def done(self) -> bool:
+        """Whether the job has been carried out, as far as the host is concerned."""
+        return self._future.done()
+
     def result(self) -> T:
         """The job's result; what the device is told from now on comes after its copies.
 

@@ -11,7 +11,7 @@ from pages import ROOT, Page, codes
 
 import featcal_fast as ff
 
-HEADINGS = ("The result", "Files", "Runs that are stopped", "Strangers' models")
+HEADINGS = ("The result", "Files", "Runs that are stopped", "Several ranks", "Strangers' models")
 CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nclass Own: ...\n"
 
 

@@ -35,11 +35,13 @@ from featcal_fast.job.interrupts import ENDING
 from featcal_fast.layer.solve import MAX_CONDITION_FLOAT32, RAISES
 from featcal_fast.merging.methods import METHODS
 from featcal_fast.models import families_table
+from featcal_fast.ranks.panels import triangle_elements
+from featcal_fast.settings import MOST_SHARDS
 from featcal_fast.untrusted.documents import YAML_BYTES, parse_yaml
 
-RECIPES, DATA, MEMORY, PYTHON, FAMILIES, METHOD, REPORT = (
+RECIPES, DATA, MEMORY, PYTHON, FAMILIES, METHOD, REPORT, RANKS = (
     Page(ROOT / "docs" / f"{name}.md")
-    for name in ("recipes", "data", "memory", "python", "families", "method", "report")
+    for name in ("recipes", "data", "memory", "python", "families", "method", "report", "several-gpus")
 )
 CHOICES = {
     "preset": settings.PRESETS,
@@ -59,6 +61,7 @@ RANGES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "1e-12 to 1": ((1e-12, 1), (0, -1, 1.1)),
     "0 to 1e6, `null`": ((0, 1e6, None), (-1e-9, "a")),
     "0 to 1": ((0, 0.5, 1), (-0.01, 1.01)),
+    f"1 to {MOST_SHARDS:,}": ((1, MOST_SHARDS), (0, MOST_SHARDS + 1, 1.5, True)),
     "-100 to 100": ((-100, 0, 100), (-101, 101, float("inf"), "a")),
     "pattern or list": (("a.*", ["a", "b"], None), (7, [], ["a", 1], "(", ["a"] * 1001)),
 }
@@ -219,7 +222,7 @@ def _checked_where_nothing_loads(ended: Callable[..., int], monkeypatch: pytest.
 def test_environment_variables() -> None:
     files = [*(ROOT / "featcal_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     read = {name for file in files for name in variables(file.read_text())}
-    assert read == {codes(row[0])[0] for row in PYTHON.table("Environment variables")}
+    assert read == {name for row in PYTHON.table("Environment variables") for name in codes(row[0])}
 
 
 def variables(text: str) -> set[str]:
@@ -267,6 +270,7 @@ def test_the_report() -> None:
         "A group": [parts["group"]["properties"]],
         "Phases": [whole["phases"]["properties"]],
         "Peaks": [whole["peaks"]["properties"]],
+        "A rank": [parts["rank"]["properties"]],
         "Inputs": [parts[name]["properties"] for name in ("model", "file", "task")],
     }
     for heading, expected in tables.items():
@@ -326,6 +330,20 @@ def test_figures_of_the_ladder() -> None:
     assert f"at most {MAX_CONDITION_FLOAT32:,.0f}," in text
     assert f"by {_power(RAISES[0])} of its mean, then tenfold, up to {_power(RAISES[-1])}." in text
     assert all(after == pytest.approx(10 * before) for before, after in pairwise(RAISES))
+
+
+def test_figures_of_ranks() -> None:
+    """Llama 3.1's widths: hidden states, keys, MLP; and its layers."""
+    models = {"8B": (4096, 1024, 14336, 32), "70B": (8192, 1024, 28672, 80), "405B": (16384, 1024, 53248, 126)}
+    text, columns = " ".join(RANKS.path.read_text().split()), []
+    for name, (hidden, keys, wide, layers) in models.items():
+        groups = [(hidden, hidden + 2 * keys), (hidden, hidden), (hidden, 2 * wide), (wide, hidden)]
+        left = 4e-9 * layers * sum(triangle_elements(size) for size, _ in groups)
+        right = 4e-9 * layers * sum(size * out for size, out in groups)
+        columns.append([f"{each:,.0f}" for each in (left + right, left, right, right / 2)])
+        whole = 4 / 2**30 * sum(size * (size + out) for size, out in groups)
+        assert re.search(rf" {whole:.2g} GiB for (a layer of Llama 3.1|one of) {name},", text)
+    assert [row[1:] for row in RANKS.table("Bytes")] == [list(row) for row in zip(*columns, strict=True)]
 
 
 def test_families() -> None:

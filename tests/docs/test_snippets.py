@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from launches import check_calibrate, check_torchrun
 from pages import PAGES, ROOT, Block, Page
 from typer.testing import CliRunner
 
@@ -111,6 +112,11 @@ class Reader:
         line = " ".join(words).replace("python3", "python")
         if words[0] == "featcal-fast":
             self._run_ours(words[1:], where)
+        elif words[0] == "torchrun":
+            check_torchrun(words[1:])
+        elif words[0] == "sbatch" or words[:3] == ["kubectl", "apply", "-f"]:
+            script = words[1] if words[0] == "sbatch" else words[3]
+            assert (ROOT / script).is_file(), f"{where}: no such file"
         elif line.startswith("python -m bench"):
             self._parse(words[2], words[3:], where)
         elif re.match(r"python \S+\.py\b", line):
@@ -124,6 +130,9 @@ class Reader:
         if arguments[0] == "demo":  # has tests of its own, and takes minutes
             demo = typer.main.get_command(cli.app).commands["demo"]  # type: ignore[attr-defined]
             demo.make_context("demo", arguments[1:])
+            return
+        if arguments[0] == "calibrate" and "--gpus" in arguments:  # which are not here
+            check_calibrate(arguments[1:])
             return
         result = CliRunner().invoke(cli.app, arguments)
         assert result.exit_code == 0, f"{where}: {result.exception!r}\n{result.output}"
@@ -222,6 +231,10 @@ def test_the_index_names_every_page() -> None:
         ("console", "python -m bench.nothing", AssertionError, "no such module"),
         ("console", "pip install -e '.[everything]'", AssertionError, "found everything"),
         ("console", "rm -r models  # careful", AssertionError, "nobody checks"),
+        ("console", "featcal-fast calibrate recipe.yaml --gpus 8 --node 2", Exception, "No such option"),
+        ("console", "torchrun --nproc-per-gpu 8 -m featcal_fast calibrate recipe.yaml", SystemExit, "2"),
+        ("console", "torchrun --nproc-per-node 8 -m featcal_fast calibrate r.yaml --gpu", Exception, "No such option"),
+        ("console", "sbatch examples/nothing.sbatch recipe.yaml", AssertionError, "no such file"),
         ("shell", "ls", AssertionError, "use a console block"),
         ("bash", "ls", AssertionError, "of kind 'bash'"),
     ],
