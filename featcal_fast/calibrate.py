@@ -22,6 +22,7 @@ from featcal_fast.layer.chain import Chain
 from featcal_fast.layer.choice import hardest
 from featcal_fast.layer.dealt import solve_together
 from featcal_fast.layer.judge import Judge
+from featcal_fast.layer.layout import Layout
 from featcal_fast.layer.moments import TaskMoments
 from featcal_fast.layer.selection import check_settings
 from featcal_fast.layer.solve import (
@@ -44,7 +45,7 @@ from featcal_fast.reporting.warnings import about_run, about_settings
 from featcal_fast.settings import Settings
 from featcal_fast.streaming.chunks import Chunk
 from featcal_fast.streaming.culprit import Culprits
-from featcal_fast.streaming.gate import Gate, load_best
+from featcal_fast.streaming.gate import Gate, Loaded, load_best
 from featcal_fast.streaming.held_out import with_held_out
 from featcal_fast.streaming.hidden_states import HOST, HiddenStates, Offload
 from featcal_fast.streaming.machine import find_device, forget_device_peak, peak_device_bytes, peak_resident_bytes
@@ -207,31 +208,39 @@ def calibrate_source(
         shares,
         world,
     ) as streams:
-        for layer in structure.layers:
-            for task, count in streams.enter(layer).items():
-                report.tokens[task] += count
-            report.held_out = dict(streams.held_out)
-            if settings.auto and not any(streams.held_out.values()):
-                raise DataError("settings.auto: found no samples of any task held out, expected some to choose by")
-            if layer.index < output.first:
-                with clock("entering"):
-                    output.restore(layer, report, streams)
-                continue
-            with clock("accumulating"):
-                done, kept = calibrate_layer(layer, streams, settings, output.write)
-            report.layers.append(done)
-            report.kept |= kept
-            progress.layer(done)
-            if layer is structure.layers[-1]:
-                with clock("judging"):
-                    report.outcome = judge_outcome(streams, settings)
-            with clock("keeping"):
-                output.keep(layer, report, streams)
-        if settings.keep_better and report.outcome is not None:
-            keep_better(report, structure, output)
+        calibrate_layers(streams, structure, settings, output, report, progress)
     report.bytes_read, report.bytes_written = streams.traffic
     report.peaks = Peaks(peak_resident_bytes(), peak_device_bytes(device))
     return report
+
+
+def calibrate_layers(
+    streams: Streams, structure: Structure, settings: Settings, output: Output, report: Report, progress: Progress
+) -> None:
+    """All layers in forward order, and what became of the whole; arguments are those of `calibrate_source`."""
+    clock = streams.clock
+    for layer in structure.layers:
+        for task, count in streams.enter(layer).items():
+            report.tokens[task] += count
+        report.held_out = dict(streams.held_out)
+        if settings.auto and not any(streams.held_out.values()):
+            raise DataError("settings.auto: found no samples of any task held out, expected some to choose by")
+        if layer.index < output.first:
+            with clock("entering"):
+                output.restore(layer, report, streams)
+            continue
+        with clock("accumulating"):
+            done, kept = calibrate_layer(layer, streams, settings, output.write)
+        report.layers.append(done)
+        report.kept |= kept
+        progress.layer(done)
+        if layer is structure.layers[-1]:
+            with clock("judging"):
+                report.outcome = judge_outcome(streams, settings)
+        with clock("keeping"):
+            output.keep(layer, report, streams)
+    if settings.keep_better and report.outcome is not None:
+        keep_better(report, structure, output)
 
 
 def judge_outcome(streams: Streams, settings: Settings) -> Outcome | None:
@@ -249,9 +258,9 @@ def keep_better(report: Report, structure: Structure, output: Output) -> None:
     report.outcome.kept = "merged" if worse else "calibrated"
     if worse:
         output.put_back()
-        for layer, done in zip(structure.layers, report.layers, strict=True):
-            names = (name for group in done.groups for name in group.modules)
-            report.kept |= {f"{layer.path}.{name}": MODEL_WORSE for name in names}
+        for done in report.layers:
+            path, names = structure.layers[done.index].path, (name for group in done.groups for name in group.modules)
+            report.kept |= {f"{path}.{name}": MODEL_WORSE for name in names}
             done.groups, done.norms, done.drift_after = [], [], done.drift_before
             for task in done.tasks.values():
                 task.after = task.before
@@ -291,16 +300,7 @@ def calibrate_layer(
             judged = None if gate is None else gate.keep_better(found)
         parameters = streams.to_host(loaded(student, found.update))
         streams.drift.advance_calibrated(layer, student)
-        # Besides the solve, the choice and the gate, the one time that the host waits for the device.
-        *distances, changed, sums, repeats = read_scalars(
-            *streams.drift.distances(),
-            found.changes,
-            [each for sums in found.update.sums.values() for each in sums],
-            streams.drift.repeats(),
-        )
-        streams.drift.check_repeats(layer, repeats)
-        before, after = streams.of_all_tasks(*distances)
-        check_finite(layout.groups, found.update.parameters, sums, [*before, *after, *changed])
+        before, after, changed = read_back(streams, layer, layout, found)
     streams.advance_student(layer, student)
     with clock("writing"):
         write(layer.index, parameters.synchronize())  # while a GPU advances
@@ -320,6 +320,35 @@ def calibrate_layer(
     )
     reasons = {f"{layer.path}.{name}": LAYER_WORSE for group in groups for name in kept & {*group.modules}}
     return report, layout.kept | reasons
+
+
+def read_back(
+    streams: Streams, layer: Layer, layout: Layout, found: Loaded
+) -> tuple[list[float], list[float], list[float]]:
+    """Besides the solve, the choice and the gate, the one time that the host waits for the device.
+
+    Args:
+        streams, layer: as in `calibrate_layer`.
+        layout: of its block.
+        found: the update that the block has now.
+
+    Returns:
+        Drift before and after, by task, and each group's change.
+
+    Raises:
+        NotFinite: a number is not.
+        UnsupportedModelError: the layer draws random numbers.
+    """
+    *distances, changed, sums, repeats = read_scalars(
+        *streams.drift.distances(),
+        found.changes,
+        [each for sums in found.update.sums.values() for each in sums],
+        streams.drift.repeats(),
+    )
+    streams.drift.check_repeats(layer, repeats)
+    before, after = streams.of_all_tasks(*distances)
+    check_finite(layout.groups, found.update.parameters, sums, [*before, *after, *changed])
+    return before, after, changed
 
 
 def fold_tasks(

@@ -171,8 +171,7 @@ def calibrate(
     Examples:
         featcal-fast calibrate recipe.yaml --out models/calibrated --device cuda
         featcal-fast calibrate --mergekit merged --data math=math.jsonl --data code=code.jsonl --out calibrated
-        featcal-fast calibrate recipe.yaml --gpus 8
-        torchrun --nproc-per-node 8 -m featcal_fast calibrate recipe.yaml
+        torchrun --nproc-per-node 8 -m featcal_fast calibrate recipe.yaml   # or --gpus 8
     """
     from featcal_fast.job.delta import RANK
     from featcal_fast.job.run import calibrate as run
@@ -232,14 +231,12 @@ def plan(
 ) -> None:
     """Say what RECIPE.yaml will need (memory, disk, bytes read, arithmetic) and which weights will change.
 
-    Nothing is run, unless by --sample. It takes what `calibrate` takes. Exit code 1 when the recipe cannot work or will
-    not fit.
+    Nothing is run, unless by --sample. It takes what `calibrate` takes. Exit code 1: it cannot work, or will not fit.
 
     \b
     Example:
-        featcal-fast plan recipe.yaml --device-memory 22GiB --rate 150
+        featcal-fast plan recipe.yaml --device-memory 22GiB --rate 150 --gpus 8
         featcal-fast plan recipe.yaml --sample 8
-        featcal-fast plan recipe.yaml --gpus 8
     """
     from featcal_fast.inputs.recipe import with_out
     from featcal_fast.planning.planner import plan as make

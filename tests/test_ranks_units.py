@@ -28,7 +28,7 @@ from featcal_fast.ranks.shares import Part, Shares, ring
 from featcal_fast.ranks.world import World
 
 CPU = torch.device("cpu")
-GRID = [(tasks, shards, size) for tasks in (1, 2, 3, 8) for shards in (1, 2, 5) for size in (1, 2, 3, 4, 7, 64)]
+GRID = [(tasks, shards, size) for tasks in (1, 2, 3, 8) for shards in (1, 2, 5) for size in (1, 2, 3, 4, 9)]
 
 
 def names(count: int) -> tuple[str, ...]:
@@ -114,7 +114,7 @@ def works() -> list[list[Work]]:
                 Work(generator.uniform(0, 9), tuple(generator.uniform(0, 9) for _ in range(generator.randint(1, 9))))
                 for _ in range(generator.randint(1, 6))
             ]
-            for _ in range(20)
+            for _ in range(12)
         ),
     ]
 

@@ -118,14 +118,17 @@ def meant_offload(told: str | None, device: torch.device) -> Offload:
     return HOST if told == "host" else Path(told)
 
 
-def check_same_job(recipe: Recipe, facts: Facts, world: World) -> None:
+def check_same_job(recipe: Recipe, facts: Facts, world: World) -> Facts:
     """All ranks must have the same recipe, inputs, data, versions and kind of device.
+
+    Returns:
+        `facts`.
 
     Raises:
         RankError: one has not; on all ranks, with what differs.
     """
     if world.size == 1:
-        return
+        return facts
     inputs = {of: {name: size for name, (size, _) in sizes.items()} for of, sizes in facts["inputs"].items()}
     every = world.gather({**facts, "inputs": inputs, "content": _contents(recipe)})
     for rank, theirs in enumerate(every):
@@ -134,6 +137,7 @@ def check_same_job(recipe: Recipe, facts: Facts, world: World) -> None:
                 f"ranks 0 and {rank} have not the same job: {found}; give all ranks the same recipe, files, versions "
                 "and kind of device"
             )
+    return facts
 
 
 def _contents(recipe: Recipe) -> dict[str, str]:

@@ -151,11 +151,11 @@ class Past:
             )
 
 
-def find_past(work: WorkFolder, *, resume: bool, fresh: bool) -> Past:
+def find_past(work: WorkFolder, facts: Facts, *, resume: bool, fresh: bool) -> Past:
     """What an earlier run has left in the work folder: to go on with, or, with `fresh`, nothing any more.
 
     Raises:
-        ResumeError: something was left, and nobody said what to do with it.
+        ResumeError: something was left, and nobody said what to do with it; or it is of another job than `facts`.
     """
     with write_errors(work.out):
         if fresh or work.published:
@@ -166,6 +166,7 @@ def find_past(work: WorkFolder, *, resume: bool, fresh: bool) -> Past:
         if not past.layers and not work.finished:
             work.clear()
             return Past([])
+    past.check(facts)
     return past
 
 

@@ -70,55 +70,47 @@ def calibrate(
 ) -> Report:
     """Calibrate the model that a recipe describes and write it to a new folder, `report.json` beside the weights.
 
-    Folders are streamed: one layer of one expert is in memory at a time, and no whole model is ever built. What is done
-    is kept beside the output, so that a run that is stopped can go on, with the bits of one that was not.
+    Folders are streamed: one layer of one expert is in memory at a time. What is done is kept beside the output, so
+    that a run that is stopped can go on, with the bits of one that was not. Processes of torchrun's share the job.
 
     Args:
         recipe: a `Recipe`, a mapping, or the path of a YAML file.
         out: overrides the recipe's `out`; relative to the working directory.
         device: where to compute; by default the first GPU, or the CPU.
         progress: told how the run goes.
-        device_memory: bytes of it that may be used, or a text such as `22GiB`; by default what is free.
-        host_memory: bytes of host memory that may be used, likewise.
-        scratch: a folder for hidden states between layers; by default they wait on a GPU if they fit there, else in
-            host memory.
+        device_memory, host_memory: bytes that may be used, or a text such as `22GiB`; by default what is free.
+        scratch: a folder for hidden states between layers; by default they wait on a GPU, or in host memory.
         resume: go on with what an interrupted run into the same folder has left, if it has.
         fresh: remove that, and start over.
-        checkpoint_every: after how many layers all that is done is made durable; 0 for never, by default as often as
-            that takes about a thirtieth of the time.
+        checkpoint_every: after how many layers what is done is made durable, 0 for never; by default at little cost.
         scan: read all weights before the first layer, to see that they are finite, not only when their layer comes.
-        delta: a folder to write the calibration to as an adapter of the merged model, beside the model; see `delta`.
-        delta_rank: of its factors.
+        delta, delta_rank: a folder to write the calibration to, too, as an adapter of the merged model, and its rank.
 
     Returns:
         What happened, layer by layer.
 
     Raises:
-        FeatCalError: the recipe, a model, the data or the output folder is not usable, memory will not do (see
-            `plan`), features are not finite, an input changed meanwhile, or an interrupted run has left something and
-            neither is set. The output folder is not there, then; what can be gone on from stays beside it.
+        FeatCalError: the recipe, a model, the data or the output folder is not usable, memory will not do (see `plan`),
+            features are not finite, an input changed, another process failed, or an interrupted run has left something
+            and neither is set. The output folder is not there, then; what can be gone on from stays beside it.
     """
     _check_choices(resume, fresh, checkpoint_every)
-    device_memory, host_memory = memory_bytes("device_memory", device_memory), memory_bytes("host_memory", host_memory)
+    memory = memory_bytes("device_memory", device_memory), memory_bytes("host_memory", host_memory)
     clock, recipe, size = Clock(), with_out(recipe, out), launched()
     device = own_device(find_device(device), size)
     with join(size, device) as world:
         models = models_to_calibrate(recipe, device)
-        facts = fingerprint(recipe, models, device)
-        check_same_job(recipe, facts, world)
+        facts = check_same_job(recipe, fingerprint(recipe, models, device), world)
         if not world.is_first:
             return follow(recipe, models, device, world)
-        folder = output_folder(recipe, models, scratch)
-        adapter = (
-            None if delta is None else check_delta(delta, models.merged, folder, recipe, delta_rank, models.nbytes)
-        )
-        with WorkFolder(folder) as work:
-            past = find_past(work, resume=resume, fresh=fresh)
-            past.check(facts)
+        made = output_folder(recipe, models, scratch)
+        adapter = None if delta is None else check_delta(delta, models.merged, made, recipe, delta_rank, models.nbytes)
+        with WorkFolder(made) as work:
+            past = find_past(work, facts, resume=resume, fresh=fresh)
             job = _Job(recipe, models, device, progress or Progress(), work, past, checkpoint_every, scan, clock, world)
-            report = job.carry_out(facts, device_memory, host_memory, scratch)
+            report = job.carry_out(facts, *memory, scratch)
         if adapter is not None and report.calibrated:  # else there is none
-            _write_delta(job, folder, adapter, delta_rank)
+            _write_delta(job, made, adapter, delta_rank)
         world.tell(report.to_json() if size > 1 else None)
     return report
 

@@ -109,9 +109,8 @@ def plan(
     data = load_data(recipe, models, device, keep=False)[1]
     budgets = device_memory, host_memory, scratch, checkpoint_every, ranks, min(ranks, ON_ONE)
     found = choose_offload(recipe, models, device, data, *budgets)[0]
-    if recipe.folder is not None:
-        with write_errors(recipe.folder):
-            found.warnings += [said] if (said := taken(recipe.folder)) else []
+    with write_errors(recipe.folder or Path()):
+        found.warnings += [said] if recipe.folder is not None and (said := taken(recipe.folder)) else []
     if scan:
         found.bytes_read["scan"] = scan_weights(recipe, models, progress or Progress())
     if planned is not None:
