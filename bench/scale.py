@@ -32,18 +32,24 @@ from bench.harness.runs import command_line, kept_runs, results_folder, take_tur
 from bench.workloads import LLAMA_1B, LLAMA_TOY, TEXT, Workload, write
 from featcal_fast.models.meta import parameters_on_meta
 from featcal_fast.planning.plan import Plan
-from featcal_fast.planning.scaling import KINDS, Scaling, Speeds, scale
+from featcal_fast.planning.scaling import KINDS, Speeds, scale
 
 JOB = Workload(
-    TEXT, {**LLAMA_1B, "num_hidden_layers": 2, "vocab_size": 32000}, 2, "llm", 8, 256, dtype="float32", toy=LLAMA_TOY
+    TEXT,
+    {**LLAMA_1B, "num_hidden_layers": 2, "vocab_size": 32000},
+    tasks=2,
+    preset="llm",
+    samples=8,
+    tokens=256,
+    padded=False,  # of which plans know nothing where systems are solved from the token side
+    toy=LLAMA_TOY,
 )
 SIZES = (1, 2, 4)
 GIB = 2**30
-GPUS = (1, 8, 64)
+GPUS = ((1, 1), (8, 1), (8, 16), (64, 16))  # ranks, and settings.sample_shards
 CARD = RESULTS / "gpu-nvidia-h200.json"
 LINKS = {"between machines": 50e9, "within a machine": 300e9}  # bytes a second; assumptions
 LATENCY, READING = 20e-6, 5e9  # seconds, bytes a second of each rank; assumptions
-SHARDS = 16
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 500000.0}
 LLAMAS = {
     "8B": (5, {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}),
@@ -191,33 +197,39 @@ def llamas(folder: Path) -> dict[str, Any]:
             "link": {name: f"{link / 1e9:.0f} GB/s" for name, link in LINKS.items()},
             "latency": f"{LATENCY * 1e6:.0f} us",
             "reading": f"{READING / 1e9:.0f} GB/s each rank",
-            "samples": f"256 of 512 tokens a task, none held out, settings.sample_shards: {SHARDS}",
+            "samples": "256 of 512 tokens a task, none held out",
             "left out": "what comes before the first layer and after the last, hidden states that wait on the host, "
             "and what ranks do ahead while they wait. Layers of whole jobs take longer: those of a Llama-8B, "
             f"{job['seconds_in_layers'] / 4:.1f} s each on that card, {job['tasks']} tasks of {job['samples']} samples",
         }
     }
     for name, (tasks, config) in LLAMAS.items():
-        plan = plan_holes(LlamaConfig(**LLAMA, **config), tasks, folder / name)
-        for place, link in LINKS.items():
-            speeds = Speeds(rates, link, LATENCY, READING)
-            sizes = [size for size in GPUS if place != "within a machine" or size <= 8]
-            found[f"Llama {name}, K = {tasks}, {place}"] = rows_of(scale(plan, sizes, speeds))
+        for size, shards in GPUS:
+            plan = plan_holes(LlamaConfig(**LLAMA, **config), tasks, folder / name, size, shards)
+            for place, link in LINKS.items():
+                if size > 1 and (size <= 8 or place != "within a machine"):
+                    key = f"Llama {name}, K = {tasks}, {size} ranks, {shards} shards, {link / 1e9:.0f} GB/s"
+                    found[key] = row_of(plan, size, Speeds(rates, link, LATENCY, READING))
+            if size == 1:
+                found[f"Llama {name}, K = {tasks}, alone"] = row_of(plan, 1, Speeds(rates, reading=READING))
     return found
 
 
-def rows_of(scaling: Scaling) -> list[dict[str, Any]]:
-    return [
-        {
-            "ranks": row.ranks,
-            "hours": round(row.seconds / 3600, 4),
-            "speed_up": round(row.speed_up, 2),
-            "efficiency": round(row.efficiency, 3),
-            "received_GB": round(row.received / 1e9, 1),
-            "phases": {name: round(seconds, 2) for name, seconds in row.phases.items()},
-        }
-        for row in scaling.rows
-    ]
+def row_of(plan: Plan, size: int, speeds: Speeds) -> dict[str, Any]:
+    """What the model says of a plan on its own number of ranks."""
+    (row,) = scale(plan, (size,), speeds).rows
+    widest = max(layer.system for layer in plan.layers)
+    return {
+        "ranks": size,
+        "hours": round(row.seconds / 3600, 4),
+        "speed_up": round(row.speed_up, 2),
+        "efficiency": round(row.efficiency, 3),
+        "received_GB": round(row.received / 1e9, 1),
+        "device_GiB": round(plan.device_bytes / GIB, 1),
+        "systems_GiB": round(widest / GIB, 2),
+        "moments_GiB": round(max(layer.scratch for layer in plan.layers) / GIB, 2),
+        "phases": {name: round(seconds, 2) for name, seconds in row.phases.items()},
+    }
 
 
 def card_rates(results: dict[str, Any]) -> dict[str, float]:
@@ -231,7 +243,7 @@ def card_rates(results: dict[str, Any]) -> dict[str, float]:
     return {kind: 1e3 * share * rate for kind, rate in rates.items()}
 
 
-def plan_holes(config: LlamaConfig, tasks: int, folder: Path) -> Plan:
+def plan_holes(config: LlamaConfig, tasks: int, folder: Path, size: int, shards: int) -> Plan:
     """A plan for models of which there are only headers: files that are all holes."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -246,9 +258,9 @@ def plan_holes(config: LlamaConfig, tasks: int, folder: Path) -> Plan:
         "merged_model": str(folder / "merged"),
         "experts": experts,
         "held_out": 0,
-        "settings": {"preset": "llm", "sample_shards": SHARDS},
+        "settings": {"preset": "llm", "sample_shards": shards},
     }
-    plan = ff.plan(recipe, device="cuda", device_memory=10**15, host_memory=10**15)
+    plan = ff.plan(recipe, device="cuda", gpus=size, device_memory=10**15, host_memory=10**15)
     shutil.rmtree(folder)
     return plan
 

@@ -122,6 +122,15 @@ RequireBetter = Annotated[
 DeltaFolder = Annotated[
     Path | None, typer.Option(help="Folder to write, too: the calibration as a LoRA adapter of the merged model.")
 ]
+Rate = Annotated[float | None, typer.Option(help="TFLOP/s, to estimate the time by. Default: what runs took here.")]
+Link = Annotated[
+    float,
+    typer.Option(help="GB/s from rank to rank, for --gpus with --rate: a model says how much sooner several are done."),
+]
+Sample = Annotated[
+    int | None,
+    typer.Option(min=3, help="Samples of each task to pass through all models, to see whether it will help."),
+]
 Rank = Annotated[int | None, typer.Option(min=1, help="Rank of the adapter's factors. Default: 16.")]
 Gpus = Annotated[
     int | None,
@@ -220,14 +229,9 @@ def plan(
     scan: Scan = False,
     gpus: Gpus = None,
     debug: Debug = False,
-    rate: Annotated[
-        float | None,
-        typer.Option(help="TFLOP/s, to estimate the time by. Default: what runs took here."),
-    ] = None,
-    sample: Annotated[
-        int | None,
-        typer.Option(min=3, help="Samples of each task to pass through all models, to see whether it will help."),
-    ] = None,
+    rate: Rate = None,
+    link: Link = 25.0,
+    sample: Sample = None,
 ) -> None:
     """Say what RECIPE.yaml will need (memory, disk, bytes read, arithmetic) and which weights will change.
 
@@ -244,6 +248,8 @@ def plan(
     if rate is not None and not 0 < rate < math.inf:
         said = f"found {rate}, expected TFLOP/s above 0, such as a run's summary says"
         raise typer.BadParameter(said, param_hint="--rate")
+    if not 0 < link < math.inf:
+        raise typer.BadParameter(f"found {link}, expected GB/s above 0", param_hint="--link")
     configure_process()
     console = Terminal()
     job = with_out(_job(recipe, mergekit, data, skip, base, recipe_out, out), out)
@@ -258,7 +264,7 @@ def plan(
             scan=scan,
             gpus=gpus,
             sample=sample,
-            planned=partial(console.show_plan, job.folder, rate),
+            planned=partial(console.show_plan, job.folder, rate, link),
             progress=progress,
         )
     if found.sample is not None:

@@ -158,16 +158,23 @@ class Terminal(Console):
             self.print(table)
         self.say(text)
 
-    def show_plan(self, out: Path | None, rate: float | None, plan: Plan) -> None:
+    def show_plan(self, out: Path | None, rate: float | None, link: float, plan: Plan) -> None:
         """A plan, at a rate of so many TFLOP/s or at what runs took; and what a run has left in the folder to write.
+
+        Of several ranks with a rate, how much sooner 1, 2, 4, ... are done, if `link` GB/s go from one to another.
 
         Raises:
             OutputError: there is nowhere to show it.
         """
         from featcal_fast.job.resume import left_behind
         from featcal_fast.job.throughput import expected
+        from featcal_fast.planning.scaling import Speeds, scale
 
-        self.show(plan.tables(), plan.summary(rate * 1e12) if rate else plan.summary(duration=expected(plan)))
+        tables = plan.tables()
+        if plan.ranks and rate:
+            sizes = {min(2**power, len(plan.ranks)) for power in range(len(plan.ranks).bit_length() + 1)}
+            tables.append(scale(plan, sorted(sizes), Speeds.at(rate * 1e12, link * 1e9)).table())
+        self.show(tables, plan.summary(rate * 1e12) if rate else plan.summary(duration=expected(plan)))
         if out and (left := left_behind(out)):
             self.say(left)
         self._check_shown()

@@ -34,12 +34,13 @@ def test_ranks_and_plans_are_compared(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_large_models_plan_needs_no_weights(tmp_path: Path) -> None:
-    plan = scale.plan_holes(LlamaConfig(**LLAMA_TOY | {"vocab_size": 500}), 2, tmp_path / "holes")
-    assert plan.settings.sample_shards == scale.SHARDS
+    config = LlamaConfig(**LLAMA_TOY | {"vocab_size": 500})
+    plan = scale.plan_holes(config, 2, tmp_path / "holes", 4, 16)
+    assert plan.settings.sample_shards == 16
     assert plan.tokens == {"task0": 256 * 512, "task1": 256 * 512}
-    rows = scale.rows_of(scale.scale(plan, scale.GPUS, Speeds.at(1e12, 50e9)))
-    assert [row["ranks"] for row in rows] == [1, 8, 64]
-    assert rows[0]["received_GB"] == 0
+    assert len(plan.ranks) == 4
+    row = scale.row_of(plan, 4, Speeds.at(1e12, 50e9))
+    assert 1 < row["speed_up"] <= 4
     assert not (tmp_path / "holes").exists()
 
 

@@ -13,6 +13,7 @@ import torch
 from file_operations import operations
 from forms import expert_at, factors, write_adapter
 from rank_processes import check_case, made_case, run_case, small_panels
+from runs import EXHAUSTIVE
 from safetensors.torch import load_file
 from test_engine import calibrated, update_errors
 from unions import union_job
@@ -21,7 +22,6 @@ import featcal_fast as ff
 from featcal_fast import reference
 from featcal_fast.reporting.report import Report
 
-LAYERS: dict[str, dict[str, Any]] = {"llama": {"layers": 2}, "clip": {"layers": 2}}
 Make = Callable[[Path], dict[str, Any]]  # saves a job below a folder; a recipe for it
 
 
@@ -41,11 +41,13 @@ class Job(NamedTuple):
     on_disk: bool = False
 
 
-def saved(kind: str, tasks: int, batches: int = 2, dtype: torch.dtype = torch.float32, **changes: Any) -> Make:
-    """A pico job of a few samples; `changes` go into its recipe."""
+def saved(
+    kind: str, tasks: int, batches: int = 2, dtype: torch.dtype = torch.float32, layers: int = 1, **changes: Any
+) -> Make:
+    """A pico job of a few samples, of CLIP and Llama with so many layers; `changes` go into its recipe."""
 
     def make(folder: Path) -> dict[str, Any]:
-        job = pico.job(kind, tasks, **LAYERS.get(kind, {}))
+        job = pico.job(kind, tasks, **({"layers": layers} if kind in ("clip", "llama") else {}))
         job.batches = {task: own[:batches] for task, own in job.batches.items()}
         for model in (job.base, job.merged, *job.experts.values()):
             model.to(dtype)
@@ -67,7 +69,7 @@ def with_few_tokens(**changes: Any) -> Make:
 
 def with_little_held_out(folder: Path) -> dict[str, Any]:
     """A task has too few samples to spare one."""
-    job = pico.job("clip", 3, **LAYERS["clip"])
+    job = pico.job("clip", 3, layers=1)
     job.batches = {task: own[:2] for task, own in job.batches.items()} | {"task1": [_rows(job.batches["task1"][0], 0)]}
     settings = {"auto": True, "keep_better": False}
     return {**pico.save(job, folder), "batch_size": 8, "held_out": 0.25, "settings": settings}
@@ -90,7 +92,7 @@ def with_adapters(folder: Path) -> dict[str, Any]:
     recipe = saved("llama", 3, settings=settings)(folder)
     base = load_file(folder / "base" / "model.safetensors")
     for task in ("task0", "task2"):
-        recipe |= expert_at(recipe, task, write_adapter(folder / f"adapter of {task}", factors(base, layers=2)))
+        recipe |= expert_at(recipe, task, write_adapter(folder / f"adapter of {task}", factors(base, layers=1)))
     return recipe
 
 
@@ -108,8 +110,8 @@ def has_token_side(report: Report) -> bool:
 
 # Of each of CLIP, Llama and T5 jobs of 2, 3 and 4 ranks.
 JOBS = {
-    "clip": Job(saved("clip", 5), (2, 3, 4)),
-    "llama": Job(saved("llama", 3), (2, 4)),
+    "clip": Job(saved("clip", 3), (2, 3, 4)),
+    "llama": Job(saved("llama", 3, layers=2), (2, 4)),
     "t5": Job(saved("t5", 3), (3,)),
     "gpt2, max_change": Job(saved("gpt2", 2, settings={"max_change": 0.2})),
     "mixtral": Job(saved("mixtral", 2)),
@@ -120,14 +122,14 @@ JOBS = {
         with_little_held_out, (3,), lambda report: report.layers[0].chosen and not report.held_out["task1"]
     ),
     "auto, t5, max_change": Job(saved("t5", 2, held_out=0.25, settings={"auto": True, "max_change": 0.5})),
-    "include": Job(saved("llama", 3, settings={"include": ["1.mlp.down_proj"]})),
+    "include": Job(saved("llama", 3, layers=2, settings={"include": ["1.mlp.down_proj"]})),
     "few tokens, auto, 3 shards": Job(
         with_few_tokens(held_out=0.25, **shards(3, auto=True, keep_better=False)), (4,), has_token_side
     ),
     "few tokens, 2 shards": Job(with_few_tokens(**shards(2)), (3,), has_token_side),
-    "2 shards": Job(saved("llama", 2, 3, held_out=0.25, **shards(2)), (3,)),
+    "2 shards": Job(saved("llama", 2, 3, layers=2, held_out=0.25, **shards(2)), (3,)),
     "3 shards, on disk": Job(saved("t5", 2, 3, **shards(3)), (4,), on_disk=True),
-    "5 shards": Job(saved("clip", 2, 3, **shards(5)), (4,)),
+    "5 shards": Job(saved("clip", 2, 3, layers=2, **shards(5)), (4,)),
     "2 shards, bfloat16, auto": Job(
         saved("clip", 2, 3, torch.bfloat16, held_out=0.25, **shards(2, auto=True, keep_better=False)), (3,)
     ),
@@ -135,6 +137,8 @@ JOBS = {
     "adapters, exclude": Job(with_adapters),
     "own tokens": Job(union_job),
 }
+# What takes longest, and differs from others in what it combines, is tried with all else that is not tried each time.
+RARELY = ("3 shards, on disk", "auto, t5, max_change", "few tokens, 2 shards", "2 shards, bfloat16, auto", "own tokens")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -143,7 +147,7 @@ def _small_panels() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", [name for name in JOBS if EXHAUSTIVE or name not in RARELY])
 def test_the_bits_are_the_same_at_every_number_of_ranks(name: str, tmp_path: Path) -> None:
     job = JOBS[name]
     case = made_case(job.make(tmp_path), tmp_path, job.on_disk, checkpoint_every=0)
@@ -154,7 +158,7 @@ def test_the_bits_are_the_same_at_every_number_of_ranks(name: str, tmp_path: Pat
             check_case(case, size, tmp_path / str(size), checkpoint_every=0)
 
 
-@pytest.mark.parametrize("shards", [2, 3, 7])
+@pytest.mark.parametrize("shards", [3, 7])
 @pytest.mark.parametrize("kind", ["clip", "llama"])
 def test_sums_in_shards_are_as_near_to_the_exact_solution(kind: str, shards: int) -> None:
     """Seven are more than there are batches."""

@@ -9,6 +9,7 @@ import pico
 import pytest
 import torch
 from rank_processes import run_ranks
+from runs import EXHAUSTIVE
 from safetensors.torch import load_file
 
 import featcal_fast as ff
@@ -16,7 +17,7 @@ from featcal_fast.forward.runner import BlockRunner
 from featcal_fast.streaming.hidden_states import HiddenStates
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ["llama", *["t5"] * EXHAUSTIVE])
 def test_what_an_expert_ran_ahead_is_not_run_again(kind: str, tmp_path: Path) -> None:
     recipe = {**pico.save(pico.job(kind, 2), tmp_path), "held_out": 0}
     counts: Counter[str] = Counter()

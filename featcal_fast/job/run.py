@@ -80,8 +80,7 @@ def calibrate(
         progress: told how the run goes.
         device_memory, host_memory: bytes that may be used, or a text such as `22GiB`; by default what is free.
         scratch: a folder for hidden states between layers; by default they wait on a GPU, or in host memory.
-        resume: go on with what an interrupted run into the same folder has left, if it has.
-        fresh: remove that, and start over.
+        resume, fresh: go on with what an interrupted run into the same folder has left, if any; or remove that.
         checkpoint_every: after how many layers what is done is made durable, 0 for never; by default at little cost.
         scan: read all weights before the first layer, to see that they are finite, not only when their layer comes.
         delta, delta_rank: a folder to write the calibration to, too, as an adapter of the merged model, and its rank.
