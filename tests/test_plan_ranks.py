@@ -9,6 +9,7 @@ import pico
 import pytest
 import torch
 from rank_processes import run_ranks
+from runs import EXHAUSTIVE
 from safetensors.torch import load_file, save_file
 
 import featcal_fast as ff
@@ -38,6 +39,7 @@ JOBS = {
     "t5, gated": ("t5", 3, 3, GATED),
     "t5, shards, chosen": ("t5", 2, 4, {**CHOSEN, "settings": {**CHOSEN["settings"], "sample_shards": 2}}),
 }
+OFTEN = ("clip on 4, one without samples", "clip, shards, chosen", "llama on 3", "llama, merged on the fly")
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +71,7 @@ def compare(plan: ff.Plan, report: dict) -> None:
     assert plan.bytes_read == read
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", JOBS if EXHAUSTIVE else OFTEN)
 def test_ranks_send_and_read_what_was_planned(name: str, tmp_path: Path) -> None:
     kind, tasks, size, more = JOBS[name]
     recipe = {**pico.save(pico.job(kind, tasks), tmp_path), **more}
@@ -77,7 +79,7 @@ def test_ranks_send_and_read_what_was_planned(name: str, tmp_path: Path) -> None
     compare(ff.plan(recipe, device="cpu", gpus=size), shared(recipe, size, tmp_path))
 
 
-@pytest.mark.parametrize(("kind", "size"), [("clip", 2), ("llama", 3), ("t5", 4)])
+@pytest.mark.parametrize(("kind", "size"), [("llama", 3), *[("clip", 2), ("t5", 4)] * EXHAUSTIVE])
 def test_rows_of_few_tokens_too(kind: str, size: int, tmp_path: Path) -> None:
     """Where no token is padding, of which plans know nothing: systems are solved from the token side."""
     recipe = few_tokens(kind, 2, tmp_path) | {"settings": {"sample_shards": 2}}
@@ -87,6 +89,7 @@ def test_rows_of_few_tokens_too(kind: str, size: int, tmp_path: Path) -> None:
     compare(plan, report)
 
 
+@pytest.mark.skipif(not EXHAUSTIVE, reason="tried with all that takes long")
 def test_rows_of_few_tokens_where_settings_choose_themselves(tmp_path: Path) -> None:
     recipe = {**few_tokens("llama", 2, tmp_path, samples=3), **CHOSEN, "held_out": 0.4}
     plan, report = ff.plan(recipe, device="cpu", gpus=3), shared(recipe, 3, tmp_path)

@@ -7,12 +7,13 @@ arrives. A task whose samples are split passes its moments on likewise, from sha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from featcal_fast.layer.fold import GroupFold, RowFold, TaskFold
-from featcal_fast.layer.moments import GroupMoments, TaskMoments
+from featcal_fast.layer.moments import GroupMoments, RowMoments, TaskMoments
 from featcal_fast.layer.systems import GroupSystem, LayerSystem, RowSystem
 from featcal_fast.ranks.panels import row_panels
 from featcal_fast.ranks.shares import Part, Shares
@@ -46,6 +47,9 @@ class Chain:
         self._system, self._new, self._free = system, new, free
         self._shares, self._world, self._split = shares, world, split
         self._waiting: list[tuple[Part, TaskMoments, nn.Module]] = []
+        first = next(iter(shares.parts), None)
+        # A task whose first shards other ranks have: this one's are kept apart, to be added in order.
+        self._elsewhere = first.task if split and first is not None and first.shard else None
 
     def moments(self, task: str) -> TaskMoments:
         """Scratch, for a part of a task."""
@@ -55,13 +59,15 @@ class Chain:
 
     def add(self, part: Part, moments: TaskMoments, expert: nn.Module) -> None:
         """A part of a task has passed its expert's block: `moments` is complete, and used up."""
+        if self._waiting and self._waiting[-1][0].task == part.task != self._elsewhere:
+            whole = self._waiting.pop()[1]
+            whole.join(moments)
+            self._free.append(moments)
+            moments = whole
         self._waiting.append((part, moments, expert))
-        if not self._shares.rank:
-            self._join()
-            if self._shares.is_last(part):
-                _, whole, block = self._waiting.pop()
-                TaskFold(self._system, whole, block).add()
-                self._free.append(whole)
+        if not self._shares.rank and self._shares.is_last(part):
+            TaskFold(self._system, *self._waiting.pop()[1:]).add()
+            self._free.append(moments)
 
     def finish(self) -> TaskMoments:
         """All parts have passed: add what waits, and pass the sums on. Complete ones are with the last owner.
@@ -69,52 +75,61 @@ class Chain:
         Returns:
             Scratch that nobody needs any more.
         """
-        shares, world = self._shares, self._world
-        if self._waiting and shares.rank and self._split and self._waiting[0][0].shard:
-            part, _, expert = self._waiting[0]
-            self._waiting.insert(0, (Part(part.task, -1), self._received(part.task), expert))
-        self._join()
-        if self._waiting and not shares.is_last(self._waiting[-1][0]):
-            self._send(self._waiting.pop()[1])
-        if world.size > 1 and shares.rank in shares.owners:
-            self._pass_on([TaskFold(self._system, moments, expert) for _, moments, expert in self._waiting])
-        free = self._free or [moments for _, moments, _ in self._waiting]
+        shares, waiting = self._shares, self._waiting
+        if begun := [each for each in waiting if each[0].task == self._elsewhere]:
+            part, _, expert = begun[-1]
+            after = None if shares.is_last(part) else shares.rank + 1
+            whole = self._with_those_before(part.task, [moments for _, moments, _ in begun], after)
+            waiting[: len(begun)] = [] if after else [(part, whole, expert)]
+        if waiting and not shares.is_last(waiting[-1][0]):
+            self._send(waiting.pop()[1])
+        if self._world.size > 1 and shares.rank in shares.owners:
+            self._pass_on([TaskFold(self._system, moments, expert) for _, moments, expert in waiting])
+        free = self._free or [moments for _, moments, _ in waiting]
         return free[0] if free else self._new()
 
-    def _join(self) -> None:
-        """Of each task, what waits as one."""
-        joined: list[tuple[Part, TaskMoments, nn.Module]] = []
-        for part, moments, expert in self._waiting:
-            if joined and joined[-1][0].task == part.task:
-                joined[-1][1].join(moments)
-                joined[-1] = part, joined[-1][1], expert
-                self._free.append(moments)
-            else:
-                joined.append((part, moments, expert))
-        self._waiting = joined
+    def _with_those_before(self, task: str, own: Sequence[TaskMoments], after: int | None) -> TaskMoments:
+        """A task's moments, of the shards that ranks before this one have and of its own, in that order.
 
-    def _received(self, task: str) -> TaskMoments:
-        """The moments of the shards before this rank's first one."""
-        world, source = self._world, self._shares.rank - 1
+        Args:
+            task: its name.
+            own: of each shard.
+            after: a rank to pass them on to, as they come; None for none.
+        """
+        world, before = self._world, self._shares.rank - 1
         found = self.moments(task)
-        counts = torch.zeros(_counts(found).shape, dtype=torch.float64)
-        (told,) = (each.tolist() for each in world.receive([counts], source))
-        values = iter(told)
-        for group in found.groups.values():
-            group.n, group.tokens, flag = next(values), int(next(values)), bool(next(values))
-            if isinstance(group, GroupMoments):
-                group.whole = flag
-            else:
-                group.more(group.tokens)
-        for norm in found.norms.values():
-            norm.n, norm.tokens = next(values), int(next(values))
-        for _ in world.receive(_views(found), source):
-            pass
+        counts = torch.zeros_like(_counts(found))
+        for _ in world.receive([counts], before):
+            _set_counts(found, counts)
+        rows = {leader: group.tokens for leader, group in found.groups.items() if isinstance(group, RowMoments)}
+        if after is not None:
+            world.send(counts + sum(map(_counts, own)), after)
+        for number, view in enumerate(world.receive(_sums(found), before)):
+            for each in own:
+                view += _sums(each)[number]
+            if after is not None:
+                world.send(view, after)
+        for leader, count in rows.items():
+            group = found.groups[leader]
+            assert isinstance(group, RowMoments)
+            group.more(count)
+            for _ in world.receive(_rows(group), before):
+                pass
+            for each in own:
+                group.append(each.groups[leader])
+            if after is not None:
+                for view in _rows(group):
+                    world.send(view, after)
+        _set_counts(found, counts + sum(map(_counts, own)))
+        world.flush()
+        self._free += own
         return found
 
     def _send(self, moments: TaskMoments) -> None:
-        for each in (_counts(moments), *_views(moments)):
-            self._world.send(each, self._shares.rank + 1)
+        after = self._shares.rank + 1
+        rows = [_rows(group) for group in moments.groups.values() if isinstance(group, RowMoments)]
+        for each in (_counts(moments), *_sums(moments), *chain(*rows)):
+            self._world.send(each, after)
         self._world.flush()
 
     def _pass_on(self, folds: Sequence[TaskFold]) -> None:
@@ -222,7 +237,7 @@ def _row_views(system: RowSystem) -> list[Tensor]:
 
 
 def _counts(moments: TaskMoments) -> Tensor:
-    """What the host knows of a task's moments."""
+    """What the host knows of a task's moments: they add up, but for which kind of features there were."""
     values: list[float] = []
     for group in moments.groups.values():
         values += [group.n, group.tokens, isinstance(group, GroupMoments) and group.whole]
@@ -231,16 +246,28 @@ def _counts(moments: TaskMoments) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _views(moments: TaskMoments) -> list[Tensor]:
-    """What the device has of them."""
+def _set_counts(moments: TaskMoments, counts: Tensor) -> None:
+    values = iter(counts.tolist())
+    for group in moments.groups.values():
+        group.n, group.tokens, whole = next(values), int(next(values)), bool(next(values))
+        if isinstance(group, GroupMoments):
+            group.whole = whole
+    for norm in moments.norms.values():
+        norm.n, norm.tokens = next(values), int(next(values))
+
+
+def _sums(moments: TaskMoments) -> list[Tensor]:
+    """What the device has of them and adds up."""
     found: list[Tensor] = []
     for group in moments.groups.values():
         found += [group.sum_student, group.sum_expert]
         if isinstance(group, GroupMoments):
             found += [group.s[rows, rows.start :] for rows in row_panels(*group.s.shape)]
             found += [group.t[rows] for rows in row_panels(*group.t.shape)]
-        else:
-            found += [each[rows] for each in (group.xs, group.difference) for rows in row_panels(*each.shape)]
     for norm in moments.norms.values():
         found += [norm.mean, norm.energy]
     return found
+
+
+def _rows(group: RowMoments) -> list[Tensor]:
+    return [each[rows] for each in (group.xs, group.difference) for rows in row_panels(*each.shape)]

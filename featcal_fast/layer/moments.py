@@ -161,6 +161,11 @@ class RowMoments(InputMoments):
     def join(self, other: InputMoments) -> None:
         assert isinstance(other, RowMoments)
         super().join(other)
+        self.append(other)
+
+    def append(self, other: InputMoments) -> None:
+        """Another's rows below these."""
+        assert isinstance(other, RowMoments)
         xs, difference = self.more(other.filled)
         xs.copy_(other.xs)
         difference.copy_(other.difference)

@@ -159,10 +159,11 @@ def _sums(layer: LayerPlan, sharing: Sharing, speeds: Speeds, passed: Sequence[f
     ready[0] += folds[0]
     for rank in range(1, shares.size):
         own, before = sharing.parts[rank], sharing.parts[rank - 1]
-        if own and own[0].shard:  # of a task that the rank before has begun
+        if own and own[0].shard:  # of a task that the rank before has begun: panel by panel
             task, shard = before[-1].task, before[-1].shard
-            rows = sum(layer.rows.fitted[task][: shard + 1])
-            ready[rank] = max(ready[rank], ready[rank - 1] + _sent(wire.moments + rows * wire.row, speeds))
+            size = wire.moments + sum(layer.rows.fitted[task][: shard + 1]) * wire.row
+            last = max(ready[rank - 1] + min(size, PANEL_BYTES) / speeds.link, passed[rank - 1] + size / speeds.link)
+            ready[rank] = max(ready[rank], last + speeds.latency)
     tokens = sum(sum(own) for own in layer.rows.fitted.values())
     whole = wire.fitted.whole(tokens) + (0 if wire.judged is None else wire.judged.whole(tokens))
     count = max(1, math.ceil(whole / PANEL_BYTES))

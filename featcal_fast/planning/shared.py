@@ -99,7 +99,10 @@ class Crew:
             owned = [part.task for part in own if self.shares.is_last(part)]
             if rank:
                 judged = sum(task in held_out for task in owned) if auto else 0
-                moments = max(1, len(own) + judged + bool(own and own[0].shard))
+                kept = sum(part.task == own[0].task for part in own) if own and own[0].shard else 0
+                # And one more: for what comes from the rank before, or for a shard that is joined to those before.
+                more = bool(kept) or len(own) > len(tasks)
+                moments = max(1, kept + len(tasks) - bool(kept) + judged + more)
             else:
                 moments = 1 + (len(own) > len(tasks))
             found.append(Role(size, rank, tasks, owned, moments))
