@@ -20,7 +20,7 @@ from featcal_fast.ranks.join import follows
 from featcal_fast.ranks.start import start
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.streaming.malloc import configure_process
-from featcal_fast.terminal import BarProgress, Terminal, tell, trace
+from featcal_fast.terminal import BarProgress, Terminal, end, tell, trace
 from featcal_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def calibrate(
     if not follows():
         console.show(report.tables(), report.summary() + _delta_line(delta))
         console.next_steps(Path(report.out or ""))
-    raise typer.Exit(NOT_BETTER if require_better and not report.better else 0)
+    raise typer.Exit(NOT_BETTER if require_better and not report.better and not follows() else 0)
 
 
 @app.command()
@@ -471,10 +471,12 @@ def main() -> None:
             signal.signal(number, _exit)  # an exception, so that what is being written is finished
     try:
         app()
+    except SystemExit as error:
+        end(int(error.code or 0))
     except Exception as error:
         if DEBUG in sys.argv:
             trace(error)
-        raise SystemExit(tell(error, DEBUG)) from None
+        end(tell(error, DEBUG))
 
 
 if __name__ == "__main__":

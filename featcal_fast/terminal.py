@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import sys
 import time
 import traceback
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from textwrap import indent
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, NoReturn, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -22,7 +23,7 @@ from featcal_fast import files
 from featcal_fast.checkpoints.nested import model_folder
 from featcal_fast.errors import FeatCalError, OutputError, RankError, printable
 from featcal_fast.planning.plan import format_bytes
-from featcal_fast.ranks.join import follows
+from featcal_fast.ranks.join import follows, launched
 from featcal_fast.reporting.outcome import WORSE
 from featcal_fast.reporting.progress import Progress
 from featcal_fast.reporting.report import LayerReport, drift_text
@@ -229,6 +230,20 @@ def tell(error: Exception, debug: str) -> int:
     what = printable(f"{_whose()}unexpected error: {type(error).__name__}: {error}").replace("\n", " ")
     complain(f"{what}; this is a fault of featcal_fast: run it again with {debug} and report that")
     return FAULT
+
+
+def end(code: int) -> NoReturn:
+    """End the process.
+
+    One of several ranks ends at once: threads of torch's that still wait for others would abort it instead.
+    """
+    with suppress(RankError):
+        if launched() > 1:
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError, AttributeError):
+                    stream.flush()
+            os._exit(code)
+    raise SystemExit(code)
 
 
 def _whose() -> str:

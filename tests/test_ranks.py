@@ -122,7 +122,10 @@ JOBS = {
         with_little_held_out, (3,), lambda report: report.layers[0].chosen and not report.held_out["task1"]
     ),
     "auto, t5, max_change": Job(saved("t5", 2, held_out=0.25, settings={"auto": True, "max_change": 0.5})),
-    "include": Job(saved("llama", 3, layers=2, settings={"include": ["1.mlp.down_proj"]})),
+    "layers with nothing to calibrate": Job(
+        saved("llama", 2, 3, layers=2, **shards(2, include=["1.mlp.down_proj"])), (3,)
+    ),
+    "include, a rank without a task": Job(saved("llama", 2, layers=2, settings={"include": ["1.mlp.down_proj"]}), (3,)),
     "few tokens, auto, 3 shards": Job(
         with_few_tokens(held_out=0.25, **shards(3, auto=True, keep_better=False)), (4,), has_token_side
     ),

@@ -151,7 +151,7 @@ def said_by(size: int, folder: Path, work: Callable[[World], Any]) -> list[Any]:
     """What each rank's `work` returns, as JSON has it."""
 
     def each(_: int) -> str:
-        with join(size, CPU) as world:
+        with join(size) as world:
             return json.dumps(work(world))
 
     found = run_ranks(size, each, folder)
@@ -259,7 +259,7 @@ def test_whoever_waits_for_one_that_dies_is_told(how: str, tmp_path: Path, monke
     monkeypatch.setattr(watch, "BEAT", 0.2)
 
     def work(rank: int) -> None:
-        with join(2, CPU) as world:
+        with join(2) as world:
             world.gather(None)
             if rank:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -355,7 +355,7 @@ def test_one_that_never_comes_is_not_waited_for_for_ever(tmp_path: Path, monkeyp
     def work(rank: int) -> None:
         if rank:
             raise RankError("something was wrong before")
-        with join(2, CPU):
+        with join(2):
             pass
 
     (status, said), _ = run_ranks(2, work, tmp_path)

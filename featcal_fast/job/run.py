@@ -95,9 +95,9 @@ def calibrate(
     """
     _check_choices(resume, fresh, checkpoint_every)
     memory = memory_bytes("device_memory", device_memory), memory_bytes("host_memory", host_memory)
-    clock, recipe, size = Clock(), with_out(recipe, out), launched()
-    device = own_device(find_device(device), size)
-    with join(size, device) as world:
+    clock, size = Clock(), launched()
+    with join(size) as world:  # first of all: an error of one rank is told to the others from here on
+        recipe, device = with_out(recipe, out), own_device(find_device(device), size)
         models = models_to_calibrate(recipe, device)
         facts = check_same_job(recipe, fingerprint(recipe, models, device), world)
         if not world.is_first:
@@ -167,7 +167,7 @@ class _Job:
         del loaded
         with clock("planning"):
             plan, offload = choose_offload(
-                recipe, models, self.device, sizes, device_memory, host_memory, scratch, self.every
+                recipe, models, self.device, sizes, device_memory, host_memory, scratch, self.every, self.world.size
             )
             plan.check()
             past.check_chunk(plan.chunk)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import count
 
 import torch
 from torch import distributed
@@ -16,6 +17,7 @@ from featcal_fast.errors import DeviceError, FeatCalError, RankError, told
 from featcal_fast.ranks.watch import Watch, own_store
 from featcal_fast.ranks.world import PATIENCE, World
 
+JOBS = count()  # of this process, all of which its ranks share
 ARRIVAL = timedelta(minutes=10)  # between the first process and the last
 
 
@@ -76,12 +78,11 @@ def own_device(device: torch.device, size: int) -> torch.device:
 
 
 @contextmanager
-def join(size: int, device: torch.device) -> Iterator[World]:
+def join(size: int) -> Iterator[World]:
     """All ranks of the job, for as long as it takes; if this one fails, the others are told.
 
     Args:
         size: as `launched` has it.
-        device: where this rank computes.
 
     Raises:
         RankError: they do not find each other, or another one has failed.
@@ -89,7 +90,7 @@ def join(size: int, device: torch.device) -> Iterator[World]:
     if size == 1:
         yield World()
         return
-    direct = device.type == "cuda" and distributed.is_nccl_available()
+    direct = torch.cuda.is_available() and distributed.is_nccl_available()
     started = not distributed.is_initialized()
     try:
         if started:
@@ -97,7 +98,7 @@ def join(size: int, device: torch.device) -> Iterator[World]:
             backend = "cpu:gloo,cuda:nccl" if direct else "gloo"
             distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        watch = Watch(own_store(f"featcal-fast {life}"), distributed.get_rank(), size)
+        watch = Watch(own_store(f"featcal-fast {life} {next(JOBS)}"), distributed.get_rank(), size)
     except (RuntimeError, ValueError) as error:
         raise RankError(f"the {size} ranks did not find each other: {told(error)}") from error
     world = World(watch.rank, size, watch, direct)

@@ -44,7 +44,7 @@ def start(count: int, device: str | None, arguments: Sequence[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what there is to say, is said here
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun has it: bits depend on it, and not on how many ranks
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -61,8 +61,8 @@ def start(count: int, device: str | None, arguments: Sequence[str]) -> int:
         if failure.exitcode < 0:
             raise RankError(
                 f"rank {failure.local_rank} (process {failure.pid}) was ended by {failure.signal_name()}, and with it "
-                "the others; if memory ran out, `featcal-fast plan` with --gpus says what each needs; --resume goes on "
-                "from the last layer that was kept"
+                "the others; after SIGKILL memory may have run out: `featcal-fast plan` with --gpus says what each "
+                "needs; --resume goes on from the last layer that was kept"
             ) from None
         return failure.exitcode  # it has said why
     except SignalException as error:

@@ -106,7 +106,8 @@ class Transfers:
 
 def read_scalars(*scalars: list[Tensor]) -> list[list[float]]:
     """Lists of scalars, read from the device in one go."""
-    values = iter(torch.stack([each.double() for one in scalars for each in one]).tolist())
+    every = [each.double() for one in scalars for each in one]
+    values = iter(torch.stack(every).tolist() if every else ())
     return [list(islice(values, len(one))) for one in scalars]
 
 
