@@ -80,7 +80,7 @@ class Case:
         """A plan is the same every time, and takes longer than such a job does."""
         if self.plan is None:
             self.plan, _ = choose_offload(*arguments)
-        scratch = arguments[-2]
+        scratch = arguments[-3]
         return self.plan, HOST if scratch is None else scratch
 
     def check(self, folder: Path, but: str = "") -> None:

@@ -474,7 +474,7 @@ def test_a_job_that_is_told_to_stop_leaves_nothing(llama_recipe: dict, tmp_path:
     path.write_text(json.dumps(llama_recipe))
     code = (
         "import os, signal, sys; from featcal_fast import cli; loop = sys.modules['featcal_fast.calibrate'];"
-        "loop.choose = lambda *_: os.kill(os.getpid(), signal.SIGTERM);"
+        "loop.solve_together = lambda *_: os.kill(os.getpid(), signal.SIGTERM);"
         f"sys.argv = ['featcal-fast', 'calibrate', {str(path)!r}, '--device', 'cpu']; cli.main()"
     )
     before = _tree(tmp_path)
