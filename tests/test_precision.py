@@ -20,8 +20,8 @@ from torch import Tensor
 import featcal_fast as ff
 from featcal_fast import reference
 from featcal_fast.forward.calls import BatchCalls
+from featcal_fast.layer.chain import Chain
 from featcal_fast.layer.precision import OTHERS, PARENTS, PRODUCTS, ieee_float32
-from featcal_fast.layer.systems import LayerSystem
 from featcal_fast.streaming.hidden_states import HiddenStates
 
 NEWER = hasattr(torch._C, "_set_fp32_precision_setter")
@@ -167,8 +167,8 @@ def calibrated(ways_to_set: list[str]) -> tuple[set[str], list[dict[str, Tensor]
     for owner, name in (
         (HiddenStates, "enter"),
         (BatchCalls, "run"),
-        (LayerSystem, "fold"),
-        (loop, "choose"),
+        (Chain, "add"),
+        (loop, "solve_together"),
         (reference, "stage_inputs"),
         (reference, "solve_weight"),
     ):
