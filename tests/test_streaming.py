@@ -33,6 +33,8 @@ CPU = torch.device("cpu")
 class SlowSource:
     """A source whose blocks take time to read; counts the blocks alive."""
 
+    made_once = False
+
     def __init__(self, seconds: float) -> None:
         self.seconds, self.reads = seconds, []
 

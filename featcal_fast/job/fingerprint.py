@@ -66,11 +66,11 @@ def input_files(recipe: Recipe, models: RecipeModels) -> dict[str, dict[str, lis
     Raises:
         DataError: one cannot be looked at.
     """
-    found = {source.label: _files(source.path) for source, _ in read_models(models)}
+    found = {source.label: _files(source.path, source.label) for source, _ in read_models(models)}
     for task, expert in recipe.experts.items():
         data = local_data(recipe, expert.data)
         if isinstance(data, Path) and data.exists():  # else whoever loads it will say
-            found[data_label(task)] = _files(data)
+            found[data_label(task)] = _files(data, data_label(task))
     return found
 
 
@@ -135,13 +135,15 @@ class Digested:
         self.digest, self.count, self.samples, self.held_out = sha.hexdigest(), count, samples, held_out
 
 
-def _files(path: Path) -> dict[str, list[int]]:
+def _files(path: Path, label: str) -> dict[str, list[int]]:
     try:
         every = list(files_below(path)) if path.is_dir() else [path]
         present = [file for file in every if file.exists() or not file.is_symlink()]  # links to nothing are no data
         stats = {str(file.relative_to(path.parent)): files.stat(file) for file in present}
     except OSError as error:
-        raise DataError(f"{path}: cannot be looked through: {error.strerror} ({error.filename})") from error
+        raise DataError(
+            f"{label}: {path}: cannot be looked through: {error.strerror} ({error.filename})"
+        ) from error
     return {name: [found.st_size, found.st_mtime_ns] for name, found in stats.items()}
 
 
