@@ -15,7 +15,6 @@ Its table for Llamas of 8B, 70B and 405B on GPUs is the model's alone: nothing o
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 from pathlib import Path
@@ -23,14 +22,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 import featcal_fast as ff
 from bench.harness import process
 from bench.harness.results import RESULTS, machine, write_whole
 from bench.harness.runs import command_line, kept_runs, results_folder, take_turns
+from bench.holes import LLAMAS, write_holes
 from bench.workloads import LLAMA_1B, LLAMA_TOY, TEXT, Workload, write
-from featcal_fast.models.meta import parameters_on_meta
 from featcal_fast.planning.plan import Plan
 from featcal_fast.planning.scaling import KINDS, Speeds, scale
 
@@ -50,15 +49,7 @@ GPUS = ((1, 1), (8, 1), (8, 16), (64, 16))  # ranks, and settings.sample_shards
 CARD = RESULTS / "gpu-nvidia-h200.json"
 LINKS = {"between machines": 50e9, "within a machine": 300e9}  # bytes a second; assumptions
 LATENCY, READING = 20e-6, 5e9  # seconds, bytes a second of each rank; assumptions
-LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 500000.0}
-LLAMAS = {
-    "8B": (5, {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}),
-    "70B": (5, {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}),
-    "405B": (
-        8,
-        {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
-    ),
-}
+TASKS = {"8B": 5, "70B": 5, "405B": 8}
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 WIRE = """
 import time, torch
@@ -203,9 +194,9 @@ def llamas(folder: Path) -> dict[str, Any]:
             f"{job['seconds_in_layers'] / 4:.1f} s each on that card, {job['tasks']} tasks of {job['samples']} samples",
         }
     }
-    for name, (tasks, config) in LLAMAS.items():
+    for name, tasks in TASKS.items():
         for size, shards in GPUS:
-            plan = plan_holes(LlamaConfig(**LLAMA, **config), tasks, folder / name, size, shards)
+            plan = plan_holes(LLAMAS[name], tasks, folder / name, size, shards)
             for place, link in LINKS.items():
                 if size > 1 and (size <= 8 or place != "within a machine"):
                     key = f"Llama {name}, K = {tasks}, {size} ranks, {shards} shards, {link / 1e9:.0f} GB/s"
@@ -263,23 +254,6 @@ def plan_holes(config: LlamaConfig, tasks: int, folder: Path, size: int, shards:
     plan = ff.plan(recipe, device="cuda", gpus=size, device_memory=10**15, host_memory=10**15)
     shutil.rmtree(folder)
     return plan
-
-
-def write_holes(folder: Path, config: LlamaConfig) -> None:
-    """A checkpoint's header, and no tensors behind it."""
-    folder.mkdir()
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    with parameters_on_meta():
-        shapes = {name: tuple(value.shape) for name, value in LlamaForCausalLM(config).named_parameters()}
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
 
 
 def _copy_holes(source: str, target: str) -> None:

@@ -7,7 +7,8 @@ import math
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from rank_processes import run_ranks
 from torch import Tensor
 
-from featcal_fast.errors import DeviceError, RankError
+from featcal_fast.errors import DataError, DeviceError, RankError
 from featcal_fast.ranks import join as joining
 from featcal_fast.ranks import panels, watch
 from featcal_fast.ranks.deal import Work, deal, slowest
@@ -26,6 +27,7 @@ from featcal_fast.ranks.join import join, launched, own_device
 from featcal_fast.ranks.panels import row_panels, triangle_elements
 from featcal_fast.ranks.shares import Part, Shares, ring
 from featcal_fast.ranks.world import World
+from featcal_fast.streaming.transfers import Transfers
 
 CPU = torch.device("cpu")
 GRID = [(tasks, shards, size) for tasks in (1, 2, 3, 8) for shards in (1, 2, 5) for size in (1, 2, 3, 4, 9)]
@@ -279,6 +281,32 @@ def test_whoever_waits_for_one_that_dies_is_told(how: str, tmp_path: Path, monke
     assert other == -signal.SIGKILL
     assert status == 1
     assert said.startswith("RankError: another rank has failed: rank 1")
+
+
+def test_one_that_ends_while_its_reader_waits_for_another_tells_all(tmp_path: Path) -> None:
+    """Which waits for it: neither would ever end."""
+
+    def work(rank: int) -> None:
+        with join(2) as world:
+            apart = world.apart()
+            if rank:
+                for _ in world.receive([torch.zeros(3)], 0):
+                    pass
+            with Transfers(CPU, "reader") as reader, closing_after(apart):
+                reader.submit(lambda: apart.broadcast(torch.zeros(3), 1))
+                raise DataError("its samples are wrong")
+
+    @contextmanager
+    def closing_after(world: World) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            world.end()
+
+    (status, said), (other, heard) = run_ranks(2, work, tmp_path)
+    assert (status, other) == (1, 1)
+    assert said == "DataError: its samples are wrong"
+    assert heard.startswith("RankError: another rank has failed: rank 0 ")
 
 
 def test_one_alone_needs_nobody() -> None:

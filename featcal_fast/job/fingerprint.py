@@ -141,9 +141,7 @@ def _files(path: Path, label: str) -> dict[str, list[int]]:
         present = [file for file in every if file.exists() or not file.is_symlink()]  # links to nothing are no data
         stats = {str(file.relative_to(path.parent)): files.stat(file) for file in present}
     except OSError as error:
-        raise DataError(
-            f"{label}: {path}: cannot be looked through: {error.strerror} ({error.filename})"
-        ) from error
+        raise DataError(f"{label}: {path}: cannot be looked through: {error.strerror} ({error.filename})") from error
     return {name: [found.st_size, found.st_mtime_ns] for name, found in stats.items()}
 
 

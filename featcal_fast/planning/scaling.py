@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from featcal_fast.planning.plan import LayerPlan, Plan, format_bytes
 from featcal_fast.planning.shared import Sharing
+from featcal_fast.planning.wire import SumBytes
 from featcal_fast.ranks.panels import PANEL_BYTES
 from featcal_fast.ranks.shares import Shares
 
@@ -164,8 +165,7 @@ def _sums(layer: LayerPlan, sharing: Sharing, speeds: Speeds, passed: Sequence[f
             size = wire.moments + sum(layer.rows.fitted[task][: shard + 1]) * wire.row
             last = max(ready[rank - 1] + min(size, PANEL_BYTES) / speeds.link, passed[rank - 1] + size / speeds.link)
             ready[rank] = max(ready[rank], last + speeds.latency)
-    tokens = sum(sum(own) for own in layer.rows.fitted.values())
-    whole = wire.fitted.whole(tokens) + (0 if wire.judged is None else wire.judged.whole(tokens))
+    whole = sum(sums.whole(tokens) for sums, tokens in _all_sums(layer))
     count = max(1, math.ceil(whole / PANEL_BYTES))
     panel = whole / count / speeds.link
     owners = [rank for rank in range(shares.size) if any(map(shares.is_last, sharing.parts[rank]))]
@@ -181,12 +181,8 @@ def _sums(layer: LayerPlan, sharing: Sharing, speeds: Speeds, passed: Sequence[f
 
 def _hand_out(layer: LayerPlan, sharing: Sharing, speeds: Speeds) -> float:
     """All that the last owner sends, one after the other, and a panel's time for each that passes it on."""
-    assert layer.wire is not None
     dealt, found = sharing.dealt(layer), 0.0
-    for sums in (layer.wire.fitted, layer.wire.judged):
-        if sums is None:
-            continue
-        tokens = sum(sum(own) for own in layer.rows.fitted.values())
+    for sums, tokens in _all_sums(layer):
         for index, each in enumerate(sums.systems):
             solvers = [items for items in dealt if any(number == index for number, _ in items)]
             others = max(0, len(solvers) - 1)
@@ -194,6 +190,15 @@ def _hand_out(layer: LayerPlan, sharing: Sharing, speeds: Speeds) -> float:
             found += _sent(left, speeds) if others else 0.0
             found += others * min(left, PANEL_BYTES) / speeds.link + right * others / max(1, len(solvers)) / speeds.link
         found += _sent(sums.small, speeds)
+    return found
+
+
+def _all_sums(layer: LayerPlan) -> list[tuple[SumBytes, int]]:
+    """A layer's sums, and how many tokens those have that are solved from the tokens' side."""
+    assert layer.wire is not None
+    found = [(layer.wire.fitted, sum(map(sum, layer.rows.fitted.values())))]
+    if layer.wire.judged is not None:
+        found.append((layer.wire.judged, sum(layer.rows.held_out.values())))
     return found
 
 

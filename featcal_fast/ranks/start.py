@@ -39,7 +39,7 @@ def start(count: int, device: str | None, arguments: Sequence[str]) -> int:
             f"device: found {found} GPUs, expected {count} ({OPTION}); ask for fewer, or for processes on the CPU: "
             "--device cpu"
         )
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -53,6 +53,7 @@ def start(count: int, device: str | None, arguments: Sequence[str]) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # or a folder would stay
     )
     try:
         elastic_launch(config, sys.executable)("-m", "featcal_fast", *without(OPTION, arguments))

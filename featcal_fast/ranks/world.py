@@ -53,6 +53,7 @@ class World:
         self.sent, self.received, self.waited = 0, 0, 0.0
         self._watch, self._direct, self._group = watch, direct, group  # whether a GPU's tensors go as they are
         self._whole: World | None = None  # of which this is apart
+        self._ended = threading.Event()
         self._leaving: deque[tuple[_Work, Tensor]] = deque()
         self._waits: queue.SimpleQueue[tuple[_Work, Future[None]] | None] = queue.SimpleQueue()
         if size > 1:
@@ -112,7 +113,8 @@ class World:
             self._wait(*self._leaving.popleft())
 
     def end(self) -> None:
-        """Nothing more will be said."""
+        """Nothing more will be said; who waits for others, in another thread, does so no more."""
+        self._ended.set()
         self._waits.put(None)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
@@ -185,6 +187,8 @@ class World:
                 done.exception(SOON if self.idle is not None else POLL)
             if self._watch is not None and not done.done():
                 self._watch.check()
+                if self._ended.is_set():
+                    raise RankError("this rank's job has ended")
                 if self.idle is not None:
                     self.idle()
         self.waited += time.perf_counter() - began

@@ -123,8 +123,8 @@ class Streams:
         if self._early:
             models.insert(0, models.pop(2))
         order = ((model, layer.index) for layer in self._layers[first:] for model in models)
-        reading = self.world.apart() if student.made_once else self.world
-        self._blocks = BlockPrefetcher(order, device, reading)
+        self._apart = self.world.apart() if student.made_once else None
+        self._blocks = BlockPrefetcher(order, device, self._apart or self.world)
         self._inputs: dict[str, Sequence[Batch]] = {}  # of an encoder-decoder: they are needed again
         self._tokens: dict[Part, list[Tokens]] = {}
         self._trim: Callable[[], None] = trim_malloc
@@ -137,6 +137,8 @@ class Streams:
             )  # longer than the thread that reads: merging has such contexts of its own
             stack.enter_context(self._transfers)
             stack.enter_context(self._blocks)
+            if self._apart is not None:  # or its reader might wait for a block of a rank that waits for this one
+                stack.callback(self._apart.end)
             stack.enter_context(explain_out_of_memory(self.device))
             self._contexts = stack.pop_all()
         return self
