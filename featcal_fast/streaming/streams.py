@@ -100,15 +100,16 @@ class Streams:
         self._source, self._experts, self._batches = student, experts, batches
         self._progress, self._first, self._offloaded = progress, first, isinstance(offload, Path)
         parts = self.shares.parts
-        self._snapshots = {part: snapshots(self.shares.number(part)) for part in parts} if snapshots is not None else {}
-        self._scratch = Scratch(offload) if isinstance(offload, Path) and not self._snapshots else None
-        self._transfers = Transfers(device, "hidden-states")
+        kept = {part: snapshots(self.shares.number(part)) for part in parts} if snapshots is not None else {}
+        scratch = Scratch(offload) if isinstance(offload, Path) and not kept else None
+        transfers = Transfers(device, "hidden-states")
+        self._snapshots, self._scratch, self._transfers = kept, scratch, transfers
         self._chunks = Chunks(device, chunk, settings.forward_dtype)
         runner = BlockRunner(should_compile(settings, device))
 
-        def states(source: Source, part: Part) -> HiddenStates:
-            where = (self._scratch or self._snapshots[part]) if isinstance(offload, Path) else offload
-            return HiddenStates(source, part.task, device, self._transfers, runner, where)
+        def states(source: Source, part: Part) -> HiddenStates:  # holds nothing of this object: no cycle keeps memory
+            where = (scratch or kept[part]) if isinstance(offload, Path) else offload
+            return HiddenStates(source, part.task, device, transfers, runner, where)
 
         self.student_states = {part: states(student, part) for part in parts}
         self.expert_states = {part: states(experts[part.task], part) for part in parts}
