@@ -144,6 +144,7 @@ def test_the_judge_sees(
         raise ff.FeatCalError("recipe.yaml is not a file")
 
     monkeypatch.setattr(judging, "SECONDS", 0.5)
+    monkeypatch.setattr(judging, "USUAL", 60)  # no machine is slow
     monkeypatch.setattr(judging, "BUSY", 1)
     monkeypatch.setattr(ff, "plan", run)
     monkeypatch.setattr(ff, "calibrate", lambda *_, **__: ff.Recipe.load(job.path("recipe.yaml")))

@@ -22,9 +22,10 @@ from attacks.core import Attack
 from attacks.good import Goods, Job
 from featcal_fast.reporting.progress import Progress
 
-SECONDS = 2  # of a processor's time, beyond start-up
+SECONDS = 2  # of a processor's time, beyond start-up; more where the machine is slow
+WORK, USUAL = 10**6, 0.025  # additions, and the seconds that they take where it is not
 MEGABYTES = 500  # beyond what the process has
-BUSY = 6  # seconds of a processor's time after which a run is ended
+BUSY = 20  # seconds of a processor's time after which a run is ended
 HANG = 30  # seconds after which it is, whatever it does
 GRACE = 60  # seconds after which the whole process is, where the run cannot be
 HASHED = 2**20  # bytes of a file that is compared by content
@@ -197,10 +198,18 @@ def _measured(verdict: Verdict, fault: Callable[[str], None]) -> Iterator[None]:
     if largest > children:  # it is the largest child's of all times
         grown = max(grown, (largest - resident) / 1024)
     verdict.seconds, verdict.megabytes = max(verdict.seconds, seconds), max(verdict.megabytes, grown)
-    if seconds > SECONDS:
+    if seconds > SECONDS and seconds > SECONDS * _slowness():
         fault(f"it took {seconds:.1f} s")
     if grown > MEGABYTES:
         fault(f"it took {grown:.0f} MB")
+
+
+def _slowness() -> float:
+    """How many times as long as usual Python takes here and now, beside whatever else is running."""
+    began = _processor()
+    for _ in range(WORK):
+        began += 0
+    return (_processor() - began) / USUAL
 
 
 @contextmanager
