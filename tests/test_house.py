@@ -47,7 +47,10 @@ PATH_METHODS = {
 FUNCTIONS = {"open", "FileIO", "io.open", "io.FileIO", "torch.save", "torch.load", "torch.from_file"}
 OTHER_MODULES = {"shutil", "tempfile", "glob", "fcntl", "mmap", "fileinput", "linecache", "pickle"}
 # Of `os`, what may be used all the same: it touches no file, or asks no more than `exists` does.
-OS_NAMES = {"access", "R_OK", "W_OK", "X_OK", "environ", "sysconf", "getpid", "kill", "path", "sched_getaffinity"}
+OS_NAMES = {
+    *("access", "R_OK", "W_OK", "X_OK", "devnull", "environ", "sysconf", "getpid", "kill", "path"),
+    "sched_getaffinity",
+}
 OS_NAMES |= {"fork", "waitpid", "waitstatus_to_exitcode", "_exit"}
 
 

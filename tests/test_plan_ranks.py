@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pico
 import pytest
@@ -14,11 +15,13 @@ from safetensors.torch import load_file, save_file
 
 import featcal_fast as ff
 from featcal_fast.errors import RecipeError
-from featcal_fast.planning import planner
+from featcal_fast.job.throughput import expected
+from featcal_fast.planning import memory, planner
 from featcal_fast.planning.scaling import Speeds, scale
-from featcal_fast.planning.shared import Crew, local_ranks
+from featcal_fast.planning.shared import Crew, Sharing, local_ranks
 from featcal_fast.ranks import panels
 from featcal_fast.ranks.shares import Shares
+from featcal_fast.streaming.machine import resident_bytes
 
 GATED = {"held_out": 0.25}
 HELD_OUT = {**GATED, "settings": {"keep_better": False}}
@@ -170,11 +173,56 @@ def test_ranks_of_a_machine_share_its_memory(tmp_path: Path, monkeypatch: pytest
     assert (local_ranks(16), local_ranks(2)) == (4, 2)
 
 
+def test_memory_of_ranks_that_are_not_there_yet_is_not_counted_as_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is free here has to do for all of them, but for what this process holds."""
+    monkeypatch.setattr(planner, "available_host_bytes", lambda: 10**12)
+    recipe = pico.save(pico.job("clip", 2), tmp_path)
+    for gpus in (1, 8):
+        assert 10**12 < ff.plan(recipe, device="cpu", gpus=gpus).host_budget < 10**12 + 2 * resident_bytes()
+
+
+def test_what_a_machine_lacks_may_be_all_its_ranks_hidden_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 2**28)
+    recipe = pico.save(pico.job("clip", 2), tmp_path)
+    plan = ff.plan(recipe, device="cpu", gpus=2, host_memory="64GiB")
+    assert plan.machine["hidden states"] > 1.9 * plan.host["hidden states"]
+    budget = plan.machine_bytes - int(1.5 * plan.host["hidden states"])
+    (problem,) = ff.plan(recipe, device="cpu", gpus=2, host_memory=budget).problems
+    assert "--scratch DIR, a folder on a fast disk for hidden states, would fit" in problem
+
+
+def test_each_machine_may_have_a_disk_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = pico.save(pico.job("clip", 4), tmp_path)
+    monkeypatch.setattr(planner, "ON_ONE", 1)
+    (tmp_path / "scratch").mkdir()
+
+    def disk(gpus: int, **options: Any) -> dict[str, int]:
+        return ff.plan(recipe, device="cpu", gpus=gpus, host_memory="64GiB", **options).disk
+
+    for kept in (None, 0):
+        alone, shared = (disk(gpus, scratch=tmp_path / "scratch", checkpoint_every=kept) for gpus in (1, 2))
+        assert shared["hidden states"] == alone["hidden states"] / 2 > 0
+        assert shared["calibrated model"] == alone["calibrated model"]
+    assert disk(2) == disk(1), "beside the output, which all of them share"
+
+
+def test_no_time_is_foretold_of_several_ranks(tmp_path: Path) -> None:
+    recipe = pico.save(pico.job("clip", 2), tmp_path)
+    assert expected(ff.plan(recipe, device="cpu", gpus=2)) is None
+
+
 def test_a_gpu_that_will_not_do_is_named(tmp_path: Path) -> None:
     recipe = pico.save(pico.job("clip", 2), tmp_path)
     plan = ff.plan(recipe, device="cuda", gpus=2, device_memory="1MiB", host_memory="64GiB")
     assert "device memory: rank " in plan.problems[0]
     assert f"{max(each.device_bytes for each in plan.ranks)}" == f"{plan.device_bytes}"
+    assert "no number of ranks makes less" in plan.problems[0]
+    (problem,) = ff.plan(recipe, device="cuda", gpus=2, device_memory="64GiB", host_memory="1MiB").problems
+    assert "systems whole" not in problem, "they are on the device"
 
 
 @pytest.mark.parametrize("gpus", [0, 1025, "2", True, 2.0])
@@ -199,6 +247,31 @@ def test_the_model_of_a_job_on_several_ranks(tmp_path: Path) -> None:
     blocks = sum(sum(layer.blocks.values()) for layer in plan.layers)
     assert read.seconds == pytest.approx(blocks / 1e3), "reading, behind which computing hides"
     assert scale(plan, (1, 2), Speeds.at(1e9)).table().row_count == 2
+
+
+def test_what_another_rank_solves_has_to_get_there(tmp_path: Path) -> None:
+    """Systems that one rank solves by itself, where it is not the one that has the sums."""
+    recipe = few_tokens("clip", 2, tmp_path)
+    plan = ff.plan({**recipe, "settings": {"max_change": 0.5}}, device="cpu")
+    quick, slow = (scale(plan, (2,), Speeds.at(1e9, link)).rows[0].phases for link in (1e15, 1e6))
+    layer = plan.layers[0]
+    shares = Shares(tuple(plan.tokens), 1, 2)
+    (other,) = (rank for rank in range(2) if rank != shares.owners[-1])
+    solved = {index for index, _ in Sharing(plan.settings, shares).dealt(layer)[other]}
+    tokens = sum(map(sum, layer.rows.fitted.values()))
+    sent = sum(layer.wire.fitted.systems[index].whole(tokens) for index in solved) + layer.wire.fitted.small
+    assert solved
+    assert slow["hand-out"] - quick["hand-out"] == pytest.approx(sent * len(plan.layers) / 1e6, rel=0.01)
+
+
+def test_a_task_is_folded_by_whoever_owns_it(tmp_path: Path) -> None:
+    recipe = pico.save(pico.job("clip", 1), tmp_path)
+    plan = ff.plan({**recipe, "settings": {"sample_shards": 2}}, device="cpu")
+    folds = sum(layer.flops["fold"] for layer in plan.layers)
+    rates = {"forward": 1e15, "moments": 1e15, "fold": 1e9, "solve": 1e15}
+    one, two = scale(plan, (1, 2), Speeds(rates)).rows
+    assert one.seconds == pytest.approx(folds / 1e9, rel=0.01)
+    assert two.seconds == pytest.approx(folds / 1e9, rel=0.01)
 
 
 def test_what_a_rank_receives_is_the_plans(tmp_path: Path) -> None:

@@ -102,9 +102,7 @@ def test_the_short_form_starts_what_can_run(monkeypatch: pytest.MonkeyPatch) -> 
     ended = Ended(monkeypatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for device in (None, "cuda"):
-        with pytest.raises(
-            DeviceError, match=r"found 1 GPUs, expected 2 \(--gpus\); .* --device cpu"
-        ):
+        with pytest.raises(DeviceError, match=r"found 1 GPUs, expected 2 \(--gpus\); .* --device cpu"):
             start(2, device, [])
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)

@@ -22,9 +22,9 @@ from torch import Tensor
 from featcal_fast.errors import DataError, DeviceError, RankError
 from featcal_fast.ranks import join as joining
 from featcal_fast.ranks import panels, watch
-from featcal_fast.ranks.deal import Work, deal, slowest
+from featcal_fast.ranks.deal import Dealt, Work, deal
 from featcal_fast.ranks.join import join, launched, own_device
-from featcal_fast.ranks.panels import row_panels, triangle_elements
+from featcal_fast.ranks.panels import row_panels
 from featcal_fast.ranks.shares import Part, Shares, ring
 from featcal_fast.ranks.world import World
 from featcal_fast.streaming.transfers import Transfers
@@ -95,12 +95,13 @@ def test_panels_are_multiples_of_a_step_and_cover_all_rows(rows: int, width: int
     assert all(each.start % panels.STEP == 0 for each in found)
 
 
-@pytest.mark.parametrize("size", [1, 5, 4096, 5000, 14336])
-def test_triangles_are_counted_as_they_are_sent(size: int) -> None:
-    found = triangle_elements(size)
-    assert size * (size + 1) // 2 <= found <= size * size
-    if size > 4096:  # of several panels
-        assert found < 0.8 * size * size
+def slowest(systems: list[Work], dealt: Dealt) -> float:
+    """Operations of the rank that has most to do."""
+    costs = []
+    for items in dealt:
+        factors = sum(systems[index].factor for index in {index for index, _ in items})
+        costs.append(factors + sum(systems[index].panels[panel] for index, panel in items))
+    return max(costs)
 
 
 def works() -> list[list[Work]]:

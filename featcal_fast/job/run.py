@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -49,6 +49,7 @@ from featcal_fast.reporting.usage import shell_quoted
 from featcal_fast.reporting.warnings import about_not_merged, about_run, about_same_model
 from featcal_fast.streaming.hidden_states import Offload
 from featcal_fast.streaming.machine import find_device
+from featcal_fast.streaming.malloc import trim_malloc
 from featcal_fast.streaming.scratch import scratch_errors
 
 
@@ -165,9 +166,11 @@ class _Job:
             loaded, sizes = load_data(recipe, models, self.device)
         batches = {task: Digested(loaded[task], clock) for task in shares.own_tasks}
         del loaded
+        trim_malloc()
+        here = {task: replace(size, loaded=size.loaded and task in shares.own_tasks) for task, size in sizes.items()}
         with clock("planning"):
             plan, offload = choose_offload(
-                recipe, models, self.device, sizes, device_memory, host_memory, scratch, self.every, self.world.size
+                recipe, models, self.device, here, device_memory, host_memory, scratch, self.every, self.world.size
             )
             plan.check()
             past.check_chunk(plan.chunk)

@@ -85,8 +85,10 @@ def expected(plan: Plan) -> Duration | None:
         plan: of the job.
 
     Returns:
-        None for a GPU that is not here, or on which nothing like it was run.
+        None for a GPU that is not here, or on which nothing like it was run; and for several ranks.
     """
+    if plan.ranks:
+        return None
     with suppress(RuntimeError, AssertionError):  # no such device, no memory
         job = _described(plan, plan.flops)
         like = [run for run in _known() if run.is_like(job)]

@@ -59,13 +59,23 @@ def _panels(group: InputGroup, piece: int, counts: TokenCounts) -> Sequence[int]
 
 
 def _work(group: InputGroup, counts: TokenCounts, whole: bool) -> Work:
+    factor, row = solve_cost(group, counts)
+    if token_side(group, counts):
+        return Work(0.0, (factor + row * sum(group.out_features),))
+    sizes = (each for out in group.out_features for each in row_panels(out, group.in_features))
+    panels = tuple(row * (each.stop - each.start) for each in sizes)
+    return Work(factor, (sum(panels),) if whole else panels)
+
+
+def solve_cost(group: InputGroup, counts: TokenCounts) -> tuple[float, float]:
+    """Operations that a system takes once, by Cholesky, and those of each row of its right-hand side.
+
+    Two triangular solves; from the token side two more products.
+    """
     size, n = group.in_features, counts.total
     if token_side(group, counts):
-        out = sum(group.out_features)
-        return Work(0.0, (2.0 * n * n * size + n**3 / 3 + 2.0 * n * n * out + 4.0 * n * size * out,))
-    rows = [each.stop - each.start for out in group.out_features for each in row_panels(out, size)]
-    panels = tuple(2.0 * size * size * each for each in rows)
-    return Work(size**3 / 3, (sum(panels),) if whole else panels)
+        return 2.0 * n * n * size + n**3 / 3, 2.0 * n * n + 4.0 * n * size
+    return size**3 / 3, 2.0 * size * size
 
 
 class Solved(NamedTuple):

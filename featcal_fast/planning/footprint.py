@@ -17,6 +17,7 @@ from featcal_fast.forward.calls import BatchCalls, move
 from featcal_fast.forward.runner import BlockRunner, should_compile
 from featcal_fast.forward.shared import SharedView
 from featcal_fast.layer.choice import ALPHAS, RIDGES, hardest
+from featcal_fast.layer.dealt import solve_cost
 from featcal_fast.layer.fold import TaskFold
 from featcal_fast.layer.judge import Judge
 from featcal_fast.layer.layout import InputGroup, Layout, find_layout
@@ -175,7 +176,7 @@ def measure_layer(
         moments=moment_flops,
         fold=fold,
         solve=sum(solve_flops(group, counts, settings) for group in layout.groups),
-        wire=weigh(system, judge, moments, expert_block),
+        wire=weigh(system, judge, moments, expert_block, counts),
     )
 
 
@@ -225,8 +226,8 @@ def triangle(size: int) -> int:
 def solve_flops(group: InputGroup, counts: TokenCounts, settings: Settings, rows: int | None = None) -> float:
     """Operations that a system takes.
 
-    Cholesky, and two triangular solves; from the token side two more products. To choose, with every value, at most,
-    and a product each time to judge it; then for both right-hand sides with one: more, if modules differ in theirs.
+    To choose, it is solved with every value, at most, with a product each time to judge it; then for both right-hand
+    sides with one: more, if modules differ in theirs.
 
     Args:
         group: that it is of.
@@ -234,17 +235,12 @@ def solve_flops(group: InputGroup, counts: TokenCounts, settings: Settings, rows
         settings: the recipe's.
         rows: of the right-hand side, all by default.
     """
-    size, out, n = group.in_features, sum(group.out_features) if rows is None else rows, counts.total
-
-    def once(right: int) -> float:
-        if token_side(group, counts):
-            return 2.0 * n * n * size + n**3 / 3 + 2.0 * n * n * right + 4.0 * n * size * right
-        return size**3 / 3 + 2.0 * size * size * right
-
+    size, out = group.in_features, sum(group.out_features) if rows is None else rows
+    factor, row = solve_cost(group, counts)
     if not settings.auto:
-        return once(out)
-    judged = 2.0 * size * out * (n if token_side(group, counts) else size)
-    return len(RIDGES) * (once(out) + judged) + once(_parts(settings) * out)
+        return factor + row * out
+    judged = 2.0 * size * out * (counts.total if token_side(group, counts) else size)
+    return len(RIDGES) * (factor + row * out + judged) + factor + row * _parts(settings) * out
 
 
 def _parts(settings: Settings) -> int:

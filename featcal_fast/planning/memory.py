@@ -64,16 +64,21 @@ def count_memory(
         roles: of each rank.
     """
     model = _Memory(plan, models, data, stages, outputs, device, offload)
-    model.count_disk(resumable)
+    machines = [roles[start : start + plan.local_ranks] for start in range(0, len(roles), plan.local_ranks)]
+    model.count_disk(resumable, machines)
+    together = [Counter[str]() for _ in machines]
     for rank, role in enumerate(roles):
         host, device_items = model.of(role)
         sizes = _total(host), _total(device_items)
+        together[rank // plan.local_ranks].update(host)
         if plan.ranks:
             plan.ranks[rank].host_bytes, plan.ranks[rank].device_bytes = sizes
         if not rank or sizes[0] > plan.host_bytes:
             plan.host = host
         if not rank or sizes[1] > plan.device_bytes:
             plan.device_items = device_items
+    fullest = max(together, key=_total)
+    plan.machine = dict(fullest)
 
 
 class _Memory:
@@ -109,15 +114,20 @@ class _Memory:
         self._arriving = arriving + self._reading + max(models.largest_block(each.index) for each in plan.layers)
         self._kept = _cached(models) if models.recipe.expert_storage != "disk" else {}
 
-    def count_disk(self, resumable: bool) -> None:
-        """What must be free on disks, of all ranks' hidden states."""
-        states = [[*_chains(self._data, each, _everything(self._data))] for each in self._stages.states]
-        held = [sum(batches * state.hidden.nbytes for batches, state in each) for each in states]
-        to_disk = isinstance(self._offload, Path)
+    def count_disk(self, resumable: bool, machines: Sequence[Sequence[Role]]) -> None:
+        """What must be free on disks for hidden states: beside the output, which machines share, those of all ranks."""
+        places = machines if isinstance(self._offload, Path) else [[role for roles in machines for role in roles]]
+        held = [[self._held(states, roles) for states in self._stages.states] for roles in places]
         if resumable:
-            self._plan.disk[SCRATCH if to_disk else TO_RESUME] = _kept_bytes(held)
-        elif to_disk:
-            self._plan.disk[SCRATCH] = round(max(held))
+            name = SCRATCH if isinstance(self._offload, Path) else TO_RESUME
+            self._plan.disk[name] = max(map(_kept_bytes, held))
+        elif isinstance(self._offload, Path):
+            self._plan.disk[SCRATCH] = round(max(map(max, held)))
+
+    def _held(self, states: States, roles: Sequence[Role]) -> float:
+        """Bytes of all hidden states of ranks, in a stage."""
+        chains = (each for role in roles for each in _chains(self._data, states, role))
+        return sum(batches * state.hidden.nbytes for batches, state in chains)
 
     def of(self, role: Role) -> tuple[dict[str, int], dict[str, int]]:
         """The host's items and the device's, of a rank; on a CPU all are the host's."""
@@ -152,7 +162,7 @@ class _Memory:
         """Libraries, data and experts, which stay on the host."""
         recipe, data = self._models.recipe, self._data
         loaded = round(sum(each.nbytes for each in data.values() if each.loaded))
-        host["interpreter and libraries"] = resident_bytes() - loaded + RUNTIME
+        host["interpreter and libraries"] = max(0, resident_bytes() - loaded) + RUNTIME
         host["compiler"] = COMPILER if should_compile(recipe.settings, torch.device(self._plan.device)) else 0
         host["freed blocks kept for use"] = MALLOC_CACHE_BYTES
         kept = len(self._models.student.structure.paths) > 1  # an encoder-decoder's inputs are needed again
@@ -244,10 +254,6 @@ def _items(items: Counter[str]) -> dict[str, int]:
 
 def _total(items: Mapping[str, int]) -> int:
     return sum(items.values())
-
-
-def _everything(data: Mapping[str, TaskData]) -> Role:
-    return Role(1, 0, dict.fromkeys(data, 1.0), list(data), 1)
 
 
 def _chains(data: Mapping[str, TaskData], states: States, role: Role) -> Iterator[tuple[float, StageInputs]]:

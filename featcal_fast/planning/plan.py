@@ -95,7 +95,8 @@ class RankPlan:
         samples: that it has: names of tasks, with `2/4` behind it for the second of four shards.
         host_bytes, device_bytes: of memory, at its peak.
         sent, received: bytes of tensors, to and from other ranks; what all are sent counts once where it comes from.
-            They are a run's where samples are as many tokens as planned, or systems are not solved from the token side.
+            A run's are the same where samples are as many tokens as planned and no layer that is merged on the fly got
+            worse; else sums from the token side may differ, and moments of tasks whose samples are split.
         flops: floating-point operations by kind of work. A system's factorisation counts on each rank that solves some
             of it.
     """
@@ -121,7 +122,9 @@ class Plan:
         kept: weights that keep their merged values, layers folded to `*`, each with the reason.
         host, device_items: what memory holds when most of it is in use, by item, bytes; on a CPU all is `host`. Of
             several ranks, that of the one that needs most.
-        disk: bytes written to disk that must be free, by item; all ranks'.
+        machine: host memory of all ranks on a machine together, by item; of several machines, where most is needed.
+        disk: bytes written to disk that must be free, by item; all ranks', but in a folder for hidden states, which
+            each machine may have on a disk of its own, those of the machine with most.
         bytes_read: bytes of tensors, by model; all ranks'.
         bytes_written: bytes of tensors.
         host_budget, device_budget: bytes that there are, or that were allowed.
@@ -143,6 +146,7 @@ class Plan:
     kept: dict[str, str] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
     device_items: dict[str, int] = field(default_factory=dict)
+    machine: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
     bytes_read: dict[str, int] = field(default_factory=dict)
     bytes_written: dict[str, int] = field(default_factory=dict)
@@ -165,9 +169,7 @@ class Plan:
     @property
     def machine_bytes(self) -> int:
         """Bytes of host memory of all ranks on a machine; of several machines, that of the one that needs most."""
-        own = [each.host_bytes for each in self.ranks]
-        starts = range(0, len(own), self.local_ranks)
-        return max((sum(own[start : start + self.local_ranks]) for start in starts), default=self.host_bytes)
+        return sum(self.machine.values())
 
     @property
     def device_bytes(self) -> int:

@@ -156,7 +156,7 @@ def choose_offload(
         scratch: a folder for hidden states.
         checkpoint_every: 0 where nothing is kept for an interrupted job to go on from.
         ranks: how many share the job.
-        local: how many of them are on a machine; None for as many as torchrun says of this one, or else all.
+        local: how many of them will be on a machine; None for a run, where they are: as many as torchrun says, or all.
 
     Raises:
         OutputError: `scratch` cannot be written to.
@@ -167,7 +167,8 @@ def choose_offload(
     else:
         choices = [device, HOST] if device.type == "cuda" else [HOST]
     shares = Shares(tuple(data), recipe.settings.sample_shards, ranks)
-    crew = Crew(shares, samples_by_part(data, shares), local_ranks(ranks) if local is None else local)
+    running = local_ranks(ranks)
+    crew = Crew(shares, samples_by_part(data, shares), *((running, running) if local is None else (local, 1)))
     planners = [Planner(recipe, models, device, offload, checkpoint_every != 0, crew) for offload in choices]
     halves = 1
     while True:
@@ -253,7 +254,7 @@ class Planner:
         """The plan for data of this size, and what there is; without a word on whether it fits."""
         plan = self.measure(data)
         held = resident_bytes()
-        plan.host_budget = plan.local_ranks * held + available_host_bytes() if host_memory is None else host_memory
+        plan.host_budget = self.crew.running * held + available_host_bytes() if host_memory is None else host_memory
         if self.device.type == "cuda":
             free = available_device_bytes(self.device) if device_memory is None else device_memory
             plan.device_budget = free

@@ -33,7 +33,7 @@ def problems(plan: Plan, data: Mapping[str, TaskData], recipe: Recipe, offload: 
         if need > budget:
             found.append(
                 f"{kind} memory: {_whose(plan, kind)} {format_bytes(need)}, but {format_bytes(budget)} may be used "
-                f"({flag}); {_widest(plan)}{_remedy(kind, budget, plan, data, recipe, measure)}"
+                f"({flag}); {_widest(plan, kind)}{_remedy(kind, budget, plan, data, recipe, measure)}"
             )
     return found + _disk_problems(plan, recipe, offload)
 
@@ -52,16 +52,16 @@ def _whose(plan: Plan, kind: str) -> str:
     return rank if kind == "device" else f"the {plan.local_ranks} ranks of a machine need"
 
 
-def _widest(plan: Plan) -> str:
-    """What more ranks do not make less: each holds a layer's systems whole, and a task's moments."""
-    if not plan.ranks:
+def _widest(plan: Plan, kind: str) -> str:
+    """What more ranks do not make less: where each computes, it holds a layer's systems whole, and a task's moments."""
+    if not plan.ranks or kind != ("device" if plan.device_items else "host"):
         return ""
     layer = max(plan.layers, key=lambda each: each.system)
     width = max((group.in_features for group in layer.layout.groups), default=0)
     return (
         f"of it each rank holds layer {layer.index}'s systems whole, {format_bytes(layer.system)} (the widest is "
-        f"{width:,} x {width:,}), and moments of {format_bytes(layer.scratch)} for each of its tasks or shards, at "
-        "least once, which no number of ranks makes less; "
+        f"{width:,} x {width:,}), and {format_bytes(layer.scratch)} of moments or more, which no number of ranks makes "
+        "less; "
     )
 
 
@@ -93,9 +93,9 @@ def _remedy(kind: str, budget: int, plan: Plan, data: Mapping[str, TaskData], re
     """The flag, or else the first single key of the recipe and its largest halving, with which the job fits."""
     if kind == "host":
         over = plan.machine_bytes - budget
-        if over <= plan.host.get("hidden states", 0):
+        if over <= plan.machine.get(SCRATCH, 0):
             return "--scratch DIR, a folder on a fast disk for hidden states, would fit"
-        if over <= plan.host.get("experts kept", 0):
+        if over <= plan.machine.get("experts kept", 0):
             return "expert_storage: disk would fit"
     every = list(recipe.experts.values())
     # What only one task has for itself is not for the recipe's key to change.

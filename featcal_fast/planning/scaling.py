@@ -168,9 +168,10 @@ def _sums(layer: LayerPlan, sharing: Sharing, speeds: Speeds, passed: Sequence[f
     whole = sum(sums.whole(tokens) for sums, tokens in _all_sums(layer))
     count = max(1, math.ceil(whole / PANEL_BYTES))
     panel = whole / count / speeds.link
-    owners = [rank for rank in range(shares.size) if any(map(shares.is_last, sharing.parts[rank]))]
-    arrives = [ready[owners[0]]] * count  # at the rank before, when its own are added
-    for rank in owners[1:]:
+    first, *others = shares.owners
+    # When the rank before has added its own; the first rank did so as they passed.
+    arrives = [ready[first] + (folds[first] * (number + 1) / count if first else 0.0) for number in range(count)]
+    for rank in others:
         leaves, done, fold = 0.0, ready[rank], folds[rank] / count
         for number, at in enumerate(arrives):
             leaves = max(leaves, at) + panel
@@ -181,14 +182,15 @@ def _sums(layer: LayerPlan, sharing: Sharing, speeds: Speeds, passed: Sequence[f
 
 def _hand_out(layer: LayerPlan, sharing: Sharing, speeds: Speeds) -> float:
     """All that the last owner sends, one after the other, and a panel's time for each that passes it on."""
-    dealt, found = sharing.dealt(layer), 0.0
+    found, first = 0.0, sharing.shares.owners[-1]
+    others = [items for rank, items in enumerate(sharing.dealt(layer)) if rank != first]
     for sums, tokens in _all_sums(layer):
         for index, each in enumerate(sums.systems):
-            solvers = [items for items in dealt if any(number == index for number, _ in items)]
-            others = max(0, len(solvers) - 1)
-            left, right = each.left + tokens * each.row, sum(each.right)
-            found += _sent(left, speeds) if others else 0.0
-            found += others * min(left, PANEL_BYTES) / speeds.link + right * others / max(1, len(solvers)) / speeds.link
+            wanted = [[panel for number, panel in items if number == index] for items in others]
+            if solvers := sum(map(bool, wanted)):
+                left = each.left + tokens * each.row
+                right = sum(each.right[panel] for panels in wanted for panel in panels) if each.right else 0
+                found += _sent(left + (solvers - 1) * min(left, PANEL_BYTES) + right, speeds)
         found += _sent(sums.small, speeds)
     return found
 

@@ -18,7 +18,7 @@ from featcal_fast.planning.plan import LayerPlan, RankPlan
 from featcal_fast.planning.wire import Traffic, layer_traffic
 from featcal_fast.ranks.deal import Dealt
 from featcal_fast.ranks.panels import row_panels
-from featcal_fast.ranks.shares import Part, Shares
+from featcal_fast.ranks.shares import Part, Shares, in_turn
 from featcal_fast.settings import Settings
 
 MOST = 1024  # ranks that are planned for
@@ -57,7 +57,7 @@ class Role:
 
     def merges(self, index: int) -> bool:
         """Whether it merges a layer on the fly for all (`streaming/sources.py`)."""
-        return index % self.size == self.rank
+        return in_turn(index, self.size) == self.rank
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,13 @@ class Crew:
         shares: whose samples are whose; of any rank.
         parts: the share of its task's samples that each part has.
         local: how many are on a machine.
+        running: how many of these hold memory there by now: all in a run, only this process where one is planned.
     """
 
     shares: Shares
     parts: Mapping[Part, float]
     local: int = 1
+    running: int = 1
 
     def rows(self, tokens: Mapping[str, int]) -> dict[str, list[int]]:
         """Tokens by task, taken apart by shard."""
@@ -160,7 +162,7 @@ class Sharing:
         wire, rows = layer.wire, layer.rows
         key = ("traffic", layer.layout.groups, layer.counts, wire, id(rows))
         found = self._once(key, lambda: layer_traffic(wire, self.shares, self.dealt(layer), rows))[rank]
-        merges = layer.index % self.shares.size == rank  # as `Role.merges`
+        merges = in_turn(layer.index, self.shares.size) == rank
         return Traffic(found.sent + merges * layer.merged, found.received + (not merges) * layer.merged)
 
     def solving(self, layer: LayerPlan) -> list[float]:

@@ -17,7 +17,9 @@ from featcal_fast.layer.choice import ALPHAS
 from featcal_fast.layer.judge import Judge
 from featcal_fast.layer.moments import RowMoments, TaskMoments
 from featcal_fast.layer.systems import GroupSystem, LayerSystem, RowSystem
+from featcal_fast.layer.tokens import TokenCounts
 from featcal_fast.ranks.deal import Dealt
+from featcal_fast.ranks.panels import row_panels
 from featcal_fast.ranks.shares import Part, Shares, ring
 from featcal_fast.ranks.world import World
 
@@ -128,28 +130,42 @@ class _Scale(World):
         return self.sent - before
 
 
-def weigh(system: LayerSystem, judge: Judge | None, moments: TaskMoments, block: nn.Module) -> LayerBytes:
+def weigh(
+    system: LayerSystem, judge: Judge | None, moments: TaskMoments, block: nn.Module, counts: TokenCounts
+) -> LayerBytes:
     """What is sent of a layer.
 
     Args:
         system, judge: its sums, on the meta device; their rows are used up.
         moments: of a task, likewise.
         block: of an expert.
+        counts: of the layer's tokens.
     """
     scale = _Scale()
     moments.reset("")
     alone = _moments(scale, system, moments, block)
+    rows = [0]  # bytes of panels of rows, as long as they may be
     for group in moments.groups.values():
         if isinstance(group, RowMoments):
-            group.more(1)
+            rows.append(_panel_bytes(group.more(1)[0], counts.largest))
+    for each in (*system.systems, *([] if judge is None else judge.systems)):
+        if isinstance(each, RowSystem):
+            rows += [_panel_bytes(matrix, counts.total) for matrix in each.more(1)]
     return LayerBytes(
         fitted=_sums(scale, system),
         judged=None if judge is None else _sums(scale, judge),
         moments=alone,
         row=_moments(scale, system, moments, block) - alone,
         new=_new(system, len(ALPHAS) if judge is not None else 1),
-        largest=scale.largest,
+        largest=max(scale.largest, *rows),
     )
+
+
+def _panel_bytes(row: Tensor, count: int) -> int:
+    """Of the first of `count` rows like this, as they are taken apart."""
+    (panel, *_) = row_panels(max(1, count), row.shape[1])
+    rows: int = panel.stop - panel.start
+    return rows * row.nbytes
 
 
 def _moments(scale: _Scale, system: LayerSystem, moments: TaskMoments, block: nn.Module) -> int:

@@ -48,16 +48,6 @@ def deal(systems: Sequence[Work], size: int) -> Dealt:
     return best
 
 
-def slowest(systems: Sequence[Work], dealt: Dealt) -> float:
-    """Operations of the rank that has most to do."""
-    return max(_cost(systems, items) for items in dealt)
-
-
-def _cost(systems: Sequence[Work], items: Sequence[tuple[int, int]]) -> float:
-    factors = sum(systems[index].factor for index in {index for index, _ in items})
-    return factors + sum(systems[index].panels[panel] for index, panel in items)
-
-
 def _filled(systems: Sequence[Work], items: Sequence[tuple[int, int]], limit: float, size: int) -> Dealt | None:
     """Ranks filled one after the other up to `limit`; None where that does not do."""
     dealt: Dealt = [[]]

@@ -14,8 +14,3 @@ def row_panels(rows: int, width: int) -> list[slice]:
     """What a matrix `[rows, width]` is taken apart into: of `PANEL_BYTES` at most each, but of `STEP` rows at least."""
     size = max(STEP, PANEL_BYTES // (4 * width) // STEP * STEP)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-
-def triangle_elements(size: int) -> int:
-    """What is passed on of a symmetric `[size, size]`: of each panel of rows, all from its first diagonal entry on."""
-    return sum((rows.stop - rows.start) * (size - rows.start) for rows in row_panels(size, size))

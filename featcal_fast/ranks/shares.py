@@ -41,10 +41,12 @@ class Shares:
 
     def parts_of(self, rank: int) -> list[Part]:
         """Those of a rank: consecutive ones; where their number cannot be divided, the first ranks have one more."""
-        every = self.all_parts
-        each, more = divmod(len(every), self.size)
+        each, more = divmod(len(self.tasks) * self.shards, self.size)
         start = rank * each + min(rank, more)
-        return every[start : start + each + (rank < more)]
+        return [
+            Part(self.tasks[number // self.shards], number % self.shards)
+            for number in range(start, start + each + (rank < more))
+        ]
 
     @property
     def parts(self) -> list[Part]:
@@ -62,8 +64,10 @@ class Shares:
 
     def owner(self, task: str) -> int:
         """Who has the last shard of a task: it adds the task to the sums, and follows its held-out samples."""
-        part = Part(task, self.shards - 1)
-        return next(rank for rank in range(self.size) if part in self.parts_of(rank))
+        number = self.number(Part(task, self.shards - 1))
+        each, more = divmod(len(self.tasks) * self.shards, self.size)
+        longer = more * (each + 1)  # parts of those that have one more
+        return number // (each + 1) if number < longer else more + (number - longer) // each
 
     @property
     def owned(self) -> list[str]:
@@ -77,11 +81,16 @@ class Shares:
 
     def number(self, part: Part) -> int:
         """Of a part among all, from 0."""
-        return self.all_parts.index(part)
+        return self.tasks.index(part.task) * self.shards + part.shard
 
     def batches(self, part: Part, count: int) -> slice:
         """Which of a task's `count` batches are in a part."""
         return slice(part.shard * count // self.shards, (part.shard + 1) * count // self.shards)
+
+
+def in_turn(index: int, size: int) -> int:
+    """Which of `size` ranks does what one of them does for all, the `index`-th time: each in its turn."""
+    return index % size
 
 
 def ring(first: int, members: Sequence[int], size: int) -> list[int]:

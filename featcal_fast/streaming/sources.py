@@ -24,6 +24,7 @@ from featcal_fast.models import Structure, find_structure, not_supported
 from featcal_fast.models.configs import differences
 from featcal_fast.models.meta import meta_model
 from featcal_fast.models.tokens import own_inputs
+from featcal_fast.ranks.shares import in_turn
 from featcal_fast.ranks.world import World
 
 RECORDING = Lock()  # while a model's forward is recorded its blocks are not themselves, and nobody copies one
@@ -324,7 +325,7 @@ def block_for_all(source: Source, index: int, world: World) -> nn.Module:
     """A block that one rank makes for all, each in its turn, where the source says so; on the host then."""
     if not source.made_once or world.size == 1:
         return source.block(index)
-    owner = index % world.size
+    owner = in_turn(index, world.size)
     block = source.block(index).to("cpu") if owner == world.rank else source.empty_block(index)
     for tensor in block.state_dict().values():
         world.broadcast(tensor, owner)

@@ -35,7 +35,7 @@ from featcal_fast.job.interrupts import ENDING
 from featcal_fast.layer.solve import MAX_CONDITION_FLOAT32, RAISES
 from featcal_fast.merging.methods import METHODS
 from featcal_fast.models import families_table
-from featcal_fast.ranks.panels import triangle_elements
+from featcal_fast.ranks.panels import row_panels
 from featcal_fast.settings import MOST_SHARDS
 from featcal_fast.untrusted.documents import YAML_BYTES, parse_yaml
 
@@ -338,7 +338,9 @@ def test_figures_of_ranks() -> None:
     text, columns = " ".join(RANKS.path.read_text().split()), []
     for name, (hidden, keys, wide, layers) in models.items():
         groups = [(hidden, hidden + 2 * keys), (hidden, hidden), (hidden, 2 * wide), (wide, hidden)]
-        left = 4e-9 * layers * sum(triangle_elements(size) for size, _ in groups)
+        # Of each panel of rows all from its first diagonal entry on.
+        parts = [(size, rows) for size, _ in groups for rows in row_panels(size, size)]
+        left = 4e-9 * layers * sum((rows.stop - rows.start) * (size - rows.start) for size, rows in parts)
         right = 4e-9 * layers * sum(size * out for size, out in groups)
         columns.append([f"{each:,.0f}" for each in (left + right, left, right, right / 2)])
         whole = 4 / 2**30 * sum(size * (size + out) for size, out in groups)
