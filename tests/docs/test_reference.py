@@ -348,6 +348,27 @@ def test_figures_of_ranks() -> None:
     assert [row[1:] for row in RANKS.table("Bytes")] == [list(row) for row in zip(*columns, strict=True)]
 
 
+def test_what_was_measured_of_ranks() -> None:
+    """The page's table and speed-ups are those of the results."""
+    found = json.loads((RANKS.path.parents[1] / "bench/results/scale-cpu.json").read_text())
+    text, measured = " ".join(RANKS.path.read_text().split()), found["measured"]
+    two, four = measured["2 ranks"], measured["4 ranks"]
+    assert f"Two ranks were {two['speed_up']} times as fast as one in layers" in text
+    assert f"the model below says {two['model_speed_up']} by" in text
+    assert f"share the two cores, {four['speed_up']} times" in text
+    for name, ranks, seconds, *cells, device in RANKS.table("What was measured"):
+        model, tasks = re.fullmatch(r"(\w+), (\d) tasks", name).groups()
+        where = "alone" if ranks == "1" else "{} ranks, {} shards, {} GB/s".format(*re.findall(r"\d+", ranks))
+        row = found["by the model alone"][f"Llama {model}, K = {tasks}, {where}"]
+        value, unit = seconds.split()
+        assert float(value) == pytest.approx(3600 * row["hours"] / {"s": 1, "min": 60}[unit], rel=0.06)
+        speed_up, efficiency, received = (float(cell.strip("% GB").replace(",", "")) for cell in cells)
+        assert speed_up == pytest.approx(row["speed_up"], rel=0.02)
+        assert efficiency == pytest.approx(100 * row["efficiency"], abs=0.6)
+        assert received == pytest.approx(row["received_GB"], abs=0.6)
+        assert float(device.removesuffix(" GiB")) == pytest.approx(row["device_GiB"], abs=0.51)
+
+
 def test_families() -> None:
     """`python -m bench.readme` puts the table there."""
     inside = FAMILIES.path.read_text().partition("<!-- families -->\n")[2].partition("<!-- /families -->")[0]
