@@ -73,7 +73,7 @@ class DriftProbe:
         chunks: Chunks,
         hidden_states: Callable[[Source, str], HiddenStates],
     ) -> None:
-        self._device, self._chunks, self._hidden_states = device, chunks, hidden_states
+        self._device, self._chunks = device, chunks
         self._sources = student, experts
         self._batches: dict[str, list[Mapping[str, Tensor]]] = {}  # that are followed
         self._masks = [stage.mask for stage in student.structure.family.stages]

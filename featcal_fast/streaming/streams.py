@@ -307,10 +307,8 @@ class Streams:
         for task in self._experts:
             self._progress.task(layer.index, task)
             first, self._first_expert = self._first_expert, None
-            with self.clock("reading"):
-                block = [
-                    self._blocks.next() if first is None else first
-                ]  # taken out below: a local of this frame would live on
+            with self.clock("reading"):  # into a list, to be taken out below: a local of this frame would live on
+                block = [self._blocks.next() if first is None else first]
             del first
             with caching_malloc() as self._trim:
                 yield task, block.pop()
