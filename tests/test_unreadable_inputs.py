@@ -16,7 +16,9 @@ from file_operations import READS, Operation, operations
 from runs import EXHAUSTIVE, Case
 
 import featcal_fast as ff
+from featcal_fast import files
 from featcal_fast.checkpoints import work_path
+from featcal_fast.errors import DataError
 from featcal_fast.reporting.progress import Progress
 
 SAMPLES = 12  # of the operations that read inputs
@@ -58,6 +60,23 @@ def job(cases: Callable[..., Case], tmp_path_factory: pytest.TempPathFactory) ->
     experts["task0"]["data"] = str(root / "task0.safetensors")
     models = {"base_model": str(root / "base"), "merged_model": str(root / "merged")}
     return case.changed(**models, experts=experts), root
+
+
+def test_data_that_cannot_be_looked_at_is_named_with_whose_it_is(
+    job: tuple[Case, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For instance `/proc/1/cwd`, where somebody says that `/` holds a task's data."""
+    case, root = job
+    stat = files.stat
+
+    def refused(path: Path) -> os.stat_result:
+        if path == root / "task0.safetensors":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path)
+
+    monkeypatch.setattr(files, "stat", refused)
+    with pytest.raises(DataError, match="^data of task0: .*: cannot be looked through: Permission denied"):
+        case.run(tmp_path / "out")
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.ENOENT])
