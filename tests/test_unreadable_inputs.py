@@ -75,7 +75,7 @@ def test_data_that_cannot_be_looked_at_is_named_with_whose_it_is(
         return stat(path)
 
     monkeypatch.setattr(files, "stat", refused)
-    with pytest.raises(DataError, match="^data of task0: .*: cannot be looked through: Permission denied"):
+    with pytest.raises(DataError, match=r"^data of task0: .*: cannot be looked through: Permission denied"):
         case.run(tmp_path / "out")
 
 
