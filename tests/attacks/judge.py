@@ -23,7 +23,7 @@ from attacks.good import Goods, Job
 from featcal_fast.reporting.progress import Progress
 
 SECONDS = 2  # of a processor's time, beyond start-up; more where the machine is slow
-WORK, USUAL = 10**6, 0.025  # additions, and the seconds that they take where it is not
+WORK, USUAL = 10**6, 0.025  # additions, and about the seconds of them where all tests take eight minutes
 MEGABYTES = 500  # beyond what the process has
 BUSY = 20  # seconds of a processor's time after which a run is ended
 HANG = 30  # seconds after which it is, whatever it does
